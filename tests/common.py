@@ -1,0 +1,104 @@
+"""What several test files share: small networks, every inner optimizer, one training step."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SPECIAL = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}  # abstract; refused; sparse only; 2-D only
+
+
+def _factory(cls, **options):
+    return lambda params: cls(params, **options)
+
+
+INNER = {
+    name: _factory(cls, lr=0.05)
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in SPECIAL
+}
+INNER |= {
+    "SGD momentum wd": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "SGD nesterov": _factory(
+        torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "SGD maximize": _factory(torch.optim.SGD, lr=0.05, maximize=True),
+    "SGD fused": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
+    "Adam amsgrad": _factory(torch.optim.Adam, lr=0.05, amsgrad=True),
+    "AdamW fused": _factory(torch.optim.AdamW, lr=0.05, fused=True),
+    "AdamW single-tensor": _factory(torch.optim.AdamW, lr=0.05, foreach=False),
+}
+
+
+class Net(nn.Module):
+    """Convolution, normalisation, a linear layer: weights of 4, 1 and 2 dimensions."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 4, classes)
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.conv(x)))
+        return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+
+
+def make_net(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def make_batch(seed=0, dtype=torch.float32, n=8):
+    """Images, perturbed images, labels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 2, 5, 5, generator=g, dtype=torch.float64).to(dtype)
+    d = torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype)
+    return x, x + 0.1 * d, torch.randint(0, 3, (n,), generator=g)
+
+
+def losses(model, x, x_adv, y):
+    """Total, natural and adversarial loss, on one shared graph."""
+    nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+    return nat + 0.5 * adv.square(), nat, adv
+
+
+def cure_step(model, opt, seed=0, dtype=torch.float32):
+    """One step of the README's loop, on a batch drawn from ``seed``."""
+    loss, nat, adv = losses(model, *make_batch(seed, dtype))
+    opt.zero_grad()
+    opt.backward(loss, natural=nat, adversarial=adv)
+    opt.step()
+    return loss
+
+
+def plain_step(model, opt, seed=0, dtype=torch.float32):
+    """The same step without selection."""
+    loss, _, _ = losses(model, *make_batch(seed, dtype))
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return loss
+
+
+def snapshot(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same_bits(a, b):
+    """Equality that tells -0.0 from 0.0 and takes NaN for itself."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
+
+
+def numpy_topk(scores, k):
+    """The rule, by Python's sort: NaN first, then the highest, ties to the first, no zeros."""
+    flat = np.asarray(scores).reshape(-1)
+    nans = [i for i in range(flat.size) if np.isnan(flat[i])]
+    rest = [i for i in range(flat.size) if not np.isnan(flat[i])]
+    order = nans + sorted(rest, key=lambda i: (-flat[i], i))
+    mask = np.zeros(flat.size, dtype=bool)
+    mask[order[:k]] = True
+    return (mask & (flat != 0)).reshape(np.shape(scores))
