@@ -1,0 +1,192 @@
+"""Attacks: gradients with respect to the images only, the model left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rgp_optim._checks import check_choice, check_count, check_real, check_tensor, error_text
+from rgp_optim.losses import check_target, kl_divergence, widen
+
+__all__ = ["kl_attack", "pgd_attack"]
+
+START_NOISE = 0.001  # standard deviation of the KL attack's start, in units of the pixels
+
+
+def kl_attack(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    eps: float = 8 / 255,
+    step_size: float | None = None,
+    steps: int = 10,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Find images near ``x`` whose prediction is as far as possible from that of ``x``.
+
+    .. math:: x_{adv} = \arg\max_{\|d\|_\infty \le \epsilon}
+              \mathrm{KL}\bigl(p(x) \,\|\, p(x + d)\bigr)
+
+    Projected gradient ascent by the sign of the gradient, from ``x + 0.001 N(0, 1)``, within the
+    ball and [0, 1]; p(x) is computed once. The model is in eval mode meanwhile; afterwards its
+    modes, buffers and gradients are what they were.
+
+    Args:
+        model: Maps images to logits, [batch, classes]. It sees images in [0, 1]: one that wants
+            normalised images should normalise inside.
+        x: Images, [batch, ...], floating, in [0, 1] (checked on the CPU; elsewhere that would wait
+            for the device). Not changed.
+        eps: Radius of the ball, >= 0, in units of the pixels.
+        step_size: Length of a step, > 0, in units of the pixels. None is ``eps / 4``.
+        steps: Number of steps, >= 0.
+        generator: Of the start's noise, on the device of ``x``; None is torch's own.
+
+    Returns:
+        The attacked images, shape, dtype and device of ``x``, without a graph.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a number or a pixel is out of its range, or the logits have the wrong shape.
+
+    Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
+    """
+    _check_images(x)
+    check_real("eps", eps)
+    step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
+    check_count("steps", steps)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    with _frozen(model), torch.no_grad():
+        clean = _logits(model, x)
+
+        def distance(logits: Tensor) -> Tensor:
+            return kl_divergence(clean, logits, reduction="sum")
+
+        return _ascend(model, x, x + START_NOISE * noise, distance, eps, step, steps)
+
+
+def pgd_attack(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    *,
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy",
+    eps: float = 8 / 255,
+    step_size: float = 0.003,
+    steps: int = 20,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Find images near ``x`` that the model takes for another class than ``target``.
+
+    Projected gradient ascent as in `kl_attack`, on the cross-entropy or on the negative margin
+
+    .. math:: -\bigl(z_y - \max_{j \ne y} z_j\bigr),
+
+    from a point drawn uniformly in the ball; the last iterate is returned. The defaults are the
+    field's PGD-20; with ``loss="margin"`` they are what result tables call C&W.
+
+    Args:
+        model: As in `kl_attack`.
+        x: As in `kl_attack`.
+        target: Class indices, [batch], int64.
+        loss: ``"cross_entropy"`` or ``"margin"``.
+        eps: Radius of the ball, >= 0, in units of the pixels.
+        step_size: Length of a step, > 0, in units of the pixels.
+        steps: Number of steps, >= 0.
+        random_start: Start from a uniform draw in the ball (True) or from ``x``.
+        generator: Of the start, on the device of ``x``; None is torch's own.
+
+    Returns:
+        The attacked images, shape, dtype and device of ``x``, without a graph.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a number or a pixel is out of its range, or shapes do not match.
+
+    Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
+    """
+    _check_images(x)
+    check_choice("loss", loss, ("cross_entropy", "margin"))
+    check_real("eps", eps)
+    check_real("step_size", step_size, strict=True)
+    check_count("steps", steps)
+    start = x
+    if random_start:
+        draw = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        start = x + eps * (2 * draw - 1)
+
+    def objective(logits: Tensor) -> Tensor:
+        check_target(target, logits, probabilities=False)
+        if loss == "cross_entropy":
+            return F.cross_entropy(widen(logits), target, reduction="sum")
+        true = logits.gather(1, target[:, None]).squeeze(1)
+        others = logits.scatter(1, target[:, None], float("-inf")).amax(1)
+        return (widen(others) - widen(true)).sum()
+
+    with _frozen(model), torch.no_grad():
+        return _ascend(model, x, start, objective, eps, step_size, steps)
+
+
+def _ascend(
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    eps: float,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Climb ``objective`` by signed steps within the ball and [0, 1].
+
+    The objective is a sum over the batch: what one image becomes does not depend on the others.
+    """
+    x = x.detach()
+    low, high = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
+    x_adv = start.detach().clamp(low, high)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():
+            value = objective(_logits(model, x_adv))
+        (gradient,) = torch.autograd.grad(value, x_adv)
+        x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(low, high)
+    return x_adv
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Keep the model in eval mode inside; give each of its modules its own mode back."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__))
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the model's output if it is [batch, classes]."""
+    logits = check_tensor("model(x)", model(x))
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        found = f"{tuple(logits.shape)} for {x.shape[0]} images"
+        raise ValueError(error_text("model(x)", "be logits, [batch, classes]", found))
+    return logits
+
+
+def _check_images(x: Tensor) -> None:
+    check_tensor("x", x)
+    if x.is_complex():
+        raise TypeError(error_text("x", "be real", str(x.dtype)))
+    if x.device.type == "cpu" and x.numel():
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):
+            found = f"values from {low.item():.3g} to {high.item():.3g}"
+            hint = "Pass pixels in [0, 1] and normalise inside the model."
+            raise ValueError(error_text("x", "be in [0, 1]", found, hint))

@@ -1,0 +1,231 @@
+"""Attacks: in the ball, in [0, 1], stronger than noise, and without a trace on the model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import make_net
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rgp_optim import kl_attack, pgd_attack
+
+Y = torch.arange(64) % 3
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small net that tells three kinds of noisy image apart, and images of them."""
+    torch.manual_seed(0)
+    model = make_net()
+    centres = torch.rand(3, 2, 5, 5)
+    x = (centres[Y] + 0.1 * torch.randn(64, 2, 5, 5)).clamp(0, 1)
+    opt = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        opt.zero_grad()
+        F.cross_entropy(model(x), Y).backward()
+        opt.step()
+    model.eval()
+    assert accuracy(model, x) > 0.95
+    return model, x
+
+
+def accuracy(model, x):
+    with torch.no_grad():
+        return (model(x).argmax(1) == Y).float().mean().item()
+
+
+ATTACKS = {
+    "kl": lambda m, x, **o: kl_attack(m, x, **o),
+    "pgd": lambda m, x, **o: pgd_attack(m, x, Y[: len(x)], **{"step_size": 0.02, **o}),
+    "margin": lambda m, x, **o: pgd_attack(
+        m, x, Y[: len(x)], loss="margin", **{"step_size": 0.02, **o}
+    ),
+}
+each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+
+
+@each_attack
+@given(eps=st.floats(0, 0.5), steps=st.integers(0, 3))
+def test_inside_the_ball_and_the_pixel_range(attack, eps, steps):
+    x = torch.rand(4, 2, 5, 5, generator=torch.Generator().manual_seed(steps))
+    x[0], x[1] = 0.0, 1.0
+    x_adv = attack(make_net(), x, eps=eps, steps=steps)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert (x_adv - x).abs().max() <= eps + 1e-6
+    assert x_adv.dtype == x.dtype
+    assert not x_adv.requires_grad
+
+
+@each_attack
+def test_limits(attack, trained):
+    model, x = trained
+    assert torch.equal(attack(model, x, eps=0.0), x)
+    start = attack(model, x, eps=0.1, steps=0, generator=torch.Generator().manual_seed(0))
+    assert 0 < (start - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_a_linear_model_has_a_closed_form():
+    """Short of the walls, steps * step_size along the sign of the gradient, at most eps."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -2.0, 0.0], [0.0, 1.0, 0.0]]))
+    x = torch.full((2, 1, 3), 0.5, dtype=torch.float64)
+    y = torch.tensor([0, 1])
+    sign = torch.tensor([[[-1.0, 1.0, 0.0]], [[1.0, -1.0, 0.0]]], dtype=torch.float64)
+    for loss in ("cross_entropy", "margin"):
+        options = dict(loss=loss, random_start=False)
+        x_adv = pgd_attack(model, x, y, eps=0.1, step_size=0.03, steps=2, **options)
+        torch.testing.assert_close(x_adv, x + 0.06 * sign)
+        x_adv = pgd_attack(model, x, y, eps=0.1, step_size=0.03, steps=9, **options)
+        torch.testing.assert_close(x_adv, x + 0.1 * sign)
+        x_adv = pgd_attack(model, x, y, eps=0.9, step_size=0.5, steps=3, **options)
+        torch.testing.assert_close(x_adv, (x + 0.9 * sign).clamp(0, 1))
+
+
+def test_the_default_step_of_the_kl_attack_is_a_quarter_of_eps():
+    model = make_net().eval()
+    x = torch.rand(4, 2, 5, 5)
+    runs = [
+        kl_attack(model, x, eps=0.2, step_size=s, generator=torch.Generator().manual_seed(0))
+        for s in (None, 0.05)
+    ]
+    assert torch.equal(*runs)
+
+
+@each_attack
+def test_stronger_than_noise_of_the_same_size(attack, trained):
+    model, x = trained
+    eps = 0.15
+    signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = eps * signs
+    attacked = attack(model, x, eps=eps, generator=torch.Generator().manual_seed(0))
+    assert accuracy(model, attacked) < accuracy(model, (x + noise).clamp(0, 1)) - 0.2
+    few = attack(model, x, eps=eps, steps=1, generator=torch.Generator().manual_seed(0))
+    assert accuracy(model, attacked) <= accuracy(model, few)
+
+
+@each_attack
+def test_an_image_does_not_depend_on_its_batch(attack, trained):
+    model, x = trained
+    other = torch.cat([x[:1], x[10:13] * 0.1])
+    one, two = (
+        attack(model, batch, steps=3, generator=torch.Generator().manual_seed(0))
+        for batch in (x[:4], other)
+    )
+    torch.testing.assert_close(one[:1], two[:1], rtol=0, atol=1e-6)
+
+
+@each_attack
+def test_a_generator_makes_it_repeatable_and_spares_the_global_one(attack):
+    model, x = make_net(), torch.rand(4, 2, 5, 5)
+    before = torch.get_rng_state()
+    runs = [attack(model, x, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@each_attack
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(attack, fails):
+    model = make_net().train()
+    model.norm.eval()  # a mode of its own
+    model.head.weight.requires_grad_(False)
+    stray = torch.full_like(model.conv.weight, 3.0)
+    model.conv.weight.grad = stray
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    seen = []
+
+    def spy(module, args):
+        seen.append(any(m.training for m in model.modules()))
+        if fails and len(seen) == 2:
+            raise ZeroDivisionError
+
+    model.register_forward_pre_hook(spy)
+    x = torch.rand(4, 2, 5, 5)
+    kept = x.clone()
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            attack(model, x)
+    else:
+        attack(model, x)
+    assert seen
+    assert not any(seen)
+    assert [m.training for m in (model, model.conv, model.norm, model.head)] == [1, 1, 0, 1]
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name])
+    assert model.conv.weight.grad is stray
+    assert (stray == 3).all()
+    assert [p.grad is None for p in model.parameters()] == [False] + [True] * 5
+    assert [p.requires_grad for p in model.parameters()] == [True] * 4 + [False, True]
+    assert torch.equal(x, kept)
+    assert not x.requires_grad
+    assert x.grad is None
+
+
+@each_attack
+def test_under_no_grad_and_for_inputs_with_a_graph(attack):
+    model = make_net()
+    x = torch.rand(4, 2, 5, 5)
+    plain = attack(model, x, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        quiet = attack(model, x, generator=torch.Generator().manual_seed(0))
+    tracked = attack(model, x.requires_grad_(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain, quiet)
+    assert torch.equal(plain, tracked)
+    assert x.grad is None
+
+
+@each_attack
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_and_autocast(attack, dtype):
+    x = torch.rand(4, 2, 5, 5)
+    assert attack(make_net(dtype=dtype), x.to(dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attack(make_net(), x).dtype == torch.float32
+
+
+X = torch.rand(2, 2, 5, 5)
+NET = make_net()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: kl_attack(NET, X * 2 - 1),
+            ValueError,
+            r"`x` should be in \[0, 1\]. Found `values from -.* normalise inside the model",
+        ),
+        (lambda: kl_attack(NET, X * float("nan")), ValueError, r"`x` should be in \[0, 1\]"),
+        (lambda: kl_attack(NET, X.mul(255).byte()), TypeError, "`x` should have a floating dtype"),
+        (lambda: kl_attack(NET, X, eps=-1), ValueError, "`eps` should be finite and >= 0"),
+        (
+            lambda: kl_attack(NET, X, step_size=0),
+            ValueError,
+            "`step_size` should be finite and > 0",
+        ),
+        (lambda: kl_attack(NET, X, steps=2.5), TypeError, "`steps` should be an integer >= 0"),
+        (lambda: kl_attack(lambda x: x, X), TypeError, "`model` should be a torch.nn.Module"),
+        (
+            lambda: kl_attack(nn.Conv2d(2, 2, 3), X),
+            ValueError,
+            r"`model\(x\)` should be logits, \[batch, classes\]. Found",
+        ),
+        (lambda: pgd_attack(NET, X, Y[:3]), ValueError, r"`target` should be class indices"),
+        (
+            lambda: pgd_attack(NET, X, torch.eye(3)[:2]),
+            ValueError,
+            r"int64, \[2\]. Found `\(2, 3\)",
+        ),
+        (
+            lambda: pgd_attack(NET, X, Y[:2], loss="cw"),
+            ValueError,
+            "`loss` should be one of 'cross_entropy', 'margin'. Found `loss = 'cw'`",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,98 @@
+"""kl_adv_loss against hand-computed values and numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rgp_optim import kl_adv_loss
+from rgp_optim.losses import kl_divergence
+
+LOGITS = hnp.arrays(np.float64, (3, 4), elements=st.floats(-30, 30))
+
+
+def numpy_loss(z, z_adv, y, beta):
+    p, q = (np.exp(a) / np.exp(a).sum(1, keepdims=True) for a in (z, z_adv))
+    natural = -np.log(p[np.arange(len(y)), y]).mean()
+    return natural + beta * (p * np.log(p / q)).sum(1).mean()
+
+
+def test_a_value_computed_by_hand():
+    """p = (3/4, 1/4), q = (1/2, 1/2), y = 0: CE = ln(4/3), KL = 3/4 ln(3/2) + 1/4 ln(1/2)."""
+    z = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
+    z_adv = torch.zeros(1, 2, dtype=torch.float64)
+    y = torch.tensor([0])
+    natural = math.log(4 / 3)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert kl_adv_loss(z, z_adv, y).item() == pytest.approx(natural + kl, rel=1e-14)
+    assert kl_adv_loss(z, z_adv, y, beta=6).item() == pytest.approx(natural + 6 * kl, rel=1e-14)
+    assert kl_adv_loss(z, z_adv, y, beta=0).item() == pytest.approx(natural, rel=1e-14)
+    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert kl_divergence(z_adv, z).item() == pytest.approx(reverse, rel=1e-14)
+
+
+@given(LOGITS, LOGITS, st.floats(0, 10))
+def test_the_loss_is_numpys(z, z_adv, beta):
+    y = np.array([0, 3, 1])
+    got = kl_adv_loss(*map(torch.from_numpy, (z, z_adv, y)), beta=beta).item()
+    assert got == pytest.approx(numpy_loss(z, z_adv, y, beta), rel=1e-9, abs=1e-9)
+
+
+@given(LOGITS, LOGITS)
+def test_the_divergence_is_not_negative_and_zero_on_itself(p, q):
+    p, q = torch.from_numpy(p), torch.from_numpy(q)
+    assert kl_divergence(p, q) >= -1e-12
+    assert kl_divergence(p, p) == 0
+    torch.testing.assert_close(kl_divergence(p + 5, q - 7), kl_divergence(p, q))
+
+
+def test_gradients_flow_into_both_arguments():
+    z, z_adv = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y = torch.tensor([0, 1, 2, 0])
+    assert torch.autograd.gradcheck(lambda a, b: kl_adv_loss(a, b, y, beta=2.0), (z, z_adv))
+    kl_divergence(z, z_adv).backward()
+    assert z.grad.abs().sum() > 0
+    assert z_adv.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    z, z_adv = (torch.randn(5, 4).mul(20).to(dtype) for _ in range(2))
+    y = torch.tensor([0, 1, 2, 3, 0])
+    got = kl_adv_loss(z, z_adv, y)
+    assert got.dtype == torch.float32
+    want = kl_adv_loss(z.double(), z_adv.double(), y)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_class_probabilities_as_targets():
+    z = torch.randn(3, 4)
+    y = torch.tensor([1, 0, 3])
+    hard, soft = kl_adv_loss(z, z, y), kl_adv_loss(z, z, torch.eye(4)[y])
+    torch.testing.assert_close(hard, soft)
+
+
+Z, Y = torch.zeros(2, 3), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("args", "beta", "error", "message"),
+    [
+        ((Z[0], Z[0], Y), 1.0, ValueError, r"`logits` should be real and \[batch, classes\]"),
+        ((Z, Z[:, :2], Y), 1.0, ValueError, "`logits_adv` should match `logits`"),
+        ((Z, Z.half(), Y), 1.0, ValueError, "torch.float16 on cpu against"),
+        ((Z.long(), Z, Y), 1.0, TypeError, "`logits` should have a floating dtype"),
+        ((Z, Z, Y.int()), 1.0, ValueError, r"`target` should be class indices, int64, \[2\]"),
+        ((Z, Z, Y[:1]), 1.0, ValueError, r"or class probabilities, \[2, 3\]. Found `\(1,\)"),
+        ((Z, Z, [0, 1]), 1.0, TypeError, "`target` should be a tensor"),
+        ((Z, Z, Y), -1.0, ValueError, "`beta` should be finite and >= 0. Found `beta = -1.0`"),
+        ((Z, Z, Y), "6", TypeError, "`beta` should be a number >= 0"),
+    ],
+)
+def test_refusals(args, beta, error, message):
+    with pytest.raises(error, match=message):
+        kl_adv_loss(*args, beta=beta)

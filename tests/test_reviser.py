@@ -1,0 +1,349 @@
+"""ConsistencyReviser: the average against a plain loop, its loss, its draws, its checkpoints."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from common import make_batch, make_net
+from torch import nn
+
+from rgp_optim import ConsistencyReviser
+
+
+def disturb(model, seed):
+    """Change every weight and running statistic, as a training step does."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for t in [*model.parameters(), *model.buffers()]:
+            if t.is_floating_point():
+                t.add_(torch.randn(t.shape, generator=g).to(t.dtype))
+            else:
+                t.add_(1)
+
+
+def tensors(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+def disk(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# Limits.
+
+
+def test_rate_zero_never_moves_and_decay_zero_copies():
+    model = make_net()
+    start = copy.deepcopy(model)
+    still, follows = ConsistencyReviser(model, rate=0.0), ConsistencyReviser(model, rate=1, decay=0)
+    for seed in range(3):
+        disturb(model, seed)
+        assert not still.update()
+        assert follows.update()
+        assert all(map(torch.equal, tensors(follows.model), tensors(model)))
+    assert all(map(torch.equal, tensors(still.model), tensors(start)))
+
+
+def test_nothing_is_shared_and_nothing_learns():
+    model = make_net()
+    model.conv.weight.grad = torch.ones_like(model.conv.weight)
+    model.train()
+    reviser = ConsistencyReviser(model)
+    theirs = {t.untyped_storage().data_ptr() for t in tensors(model)}
+    assert all(t.untyped_storage().data_ptr() not in theirs for t in tensors(reviser.model))
+    assert not any(p.requires_grad or p.grad is not None for p in reviser.model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in reviser.model.modules())
+    assert model.training
+
+
+# The average.
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+@pytest.mark.parametrize("ramp", [False, True])
+def test_the_average_is_a_plain_loops(ramp, buffers):
+    model = make_net(dtype=torch.float64)
+    reviser = ConsistencyReviser(model, rate=0.5, decay=0.9, ramp=ramp, buffers=buffers, seed=3)
+    parameters, statistics = list(model.parameters()), list(model.buffers())
+    want = [t.clone() for t in [*parameters, *statistics]]
+    moved = []
+    for t in range(20):
+        disturb(model, t)
+        moved.append(reviser.update())
+        d = min(1 - 1 / (t + 1), 0.9) if ramp else 0.9
+        if moved[-1]:
+            for i, now in enumerate(tensors(model)):
+                whole = now.dtype == torch.int64 or (buffers == "copy" and i >= len(parameters))
+                want[i] = now.clone() if whole else d * want[i] + (1 - d) * now.detach()
+    assert 3 < sum(moved) < 17
+    for got, expected in zip(tensors(reviser.model), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    assert reviser.model.norm.num_batches_tracked.dtype == torch.int64
+
+
+def test_constant_target_has_a_closed_form():
+    model = nn.Linear(2, 1).double()
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.99)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(100):
+        reviser.update()
+    torch.testing.assert_close(reviser.model.weight, start + (1 - 0.99**100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_averaged_in_float32(dtype):
+    """In bfloat16 itself, steps of 0.001 of the difference round away and the average freezes."""
+    model = nn.Linear(50, 40).to(dtype)
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.999)
+    start = model.weight.detach().double()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    target = model.weight.detach().double()
+    for _ in range(200):
+        reviser.update()
+    assert reviser.model.weight.dtype == dtype
+    want = target + 0.999**200 * (start - target)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=eps)
+
+
+def test_horizon_is_the_time_constant_as_a_fraction_of_the_run():
+    model = nn.Linear(1, 1)
+    published = ConsistencyReviser(model, horizon=0.064, total_steps=78_200)
+    assert published.decay == pytest.approx(0.999, abs=1e-6)
+    assert ConsistencyReviser(model).decay == 0.999
+    short = ConsistencyReviser(model, rate=0.5, horizon=0.1, total_steps=400)
+    assert short.decay == pytest.approx(1 - 1 / 20)
+    falling = ConsistencyReviser(model, rate=lambda t: 1 - t / 100, horizon=0.1, total_steps=100)
+    assert falling.decay == pytest.approx(1 - 1 / 5.05)
+
+
+# Draws.
+
+
+def test_draws_have_the_rate_and_are_their_own():
+    model = nn.Linear(1, 1)
+    before = torch.get_rng_state()
+    reviser, same, other = (ConsistencyReviser(model, rate=0.2, seed=s) for s in (0, 0, 1))
+    draws = [[r.update() for _ in range(4000)] for r in (reviser, same, other)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert draws[0] == draws[1] != draws[2]
+    deviation = math.sqrt(4000 * 0.2 * 0.8)
+    assert abs(sum(draws[0]) - 800) < 4 * deviation
+    assert reviser.steps == 4000
+
+
+def test_rate_can_follow_a_schedule():
+    seen = []
+
+    def rate(step):
+        seen.append(step)
+        return 1.0 if step < 2 else 0.0
+
+    reviser = ConsistencyReviser(nn.Linear(1, 1), rate=rate)
+    seen.clear()
+    assert [reviser.update() for _ in range(4)] == [True, True, False, False]
+    assert seen == [0, 1, 2, 3]
+    reviser.rate = 1.0
+    assert reviser.update()
+
+
+# The loss.
+
+
+def test_the_loss_is_the_sum_of_two_divergences():
+    model = make_net(dtype=torch.float64)
+    reviser = ConsistencyReviser(model)
+    disturb(model, 1)
+    x, x_adv, _ = make_batch(dtype=torch.float64)
+    logits, logits_adv = model(x), model(x_adv)
+    loss = reviser(x, x_adv, logits, logits_adv)
+    want = 0.0
+    with torch.no_grad():
+        for batch, out in ((x, logits), (x_adv, logits_adv)):
+            p = reviser.model(batch).softmax(1)
+            want += (p * (p.log() - out.softmax(1).log())).sum() / len(x)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+    assert loss > 0
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is None for p in reviser.model.parameters())
+
+
+def test_the_loss_is_zero_where_both_agree():
+    model = make_net().eval()
+    reviser = ConsistencyReviser(model)
+    x, x_adv, _ = make_batch()
+    assert reviser(x, x_adv, model(x), model(x_adv)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_looking_changes_no_statistic_of_the_copy():
+    model = make_net().train()
+    reviser = ConsistencyReviser(model)
+    before = [t.clone() for t in tensors(reviser.model)]
+    x, x_adv, _ = make_batch()
+    reviser(x, x_adv, model(x), model(x_adv))
+    assert all(map(torch.equal, before, tensors(reviser.model)))
+    assert model.norm.num_batches_tracked == 2
+
+
+def test_compiled_and_parallel_models_are_unwrapped():
+    model = make_net()
+    reviser = ConsistencyReviser(torch.compile(nn.DataParallel(model), backend="eager"), rate=1)
+    assert type(reviser.model) is type(model)
+    disturb(model, 0)
+    assert reviser.update()
+
+
+# Checkpoints and copies.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_is_bit_exact(dtype):
+    model, again = make_net(dtype=dtype), make_net(seed=1, dtype=dtype)
+    reviser = ConsistencyReviser(model, rate=0.4, decay=0.9, seed=5)
+    for t in range(10):
+        disturb(model, t)
+        reviser.update()
+    resumed = ConsistencyReviser(again, rate=0.4, decay=0.5, seed=6)
+    resumed.load_state_dict(disk(reviser.state_dict()))
+    again.load_state_dict(model.state_dict())
+    draws = []
+    for t in range(10, 30):
+        disturb(model, t)
+        disturb(again, t)
+        draws.append((reviser.update(), resumed.update()))
+    assert all(a == b for a, b in draws)
+    assert len(set(draws)) == 2
+    assert all(map(torch.equal, tensors(reviser.model), tensors(resumed.model)))
+    assert reviser.steps == resumed.steps == 30
+
+
+def test_loading_copies():
+    reviser = ConsistencyReviser(make_net(), rate=1.0)
+    state = reviser.state_dict()
+    other = ConsistencyReviser(make_net(seed=1), rate=1.0)
+    other.load_state_dict(state)
+    other.update()
+    assert not torch.equal(other.model.conv.weight, reviser.model.conv.weight)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_follow_their_own_model(copied):
+    model = make_net()
+    reviser = ConsistencyReviser(model, rate=0.5)
+    twin_model, twin = copied((model, reviser))
+    for t in range(6):
+        disturb(model, t)
+        disturb(twin_model, t)
+        assert reviser.update() == twin.update()
+    assert all(map(torch.equal, tensors(reviser.model), tensors(twin.model)))
+    disturb(twin_model, 9)
+    before = [t.clone() for t in tensors(reviser.model)]
+    for _ in range(20):
+        twin.update()
+    assert all(map(torch.equal, before, tensors(reviser.model)))
+
+
+# Refusals.
+
+LINEAR = nn.Linear(2, 2)
+
+
+class Shares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def __deepcopy__(self, memo):
+        new = Shares()
+        new.weight = nn.Parameter(self.weight.detach())
+        return new
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ConsistencyReviser(lambda x: x), TypeError, "`model` should be a torch.nn.Module"),
+        (lambda: ConsistencyReviser(LINEAR, rate=1.5), ValueError, r"`rate` should be in \[0, 1\]"),
+        (lambda: ConsistencyReviser(LINEAR, rate=lambda t: 2), ValueError, "`rate` should be in"),
+        (lambda: ConsistencyReviser(LINEAR, decay=1.0), ValueError, "1 would never move"),
+        (lambda: ConsistencyReviser(LINEAR, decay=-0.1), ValueError, "`decay` should be in"),
+        (
+            lambda: ConsistencyReviser(LINEAR, decay=0.9, horizon=0.1, total_steps=100),
+            ValueError,
+            "`horizon` should be given in place of `decay`. Found `decay = 0.9, horizon = 0.1`",
+        ),
+        (
+            lambda: ConsistencyReviser(LINEAR, horizon=0.1),
+            ValueError,
+            "`total_steps` should be given with `horizon`.* Pass the steps of the whole run",
+        ),
+        (
+            lambda: ConsistencyReviser(LINEAR, horizon=0.064, total_steps=50),
+            ValueError,
+            r"horizon \* rate \* total_steps >= 1.* Raise it, or give `decay`",
+        ),
+        (lambda: ConsistencyReviser(LINEAR, buffers="sum"), ValueError, "one of 'average', 'copy'"),
+        (lambda: ConsistencyReviser(LINEAR, seed=-1), ValueError, "`seed` should be an integer"),
+        (
+            lambda: ConsistencyReviser(Shares()),
+            ValueError,
+            "without shared storage. Found `weight`",
+        ),
+    ],
+)
+def test_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_shapes_that_do_not_match_are_refused():
+    model = make_net()
+    reviser = ConsistencyReviser(model)
+    x, x_adv, _ = make_batch()
+    out = model(x)
+    with pytest.raises(ValueError, match="`x_adv` should have the shape of `x`"):
+        reviser(x, x_adv[:4], out, out)
+    with pytest.raises(ValueError, match="`logits_adv` should match `logits`"):
+        reviser(x, x_adv, out, out[:, :2])
+
+
+def test_a_changed_model_is_refused_at_update():
+    model = make_net()
+    reviser = ConsistencyReviser(model, rate=1.0)
+    model.head = nn.Linear(16, 5)
+    with pytest.raises(ValueError, match=r"a difference at head.weight, head.bias.* new reviser"):
+        reviser.update()
+    assert reviser.steps == 0
+
+
+def test_a_state_dict_that_does_not_fit_changes_nothing():
+    reviser = ConsistencyReviser(make_net())
+    before = disk(reviser.state_dict())
+    with pytest.raises(
+        ValueError, match=r"`state_dict` should be a reviser's. Found `no decay, gen"
+    ):
+        reviser.load_state_dict({"model": {}})
+    wrong = {**reviser.state_dict(), "model": dict(nn.Linear(1, 1).named_parameters())}
+    with pytest.raises(ValueError, match="should have the parameters and buffers"):
+        reviser.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="decay"):
+        reviser.load_state_dict({**reviser.state_dict(), "decay": 7.0})
+    after = reviser.state_dict()
+    assert before["steps"] == after["steps"]
+    assert torch.equal(before["generator"], after["generator"])
+    assert all(torch.equal(t, after["model"][n]) for n, t in before["model"].items())
