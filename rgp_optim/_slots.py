@@ -1,0 +1,188 @@
+"""The gradients taken for the score: swapped in and out of ``.grad``, cleared, noticed when stale.
+
+A *window* is what lies between two steps: one batch, or several micro-batches whose gradients add
+up. While a role ("natural" or "adversarial") is scored, each parameter's ``.grad`` is that role's
+slot, so that autograd adds to it in place; afterwards ``.grad`` is again what it was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgp_optim._checks import check_choice, error_text
+
+ROLES = ("natural", "adversarial")
+Gradients = dict[Tensor, Tensor]
+
+
+class Slots:
+    """The score gradients of the current window, by role and parameter.
+
+    A window normally ends in `clear`, at the optimizer's ``step`` or ``zero_grad``. It can also end
+    unseen: a gradient scaler skips the step, and then the model, not the optimizer, is asked to set
+        its
+    gradients to None. So one parameter is watched: when the training gradient that was seen there
+    in this window disappears, or is another tensor at the next backward pass, the window is over.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[str, Gradients] = {}
+        self._role: str | None = None
+        self._watched: Tensor | None = None
+        self._training_gradient: Tensor | None = None  # of the watched parameter, in this window
+        self._hook: Any = None
+
+    def __reduce__(self) -> tuple[type[Slots], tuple[()]]:
+        """Copy as empty: the copy of a parameter has no gradient either."""
+        return Slots, ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was taken in this window."""
+        return not self._taken
+
+    @property
+    def busy(self) -> str | None:
+        """The role that is being scored right now."""
+        return self._role
+
+    def gradients(self, role: str) -> Gradients | None:
+        """Return the gradients of ``role`` by parameter; None if none were taken."""
+        self._notice_the_end()
+        return self._taken.get(role)
+
+    def clear(self) -> None:
+        """Forget all gradients: the window is over."""
+        self._taken.clear()
+        self._training_gradient = None
+
+    def watch(self, candidates: Iterable[Tensor]) -> None:
+        """Watch the first of ``candidates`` that can receive a gradient."""
+        p = next((p for p in candidates if p.requires_grad and p.is_leaf), None)
+        if p is None or p is self._watched:
+            return
+        if self._hook is not None:
+            self._hook.remove()
+        self._watched, self._training_gradient = p, None
+        self._hook = p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            self._after_backward
+        )
+
+    def note_training_gradient(self) -> None:
+        """Remember the watched gradient as one that belongs to this window."""
+        if self._watched is not None:
+            self._training_gradient = self._watched.grad
+
+    @contextmanager
+    def filling(self, role: str, params: Sequence[Tensor], keep: Sequence[bool]) -> Iterator[None]:
+        """Let the backward passes inside add to the slots of ``role``.
+
+        Args:
+            role: "natural" or "adversarial".
+            params: Every parameter of the optimizer.
+            keep: Which of them are scored; the others' gradients from inside are dropped.
+        """
+        self._begin(role)
+        start = self._taken.get(role, {})
+        with self._swapped(role, params, start) as taken:
+            yield
+        self._store(
+            role, {p: taken[p] for p, k in zip(params, keep, strict=True) if k and p in taken}
+        )
+
+    @contextmanager
+    def taking(self, role: str, params: Sequence[Tensor]) -> Iterator[Gradients]:
+        """Yield a dict; at the end it holds what the backward passes inside computed."""
+        self._begin(role)
+        with self._swapped(role, params, {}) as taken:
+            yield taken
+
+    def add(self, role: str, gradients: Gradients) -> None:
+        """Add ``gradients`` to the slots of ``role``, which owns them from now on."""
+        slots = self._taken.get(role, {})
+        for p, gradient in gradients.items():
+            if p in slots:
+                gradient = slots[p].add_(gradient)
+            slots[p] = gradient
+        self._store(role, slots)
+
+    def _begin(self, role: str) -> None:
+        check_choice("role", role, ROLES)
+        if self._role is not None:
+            rule = "be scored outside any other scoring block"
+            raise RuntimeError(error_text(role, rule, f"inside score({self._role!r})"))
+        self._notice_the_end()
+
+    @contextmanager
+    def _swapped(
+        self, role: str, params: Sequence[Tensor], start: Mapping[Tensor, Tensor]
+    ) -> Iterator[Gradients]:
+        """Put ``start`` into ``.grad``; at the end take out what is there and undo the swap."""
+        outside = [p.grad for p in params]
+        taken: Gradients = {}
+        self._role = role
+        try:
+            for p in params:
+                p.grad = start.get(p)
+            before = {p: g._version for p, g in start.items()}
+            yield taken
+            for p in params:
+                if p.grad is not None:
+                    taken[p] = p.grad.clone() if _is_view_of_more(p.grad) else p.grad
+            if all(g is start.get(p) and g._version == before[p] for p, g in taken.items()):
+                raise RuntimeError(
+                    f"score({role!r}): no parameter received a gradient. Call `.backward()` inside "
+                    "the block, on a loss that depends on the optimizer's parameters: not "
+                    "`torch.autograd.grad`, not a detached loss, not with gradient "
+                    "synchronisation switched off."
+                )
+        except BaseException:
+            self.clear()  # half a gradient would choose a wrong mask
+            raise
+        finally:
+            self._role = None
+            for p, gradient in zip(params, outside, strict=True):
+                p.grad = gradient
+
+    def _store(self, role: str, slots: Gradients) -> None:
+        for p, gradient in slots.items():
+            if gradient.layout != torch.strided:
+                self.clear()
+                hint = "Set 'rgp_select': False for its group, or make the gradient dense."
+                found = f"a {gradient.layout} gradient of a {tuple(p.shape)} parameter"
+                raise TypeError(error_text(role, "give dense gradients", found, hint))
+        self._taken[role] = slots
+        if slots and self._watched not in slots:
+            self.watch(slots)
+
+    def _after_backward(self, watched: Tensor) -> None:
+        """Look at the gradient that a backward pass outside of scoring has just left."""
+        if self._role is not None:
+            return
+        seen, now = self._training_gradient, watched.grad
+        if seen is not None and now is not None and now is not seen:
+            # Wrappers that keep gradients in buckets replace them, and so does create_graph.
+            if not (_is_view_of_more(now) or now.requires_grad):
+                self._taken.clear()
+        self._training_gradient = now
+
+    def _notice_the_end(self) -> None:
+        """Forget the gradients if the training gradients that went with them are gone."""
+        if self._training_gradient is not None:
+            assert self._watched is not None
+            if self._watched.grad is None:
+                self.clear()
+            else:
+                self._training_gradient = self._watched.grad
+
+
+def _is_view_of_more(gradient: Tensor) -> bool:
+    """Tell whether a gradient lies in a larger buffer, which its owner may overwrite."""
+    if gradient.layout != torch.strided:
+        return False
+    return gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()

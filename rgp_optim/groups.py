@@ -1,0 +1,87 @@
+"""Param groups: which parameters are selected in, and with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rgp_optim._checks import check_fraction, error_text
+
+__all__ = ["rgp_param_groups"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked ``rgp_*`` settings of a param group."""
+
+    update_fraction: float
+    alpha: float
+    select: bool | None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Settings:
+        """Read and check them; a value that breaks its rule raises."""
+        hint = "It is a setting of a param group."
+        select = group["rgp_select"]
+        if select is not None and not isinstance(select, bool):
+            rule = "be None (two or more dimensions), True (all) or False (none)"
+            raise TypeError(error_text("rgp_select", rule, f"rgp_select = {select!r}"))
+        return cls(
+            check_fraction("rgp_update_fraction", group["rgp_update_fraction"], hint),
+            check_fraction("rgp_alpha", group["rgp_alpha"], hint),
+            select,
+        )
+
+    def selects(self, p: Tensor) -> bool:
+        """Tell whether weights are selected in this parameter, or all of it is updated."""
+        return p.dim() >= 2 if self.select is None else self.select
+
+
+def rgp_param_groups(
+    model: nn.Module, *, leave_out: Iterable[str] = (), **options: Any
+) -> list[dict[str, Any]]:
+    """Build param groups from a model: in which tensors weights are selected, and which stay free.
+
+    Selected is every parameter with two or more dimensions outside the modules left out; biases,
+    normalisation and what is left out is always updated. The groups carry the parameters' names::
+
+        groups = rgp_param_groups(model, leave_out=["fc"], rgp_update_fraction=0.5)
+        opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))
+
+    Args:
+        model: The model; frozen parameters come along, as in ``model.parameters()``.
+        leave_out: Names of modules or parameters, as in ``model.named_modules()``; what they
+            contain is left out too.
+        **options: Settings of the selected group, such as ``rgp_update_fraction``, ``rgp_alpha``,
+            ``lr``.
+
+    Returns:
+        At most two param groups: the selected parameters (``rgp_select=True``), then the others
+        (``rgp_select=False``). One that would be empty is missing.
+
+    Raises:
+        ValueError: a name in ``leave_out`` does not exist in the model.
+        TypeError: ``leave_out`` is a string.
+    """
+    if isinstance(leave_out, str):
+        rule, hint = "be a list of names", f"Write [{leave_out!r}]."
+        raise TypeError(error_text("leave_out", rule, f"leave_out = {leave_out!r}", hint))
+    names = tuple(leave_out)
+    known = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    for name in names:
+        if name not in known or not name:
+            hint = f"The model has {', '.join(n for n, _ in model.named_children())}."
+            raise ValueError(error_text("leave_out", "name modules of the model", name, hint))
+    selected: list[tuple[str, Tensor]] = []
+    free: list[tuple[str, Tensor]] = []
+    for name, p in model.named_parameters():
+        outside = any(name == left or name.startswith(f"{left}.") for left in names)
+        (selected if p.dim() >= 2 and not outside else free).append((name, p))
+    groups: list[dict[str, Any]] = [
+        {"params": selected, "rgp_select": True, **options},
+        {"params": free, "rgp_select": False},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,571 @@
+"""`RGPSelectiveOptimizer`: any torch optimizer, updating only the weights that matter most.
+
+One step: score (the slots) -> select (masks) -> the inner optimizer's step -> conserve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from rgp_optim import functional
+from rgp_optim._checks import check_choice, check_count, check_fraction, error_text
+from rgp_optim._slots import ROLES, Slots
+from rgp_optim._tracking import UpdateTracker
+from rgp_optim.functional import SCOPES, Backend, Scope
+from rgp_optim.groups import Settings
+from rgp_optim.scores import RULES, NothingScored, ScoreInputs, ScoreRule
+
+__all__ = ["RGPSelectiveOptimizer"]
+
+Conserve = Literal["weights", "gradients", "update"]
+CONSERVE = ("weights", "gradients", "update")
+
+
+@dataclass
+class _Rgp:
+    """All that the wrapper owns, in one object that is changed and never replaced.
+
+    Proxies of the wrapper that have a ``__dict__`` of their own then see the same state.
+    """
+
+    inner: torch.optim.Optimizer
+    defaults: dict[str, Any]  # of the rgp_* settings of a param group
+    scope: Scope
+    conserve: Conserve
+    score: str | ScoreRule
+    seed: int
+    backend: Backend
+    slots: Slots = field(default_factory=Slots)
+    trackers: list[UpdateTracker] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the trackers behind, which belong to the original."""
+        return {**self.__dict__, "trackers": []}
+
+
+class RGPSelectiveOptimizer(torch.optim.Optimizer):
+    r"""Wrap an optimizer so that each step updates the top-scored weights and conserves the rest.
+
+    Each weight is scored by its robust gradient prominence,
+
+    .. math:: \mathrm{RGP}(w) = \alpha\,|\partial\,\mathrm{CE}(x) / \partial w|
+              + (1 - \alpha)\,|\partial\,\mathrm{CE}(x_{adv}) / \partial w|,
+
+    and of n weights the ``max(1, round(update_fraction * n))`` highest are updated, never one that
+    scores 0; the rule in full is `rgp_optim.functional.topk_mask`'s. The wrapper is itself a
+    ``torch.optim.Optimizer``: ``param_groups``, ``state`` and checkpoints are the inner one's::
+
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        opt = RGPSelectiveOptimizer(inner, update_fraction=0.7, alpha=0.1)
+        opt.zero_grad()
+        opt.backward(loss, natural=F.cross_entropy(logits, y),
+                     adversarial=F.cross_entropy(logits_adv, y))
+        opt.step()
+
+    A loop that owns its backward call says which pass scores the weights, and steps as before::
+
+        with opt.score("natural"):
+            scaler.scale(F.cross_entropy(logits, y)).backward(retain_graph=True)
+        with opt.score("adversarial"):
+            scaler.scale(F.cross_entropy(logits_adv, y)).backward(retain_graph=True)
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+
+    The settings of a param group are ``rgp_update_fraction``, ``rgp_alpha`` and ``rgp_select``
+    (None: select in tensors with two or more dimensions, update the others always; True: select in
+    all; False: update all always). They can be set before or after wrapping, change during
+    training, and are saved in checkpoints. Tensors whose fraction is 1 are left to the inner
+    optimizer entirely.
+
+    Args:
+        optimizer: The optimizer to wrap, an instance; it may have stepped already. Not LBFGS, which
+            evaluates its closure several times within a step. From now on call the wrapper's
+            methods.
+        update_fraction: Share of the selected weights that is updated, dimensionless, in [0, 1].
+            The paper's p is the percentage conserved: p = 30 is 0.7.
+        alpha: Share of the natural gradient in the score, dimensionless, in [0, 1].
+        scope: ``"tensor"``: the fraction holds in each tensor, as in the paper. ``"global"``: for
+            all selected tensors together; groups with different fractions are selected separately.
+        conserve: ``"weights"``: a conserved weight is bit-identical after the step; the inner
+            optimizer sees a gradient of 0 there, so its momentum decays. ``"gradients"``: only the
+            gradient is set to 0, as in the authors' code: momentum and weight decay still move the
+            weight. ``"update"``: the inner optimizer sees the whole gradient, and the weight is put
+            back.
+        score: A name in `rgp_optim.scores`, or a callable from `rgp_optim.scores.ScoreInputs` to
+            scores.
+        seed: Seed of the ``"random"`` score, an integer >= 0.
+        backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
+
+    Raises:
+        TypeError: ``optimizer`` is a class, no optimizer, LBFGS, or wrapped already; an argument
+            has the wrong type.
+        ValueError: a number is out of its range, or a name unknown.
+
+    Note:
+        ``.grad`` is an ordinary gradient between backward and step: unscaling, clipping and logging
+        see what they expect. In ``step()`` what is conserved is set to 0 in it (not with
+        ``"update"``). A NaN score ranks first, so that it is seen; a scaler that finds infinities
+        skips the step as usual. Step hooks of the wrapper and of the inner optimizer are both
+        called.
+
+    Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
+    """
+
+    # A fused inner optimizer can unscale gradients by itself; through a wrapper it must not.
+    _step_supports_amp_scaling = False
+
+    _rgp: _Rgp
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        update_fraction: float = 0.7,
+        alpha: float = 0.1,
+        scope: Scope = "tensor",
+        conserve: Conserve = "weights",
+        score: str | ScoreRule = "rgp",
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        if not callable(score):
+            check_choice("score", score, RULES, "Or pass a callable: see rgp_optim.scores.")
+        functional.check_backend(backend)
+        rgp = _Rgp(
+            inner=_check_inner(optimizer),
+            defaults={
+                "rgp_update_fraction": check_fraction("update_fraction", update_fraction),
+                "rgp_alpha": check_fraction("alpha", alpha),
+                "rgp_select": None,
+                "rgp_step": 0,
+            },
+            scope=cast(Scope, check_choice("scope", scope, SCOPES)),
+            conserve=cast(Conserve, check_choice("conserve", conserve, CONSERVE)),
+            score=score,
+            seed=check_count("seed", seed),
+            backend=backend,
+        )
+        for group in rgp.inner.param_groups:
+            Settings.of({**rgp.defaults, **group})
+        # The base class's way to come back from a pickle: it adds the hook tables and leaves the
+        # parameter groups, which are the inner optimizer's, alone.
+        self.__setstate__({"_rgp": rgp})
+        self._complete_groups()
+        rgp.slots.watch(self._parameters())
+
+    # What belongs to the inner optimizer stays there; assigning here assigns there.
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The wrapped optimizer. Its own ``step`` knows nothing of the selection."""
+        return self._rgp.inner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's param groups."""
+        return self._rgp.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self._rgp.inner.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state, by parameter."""
+        return self._rgp.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._rgp.inner.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return self._rgp.inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self._rgp.inner.defaults = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies hold: not the ``step`` that schedulers put on an instance."""
+        return {"_rgp": self._rgp}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the inner optimizer; missing ``rgp_*`` settings get the defaults."""
+        Settings.of({**self._rgp.defaults, **param_group})
+        self._rgp.inner.add_param_group(param_group)
+        self._complete_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's checkpoint, with the ``rgp_*`` settings in its groups."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._complete_groups()
+        state_dict = self._rgp.inner.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _or(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this wrapper, or of the plain inner optimizer.
+
+        ``rgp_*`` settings in the checkpoint replace those of the groups, as torch does with ``lr``;
+        where it has none, the groups keep theirs.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(pre_hook(self, state_dict), state_dict)
+        self._complete_groups()
+        names = self._rgp.defaults
+        ours = [{name: group[name] for name in names} for group in self.param_groups]
+        for group in state_dict["param_groups"]:
+            Settings.of({**self._rgp.defaults, **group})
+        self._rgp.inner.load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, ours, strict=True):
+            for name, value in before.items():
+                group.setdefault(name, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and what was taken for the score: a new batch begins."""
+        self._refuse_while_scoring("zero_grad()")
+        self._rgp.slots.clear()
+        self._rgp.inner.zero_grad(set_to_none=set_to_none)
+
+    # Score.
+
+    def score(self, role: Literal["natural", "adversarial"]) -> AbstractContextManager[None]:
+        """Take what the backward passes inside compute for the score, not for the update.
+
+        Outside, before or after, run the backward pass of the loss that is minimised. Gradients of
+        several blocks with the same role add up until `step` or `zero_grad`. A common factor, such
+        as a loss scale, does not change the ranking, so scale both roles alike and never unscale.
+        An exception inside drops all that was taken since the last step.
+
+        Args:
+            role: ``"natural"`` or ``"adversarial"``.
+
+        Returns:
+            A context manager. Inside, ``.grad`` of each parameter is the gradient of this role;
+            afterwards it is what it was before.
+
+        Raises:
+            ValueError: ``role`` is neither.
+            RuntimeError: inside another block; no parameter received a gradient; several processes.
+            TypeError: a selected parameter received a sparse gradient.
+        """
+        check_choice("role", role, ROLES)
+        _refuse_processes()
+        params, keep = self._scored_parameters()
+        return self._rgp.slots.filling(role, params, keep)
+
+    def backward(self, loss: Tensor | None = None, *, natural: Tensor, adversarial: Tensor) -> None:
+        """Run the backward passes of a step: two for the score, one for the gradient in ``.grad``.
+
+        The losses may share their graphs. Under a gradient scaler pass all three scaled:
+        ``opt.backward(scaler.scale(loss), natural=scaler.scale(...),
+        adversarial=scaler.scale(...))``.
+
+        Args:
+            loss: What is minimised; a scalar tensor. None minimises ``natural + adversarial``,
+                which costs no third pass.
+            natural: Cross-entropy on the natural batch; a scalar tensor.
+            adversarial: Cross-entropy on the adversarial batch; a scalar tensor.
+
+        Raises:
+            TypeError: a loss is not a tensor.
+            ValueError: a loss has more than one element, or carries no graph.
+            RuntimeError: no parameter received a gradient; inside a scoring block; several
+                processes.
+        """
+        losses = {"natural": natural, "adversarial": adversarial}
+        for name, each in (losses if loss is None else {"loss": loss, **losses}).items():
+            _check_loss(name, each)
+        if loss is None:
+            self._backward_of_sum(natural, adversarial)
+            return
+        with self.score("natural"):
+            _backward(natural, retain_graph=True)
+        with self.score("adversarial"):
+            _backward(adversarial, retain_graph=True)
+        _backward(loss)
+
+    def _backward_of_sum(self, natural: Tensor, adversarial: Tensor) -> None:
+        """Take both gradients once, for the score and, added, for ``.grad``."""
+        _refuse_processes()
+        slots = self._rgp.slots
+        params, keep = self._scored_parameters()
+        with slots.taking("natural", params) as g_nats:
+            _backward(natural, retain_graph=True)
+        with slots.taking("adversarial", params) as g_advs:
+            _backward(adversarial)
+        scored = {p for p, k in zip(params, keep, strict=True) if k}
+        with torch.no_grad():
+            for role, gradients in (("natural", g_nats), ("adversarial", g_advs)):
+                slots.add(role, {p: g for p, g in gradients.items() if p in scored})
+            for p in params:
+                for g in (g_nats.get(p), g_advs.get(p)):
+                    if g is not None:
+                        p.grad = g.clone() if p.grad is None else p.grad.add_(g)
+        slots.note_training_gradient()
+
+    # Select, step, conserve.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the top-scored weights with the inner optimizer and conserve the others.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called once, with gradients
+                enabled, and expected to clear the gradients, call `backward` and so on itself.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a selected parameter has a gradient but nothing was scored since the last
+                step, or the reverse. With all learning rates 0 the step is passed on instead:
+                checkpointing tools do that.
+            TypeError: a selected parameter has a sparse gradient, or a score has the wrong type.
+            ValueError: a setting is out of its range, or a score has the wrong shape. Whatever is
+                raised before the inner step, no weight and no gradient has been changed.
+        """
+        self._refuse_while_scoring("step()")
+        rgp = self._rgp
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._complete_groups()
+        try:
+            masks = self._select()
+        except NothingScored:
+            if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
+                raise
+            rgp.inner.step()
+            return result
+        if not rgp.slots.empty and all(p.grad is None for p in self._parameters()):
+            raise RuntimeError(
+                "step(): the weights are scored, but no parameter has a gradient to step with. "
+                "Run `loss.backward()` outside the scoring blocks, after `zero_grad()`."
+            )
+        with torch.no_grad():
+            self._step_and_conserve(list(masks), list(masks.values()))
+        for tracker in rgp.trackers:
+            tracker.record([(p, masks.get(p)) for p in self._parameters() if p.grad is not None])
+        for group in self.param_groups:
+            group["rgp_step"] += 1
+        return result
+
+    def _select(self) -> dict[Tensor, Tensor]:
+        """Return a mask for each parameter of which a part is updated."""
+        entries: list[_Entry] = []
+        index = 0
+        for group in self.param_groups:
+            settings = Settings.of(group)
+            for p in group["params"]:
+                g = p.grad
+                if g is not None and settings.selects(p) and settings.update_fraction < 1.0:
+                    if g.layout != torch.strided:
+                        hint = "Set 'rgp_select': False for its group, or make the gradient dense."
+                        found = f"a {g.layout} gradient of a {tuple(p.shape)} parameter"
+                        raise TypeError(error_text("grad", "be dense", found, hint))
+                    entries.append(_Entry(p, g, index, group["rgp_step"], settings))
+                index += 1
+        masks = {
+            e.p: torch.zeros_like(e.p, dtype=torch.bool)
+            for e in entries
+            if e.settings.update_fraction == 0.0
+        }
+        entries = [e for e in entries if e.p not in masks]
+        with torch.no_grad():
+            if self._rgp.scope == "tensor":
+                masks.update(self._masks(entries))
+            else:  # groups with different fractions cannot share a threshold
+                for fraction in dict.fromkeys(e.settings.update_fraction for e in entries):
+                    pool = [e for e in entries if e.settings.update_fraction == fraction]
+                    masks.update(self._masks(pool))
+        return masks
+
+    def _masks(self, entries: Sequence[_Entry]) -> dict[Tensor, Tensor]:
+        """Score and select in ``entries``, under the scope."""
+        rgp = self._rgp
+        if not entries:
+            return {}
+        inputs = [
+            ScoreInputs(e.p, e.gradient, e.settings.alpha, e.step, e.index, rgp.seed, rgp.slots)
+            for e in entries
+        ]
+        fractions = [e.settings.update_fraction for e in entries]
+        if rgp.score == "rgp":
+            masks = functional.rgp_topk_masks(
+                [s.natural if s.alpha > 0.0 else None for s in inputs],
+                [s.adversarial if s.alpha < 1.0 else None for s in inputs],
+                alpha=[s.alpha for s in inputs],
+                update_fraction=fractions,
+                scope=rgp.scope,
+                backend=rgp.backend,
+            )
+        else:
+            rule = RULES[rgp.score] if isinstance(rgp.score, str) else rgp.score
+            scores = [_check_score(rule(s), s.weight) for s in inputs]
+            masks = functional.topk_masks(scores, fractions, rgp.scope, rgp.backend)
+        return dict(zip((e.p for e in entries), masks, strict=True))
+
+    def _step_and_conserve(self, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        """Run the inner step; before and after it do what ``conserve`` asks for."""
+        rgp = self._rgp
+        saved = []
+        if rgp.conserve != "gradients":
+            spare = rgp.slots.gradients("natural") or {}  # their work is done: no memory is added
+            saved = [_copy_into(spare.get(p), p) for p in params]
+        if rgp.conserve != "update":
+            functional.mask_([p.grad for p in params if p.grad is not None], masks)
+        try:
+            rgp.inner.step()
+        finally:  # also when the inner optimizer stops half-way
+            rgp.slots.clear()
+            if rgp.conserve != "gradients":
+                functional.conserve_(params, saved, masks)
+
+    # Ask.
+
+    def track_updates(self) -> UpdateTracker:
+        """Count from now on which fraction of each parameter is updated.
+
+        Returns:
+            A tracker: ``last()`` and ``mean()`` give fractions in [0, 1] by parameter name,
+            ``reset()`` begins a new window, ``stop()`` ends counting. Names are those of
+            `rgp_param_groups` or of a ``named_parameters()`` given to the inner optimizer;
+            otherwise ``group0.param3``.
+        """
+        trackers = self._rgp.trackers
+
+        def stop(tracker: UpdateTracker) -> None:
+            if tracker in trackers:
+                trackers.remove(tracker)
+
+        trackers.append(UpdateTracker(self._names, stop))
+        return trackers[-1]
+
+    def _names(self) -> dict[Tensor, str]:
+        names: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            fallback = [f"group{i}.param{j}" for j in range(len(group["params"]))]
+            names.update(zip(group["params"], group.get("param_names", fallback), strict=True))
+        return names
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _scored_parameters(self) -> tuple[list[Tensor], list[bool]]:
+        """Return all parameters, and which of them the score is for."""
+        self._complete_groups()
+        keep = []
+        for group in self.param_groups:
+            settings = Settings.of(group)
+            keep += [settings.selects(p) for p in group["params"]]
+        return self._parameters(), keep
+
+    def _complete_groups(self) -> None:
+        """Give each param group the ``rgp_*`` settings that it lacks."""
+        for group in self.param_groups:
+            for name, value in self._rgp.defaults.items():
+                group.setdefault(name, value)
+
+    def _refuse_while_scoring(self, what: str) -> None:
+        if self._rgp.slots.busy is not None:
+            found = f"inside score({self._rgp.slots.busy!r})"
+            raise RuntimeError(error_text(what, "be called outside scoring blocks", found))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter in which weights are selected in this step."""
+
+    p: Tensor
+    gradient: Tensor
+    index: int
+    step: int
+    settings: Settings
+
+
+def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer if it can be wrapped."""
+    if isinstance(optimizer, type):
+        hint = f"Write RGPSelectiveOptimizer({optimizer.__name__}(model.parameters(), ...))."
+        found = f"the class {optimizer.__name__}"
+        raise TypeError(error_text("optimizer", "be an instance, not a class", found, hint))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        found = f"{type(optimizer).__name__}"
+        raise TypeError(error_text("optimizer", "be a torch.optim.Optimizer", found))
+    if isinstance(optimizer, RGPSelectiveOptimizer):
+        raise TypeError(error_text("optimizer", "not be wrapped already", "RGPSelectiveOptimizer"))
+    if isinstance(optimizer, torch.optim.LBFGS):
+        hint = (
+            "LBFGS evaluates its closure several times within a step. Use a first-order optimizer."
+        )
+        raise TypeError(error_text("optimizer", "take one gradient a step", "LBFGS", hint))
+    return optimizer
+
+
+def _check_loss(name: str, loss: Any) -> None:
+    """Refuse what has no single number to differentiate."""
+    if not isinstance(loss, Tensor):
+        found = f"{type(loss).__name__}"
+        raise TypeError(error_text(name, "be a scalar tensor", found))
+    if loss.numel() != 1:
+        hint = "Reduce it with .mean() or .sum()."
+        raise ValueError(error_text(name, "be a scalar", f"shape {tuple(loss.shape)}", hint))
+    if not loss.requires_grad:
+        hint = "Compute it from the model's output with gradients enabled; do not detach it."
+        raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
+
+
+def _backward(loss: Tensor, retain_graph: bool = False) -> None:
+    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+
+def _check_score(score: Any, weight: Tensor) -> Tensor:
+    """Return what a score rule returned, if it can rank the weights."""
+    if not isinstance(score, Tensor):
+        raise TypeError(error_text("score", "return a tensor", type(score).__name__))
+    if score.shape != weight.shape or score.device != weight.device:
+        rule = (
+            f"return the shape and device of the weight, {tuple(weight.shape)} on {weight.device}"
+        )
+        found = f"{tuple(score.shape)} on {score.device}"
+        raise ValueError(error_text("score", rule, found))
+    return score.detach()
+
+
+def _copy_into(spare: Tensor | None, p: Tensor) -> Tensor:
+    """Return a copy of ``p``, in ``spare`` where that fits."""
+    fits = spare is not None and spare.dtype == p.dtype and spare.shape == p.shape
+    if fits and spare is not None and spare.device == p.device:
+        return spare.copy_(p)
+    return p.detach().clone()
+
+
+def _refuse_processes() -> None:
+    """Refuse what this version cannot do right: each process would choose a mask of its own."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        if distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "RGPSelectiveOptimizer scores in one process only, in this version. Found "
+                f"`world_size = {distributed.get_world_size()}`: the processes would choose "
+                "different masks and drift apart. Train in one process."
+            )
+
+
+def _or(value: Any, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """Return what a hook returned, or what it was given if it returned None."""
+    return otherwise if value is None else cast(dict[str, Any], value)

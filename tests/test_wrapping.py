@@ -1,0 +1,830 @@
+"""RGPSelectiveOptimizer as a torch.optim.Optimizer: schedulers, checkpoints, copies, AMP, hooks."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import INNER, cure_step, losses, make_batch, make_net, plain_step, same_bits, snapshot
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import lr_scheduler as lrs
+
+from rgp_optim import RGPSelectiveOptimizer, rgp_param_groups
+
+SELECT_ALL = dict(update_fraction=0.3)
+
+
+def wrap(model, make_inner=None, **options):
+    make_inner = make_inner or INNER["SGD momentum wd"]
+    return RGPSelectiveOptimizer(make_inner(model.parameters()), **{**SELECT_ALL, **options})
+
+
+def assert_same(model_a, model_b):
+    for a, b in zip(snapshot(model_a), snapshot(model_b), strict=True):
+        assert same_bits(a, b)
+
+
+def disk(state_dict):
+    """Through a file, as a safe loader reads it."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# An optimizer like any other.
+
+
+def test_it_is_the_inner_optimizer_to_whoever_looks():
+    model = make_net()
+    opt = wrap(model)
+    assert isinstance(opt, torch.optim.Optimizer)
+    assert opt.param_groups is opt.inner.param_groups
+    assert opt.state is opt.inner.state
+    assert opt.defaults is opt.inner.defaults
+    assert opt.step.__self__ is opt  # schedulers want a bound method
+    assert "rgp_update_fraction: 0.3" in repr(opt)
+    new_groups = [{**opt.param_groups[0], "lr": 7.0}]
+    opt.param_groups = new_groups
+    assert opt.inner.param_groups is new_groups
+    opt.state = {}
+    assert opt.inner.state == {}
+    opt.defaults = {"lr": 1.0}
+    assert opt.inner.defaults == {"lr": 1.0}
+    assert not hasattr(opt, "momentum")
+    assert opt._step_supports_amp_scaling is False
+
+
+def test_an_optimizer_that_has_stepped_already_can_be_wrapped():
+    model, other = make_net(), make_net()
+    inner, reference = (INNER["AdamW"](m.parameters()) for m in (model, other))
+    plain_step(model, inner)
+    plain_step(other, reference)
+    opt = RGPSelectiveOptimizer(inner, update_fraction=1.0)
+    cure_step(model, opt, 1)
+    plain_step(other, reference, 1)
+    assert_same(model, other)
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 0.9**t),
+    "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: lrs.StepLR(o, 2),
+    "MultiStepLR": lambda o: lrs.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: lrs.ConstantLR(o, 0.5, 2),
+    "LinearLR": lambda o: lrs.LinearLR(o, 0.5, total_iters=3),
+    "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lrs.PolynomialLR(o, 5),
+    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 2),
+    "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1, 2),
+    "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, total_steps=6),
+    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0),
+    "SequentialLR": lambda o: lrs.SequentialLR(
+        o, [lrs.ConstantLR(o, 0.1, 2), lrs.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: lrs.ChainedScheduler(
+        [lrs.ConstantLR(o, 0.1, 2), lrs.ExponentialLR(o, 0.9)]
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, 3),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_every_scheduler_reaches_the_inner_optimizer(make):
+    model, other = make_net(), make_net()
+    opt = wrap(model, update_fraction=1.0)
+    reference = INNER["SGD momentum wd"](other.parameters())
+    schedulers = [make(opt), make(reference)]
+    for seed in range(5):
+        cure_step(model, opt, seed)
+        plain_step(other, reference, seed)
+        for scheduler in schedulers:
+            plateau = isinstance(scheduler, lrs.ReduceLROnPlateau)
+            scheduler.step(*([1.0] if plateau else []))
+        assert opt.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
+        assert opt.param_groups[0]["momentum"] == reference.param_groups[0]["momentum"]
+    assert_same(model, other)
+
+
+def test_hooks_of_the_wrapper_and_of_the_inner_optimizer_run():
+    model = make_net()
+    opt = wrap(model)
+    seen = []
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    opt.inner.register_step_pre_hook(lambda *_: seen.append("inner pre"))
+    opt.inner.register_step_post_hook(lambda *_: seen.append("inner post"))
+    opt.register_state_dict_pre_hook(lambda _: seen.append("save"))
+    opt.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
+    opt.register_load_state_dict_pre_hook(lambda _, state: seen.append(("load", state["note"])))
+    opt.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    cure_step(model, opt)
+    opt.load_state_dict(opt.state_dict())
+    order = ["pre", "inner pre", "inner post", "post", "save", ("load", 1), "loaded"]
+    assert seen == order
+
+
+def test_a_hook_after_the_inner_step_cannot_move_a_conserved_weight():
+    model = make_net()
+    opt = wrap(model, update_fraction=0.0)
+    start = snapshot(model)
+
+    def disturb(optimizer, args, kwargs):
+        with torch.no_grad():
+            model.conv.weight.add_(1)
+
+    opt.inner.register_step_post_hook(disturb)
+    cure_step(model, opt)
+    assert same_bits(model.conv.weight.detach(), start[0])
+
+
+def test_closure():
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model), wrap(other)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss, nat, adv = losses(model, *make_batch())
+        opt.zero_grad()
+        opt.backward(loss, natural=nat, adversarial=adv)
+        return loss
+
+    with torch.no_grad():
+        loss = opt.step(closure)
+    assert torch.equal(loss, cure_step(other, reference))
+    assert calls == [1]
+    assert_same(model, other)
+
+
+def test_add_param_group():
+    model = make_net()
+    extra = nn.Parameter(torch.zeros(2, 5))
+    opt = wrap(model)
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": [extra], "rgp_update_fraction": 0.5})
+    assert opt.param_groups[1]["rgp_alpha"] == 0.1
+    _, nat, adv = losses(model, *make_batch())
+    opt.backward(natural=nat + extra.sum(), adversarial=adv + extra.sum())
+    opt.step()
+    assert (extra != 0).reshape(-1).tolist() == [True] * 5 + [False] * 5
+    opt.inner.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})  # behind our back
+    cure_step(model, opt)
+    assert opt.param_groups[2]["rgp_update_fraction"] == 0.3
+
+
+def test_replaced_parameters_are_followed():
+    """Tools that shard or cast a model put new parameters into the groups."""
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model), wrap(other)
+    cure_step(model, opt)
+    cure_step(other, reference)
+    opt.state.clear()
+    reference.state.clear()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    opt.param_groups[0]["params"] = list(model.parameters())
+    cure_step(model, opt, 1)
+    cure_step(other, reference, 1)
+    assert_same(model, other)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("score", ["rgp", "random"])
+@pytest.mark.parametrize("name", ["SGD momentum wd", "AdamW", "Adafactor"])
+def test_resuming_is_bit_exact(name, score):
+    straight = make_net()
+    opt = wrap(straight, INNER[name], score=score)
+    scheduler = lrs.StepLR(opt, 2)
+    for seed in range(3):
+        cure_step(straight, opt, seed)
+        scheduler.step()
+    saved = disk([straight.state_dict(), opt.state_dict(), scheduler.state_dict()])
+    resumed = make_net(seed=5)
+    again = wrap(resumed, INNER[name], score=score, update_fraction=0.9)
+    again_scheduler = lrs.StepLR(again, 2)
+    for target, state in zip((resumed, again, again_scheduler), saved, strict=True):
+        target.load_state_dict(state)
+    assert again.param_groups[0]["rgp_update_fraction"] == 0.3
+    for seed in range(3, 6):
+        cure_step(straight, opt, seed)
+        cure_step(resumed, again, seed)
+        scheduler.step()
+        again_scheduler.step()
+    assert_same(straight, resumed)
+    for a, b in zip(opt.state.values(), again.state.values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+def test_a_plain_checkpoint_loads_and_keeps_our_settings():
+    model, other = make_net(), make_net()
+    reference = INNER["AdamW"](other.parameters())
+    plain_step(other, reference)
+    opt = wrap(model, INNER["AdamW"])
+    opt.param_groups[0]["rgp_alpha"] = 0.6
+    opt.load_state_dict(state_dict=reference.state_dict())
+    assert opt.param_groups[0]["rgp_alpha"] == 0.6
+    assert len(opt.state) == 6
+    cure_step(model, opt)
+
+
+def test_our_checkpoint_loads_into_the_plain_optimizer():
+    model = make_net()
+    opt = wrap(model, INNER["AdamW"])
+    cure_step(model, opt)
+    plain = INNER["AdamW"](model.parameters())
+    plain.load_state_dict(opt.state_dict())
+    plain_step(model, plain)
+
+
+def test_a_bad_checkpoint_is_refused_before_anything_changes():
+    model = make_net()
+    opt = wrap(model)
+    cure_step(model, opt)
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["rgp_update_fraction"] = 1.5
+    state["param_groups"][0]["lr"] = 99.0
+    with pytest.raises(ValueError, match=r"`rgp_update_fraction` should be in \[0, 1\]"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("name", ["SGD momentum wd", "AdamW"])
+def test_distributed_checkpoint_state_dicts(name, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = make_net()
+    opt = wrap(model, INNER[name])
+    cure_step(model, opt)
+    saved = disk(get_optimizer_state_dict(model, opt, options=options))
+    other = make_net(seed=3)
+    fresh = wrap(other, INNER[name], update_fraction=0.9)  # no state yet: the tool makes it step
+    before = snapshot(other)
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    assert_same_values(before, snapshot(other))
+    other.load_state_dict(model.state_dict())
+    assert fresh.param_groups[0]["rgp_update_fraction"] == 0.3
+    assert fresh.param_groups[0]["rgp_step"] == 1
+    cure_step(model, opt, 1)
+    cure_step(other, fresh, 1)
+    assert_same(model, other)
+
+
+def assert_same_values(a, b):
+    assert all(map(same_bits, a, b))
+
+
+def test_distributed_checkpoint_of_an_optimizer_that_never_stepped():
+    model = make_net()
+    opt = wrap(model, INNER["AdamW"])
+    before = snapshot(model)
+    get_optimizer_state_dict(model, opt)
+    assert_same_values(before, snapshot(model))
+    assert opt.param_groups[0]["rgp_step"] == 0
+
+
+# Copies.
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_go_on_alike_and_apart(copied, scheduled):
+    model = make_net()
+    opt = wrap(model)
+    if scheduled:
+        lrs.StepLR(opt, 2)
+    opt.track_updates()
+    cure_step(model, opt)
+    twin_model, twin_opt = copied((model, opt))
+    assert twin_opt.inner is not opt.inner
+    assert twin_opt.param_groups[0]["params"][0] is twin_model.conv.weight
+    assert twin_opt._rgp.trackers == []
+    cure_step(model, opt, 1)
+    moved = snapshot(twin_model)
+    cure_step(twin_model, twin_opt, 1)
+    assert_same(model, twin_model)
+    assert not torch.equal(moved[0], snapshot(twin_model)[0])
+    lrs.StepLR(twin_opt, 2)
+    twin_opt.register_step_post_hook(lambda *_: None)
+    cure_step(model, opt, 2)  # unpickling has not disturbed the original
+
+
+def test_a_copy_in_the_middle_of_a_step():
+    model = make_net()
+    opt = wrap(model)
+    loss, nat, adv = losses(model, *make_batch())
+    opt.backward(loss, natural=nat, adversarial=adv)
+    twin_model, twin_opt = copy.deepcopy((model, opt))
+    twin_opt.step()  # torch copies parameters without their gradients
+    assert_same(model, twin_model)
+    opt.step()
+    cure_step(twin_model, twin_opt)
+
+
+def test_a_model_whose_optimizer_is_wrapped_can_be_saved_and_copied():
+    model = make_net()
+    wrap(model)
+    copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+
+
+# Windows: what was taken for a step dies with it.
+
+
+def take(opt, model, seed):
+    loss, nat, adv = losses(model, *make_batch(seed))
+    opt.backward(loss, natural=nat, adversarial=adv)
+
+
+def take_loss_first(opt, model, seed):
+    loss, nat, adv = losses(model, *make_batch(seed))
+    loss.backward(retain_graph=True)
+    with opt.score("natural"):
+        nat.backward(retain_graph=True)
+    with opt.score("adversarial"):
+        adv.backward(retain_graph=True)
+
+
+def take_without_a_loss(opt, model, seed):
+    _, nat, adv = losses(model, *make_batch(seed))
+    opt.backward(natural=nat, adversarial=adv)
+
+
+@pytest.mark.parametrize("take", [take, take_loss_first, take_without_a_loss])
+@pytest.mark.parametrize("clear", ["optimizer", "model"])
+def test_a_skipped_step_leaves_nothing_behind(clear, take):
+    """As a gradient scaler skips; then the gradients are cleared, by the optimizer or the model."""
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model), wrap(other)
+    (opt if clear == "optimizer" else model).zero_grad()
+    take(opt, model, 7)  # never stepped
+    (opt if clear == "optimizer" else model).zero_grad()
+    model.load_state_dict(make_net().state_dict())  # its BatchNorm has seen one batch more
+    take(opt, model, 1)
+    opt.step()
+    take(reference, other, 1)
+    reference.step()
+    assert_same(model, other)
+
+
+def test_scores_survive_a_model_zero_grad_that_comes_before_the_training_backward():
+    model = make_net()
+    opt = wrap(model)
+    for seed in range(3):
+        loss, nat, adv = losses(model, *make_batch(seed))
+        with opt.score("natural"):
+            nat.backward(retain_graph=True)
+        with opt.score("adversarial"):
+            adv.backward(retain_graph=True)
+        model.zero_grad()
+        loss.backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("order", ["each", "scores first"])
+def test_micro_batches_in_other_orders(order):
+    model, other = make_net().eval(), make_net().eval()
+    opt, reference = wrap(model), wrap(other)
+    parts = [losses(model, *make_batch(seed)) for seed in range(3)]
+    if order == "each":
+        for loss, nat, adv in parts:
+            opt.backward(loss, natural=nat, adversarial=adv)
+    else:
+        for _, nat, adv in parts:
+            with opt.score("natural"):
+                nat.backward(retain_graph=True)
+            with opt.score("adversarial"):
+                adv.backward(retain_graph=True)
+        for loss, _, _ in parts:
+            loss.backward()
+    opt.step()
+    sums = [
+        sum(each) for each in zip(*(losses(other, *make_batch(s)) for s in range(3)), strict=True)
+    ]
+    reference.backward(sums[0], natural=sums[1], adversarial=sums[2])
+    reference.step()
+    for a, b in zip(snapshot(model), snapshot(other), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_exception_in_a_scoring_block_restores_grad_and_drops_the_scores():
+    model = make_net()
+    opt = wrap(model)
+    loss, nat, _ = losses(model, *make_batch())
+    loss.backward(retain_graph=True)
+    grads = [p.grad for p in model.parameters()]
+    with pytest.raises(ZeroDivisionError), opt.score("natural"):
+        nat.backward()
+        raise ZeroDivisionError
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    with pytest.raises(RuntimeError, match="gradients of the natural loss"):
+        opt.step()
+    cure_step(model, opt)
+
+
+def test_an_exception_drops_what_earlier_micro_batches_gave():
+    model = make_net()
+    opt = wrap(model)
+    loss, nat, adv = losses(model, *make_batch())
+    opt.backward(loss, natural=nat, adversarial=adv)
+    _, nat, _ = losses(model, *make_batch(1))
+    with pytest.raises(ZeroDivisionError), opt.score("natural"):
+        nat.backward()  # the slot has this batch's gradient in it now
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="gradients of the natural loss"):
+        opt.step()
+
+
+def test_micro_batches_when_every_parameter_is_selected():
+    """Then a second pass changes slots in place, and nothing but them."""
+    w = nn.Parameter(torch.zeros(1, 3))
+    opt = RGPSelectiveOptimizer(torch.optim.SGD([w], lr=1.0), update_fraction=0.34)
+    for c in ([3.0, 0.0, 0.0], [0.0, 4.0, 0.0], [2.0, 0.0, 0.0]):
+        loss = (w * torch.tensor(c)).sum()
+        opt.backward(loss, natural=loss, adversarial=loss)
+    opt.step()
+    assert w.tolist() == [[-5.0, 0.0, 0.0]]
+
+
+def test_a_gradient_that_lives_in_a_bucket_is_copied():
+    """As DDP keeps them with gradient_as_bucket_view: the next backward pass overwrites it."""
+    w = nn.Parameter(torch.zeros(1, 4))
+    bucket = torch.zeros(10)
+
+    def into_bucket(p):
+        view = bucket[2:6].view(1, 4)
+        if p.grad.data_ptr() != view.data_ptr():
+            view.copy_(p.grad)
+            p.grad = view
+
+    w.register_post_accumulate_grad_hook(into_bucket)
+    opt = RGPSelectiveOptimizer(torch.optim.SGD([w], lr=1.0), update_fraction=0.5, alpha=1.0)
+    with opt.score("natural"):
+        (w * torch.tensor([4.0, 3, 2, 1])).sum().backward()
+    with opt.score("adversarial"):
+        (w * torch.tensor([1.0, 2, 3, 4])).sum().backward()
+    w.sum().backward()
+    opt.step()
+    assert w.tolist() == [[-1.0, -1.0, 0.0, 0.0]]
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("name", ["SGD momentum wd", "SGD fused", "AdamW fused"])
+def test_grad_scaler(name, unscale):
+    """The weights are those of a run without a scaler, and a skipped step changes nothing."""
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model, INNER[name]), wrap(other, INNER[name])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for seed in range(4):
+        state = copy.deepcopy(model.state_dict())
+        loss, nat, adv = losses(model, *make_batch(seed))
+        bad = seed == 1
+        opt.zero_grad()
+        total = scaler.scale(loss) * (float("inf") if bad else 1.0)
+        opt.backward(total, natural=scaler.scale(nat), adversarial=scaler.scale(adv))
+        if unscale:
+            scaler.unscale_(opt)
+            if not bad:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        before = snapshot(model)
+        scaler.step(opt)
+        scaler.update()
+        if bad:
+            assert_same_values(before, snapshot(model))
+            model.load_state_dict(state)
+        else:
+            cure_step(other, reference, seed)
+    assert scaler.get_scale() == 512.0
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast(dtype):
+    model = make_net()
+    opt = wrap(model)
+    x, x_adv, y = make_batch()
+    start = snapshot(model)
+    with torch.autocast("cpu", dtype):
+        nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+    opt.backward(natural=nat, adversarial=adv)
+    opt.step()
+    moved = int((model.head.weight != start[4]).sum())
+    assert 0 < moved <= round(0.3 * model.head.weight.numel())
+
+
+def test_clipping_sees_the_whole_gradient():
+    model = make_net()
+    opt = wrap(model, update_fraction=0.1)
+    loss, nat, adv = losses(model, *make_batch())
+    want = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    opt.backward(loss, natural=nat, adversarial=adv)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    torch.testing.assert_close(
+        norm, torch.linalg.vector_norm(torch.cat([g.flatten() for g in want]))
+    )
+    opt.step()
+
+
+# Sparse gradients.
+
+
+def test_a_sparse_embedding_outside_the_selection():
+    embedding = nn.Embedding(6, 4, sparse=True)
+    head = nn.Linear(4, 3)
+    groups = [
+        {"params": list(embedding.parameters()), "rgp_select": False},
+        {"params": list(head.parameters())},
+    ]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1), update_fraction=0.5)
+    start = embedding.weight.detach().clone()
+    for _ in range(2):
+        nat = head(embedding(torch.tensor([1, 2]))).square().sum()
+        adv = head(embedding(torch.tensor([1, 3]))).square().sum()
+        opt.zero_grad()
+        opt.backward(natural=nat, adversarial=adv)
+        opt.step()
+    moved = (embedding.weight != start).any(1)
+    assert moved.tolist() == [False, True, True, True, False, False]
+
+
+def test_named_parameters_keep_their_names_through_a_checkpoint():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(rgp_param_groups(model), lr=0.1))
+    opt.load_state_dict(disk(opt.state_dict()))
+    tracker = opt.track_updates()
+    cure_step(model, opt)
+    assert set(tracker.last()) == {name for name, _ in model.named_parameters()}
+
+
+# Refusals: each names the argument, the rule, what was found, and the way out.
+
+
+def scored_twice(opt, model):
+    with opt.score("natural"):
+        with opt.score("adversarial"):
+            pass
+
+
+def score_without_backward(opt, model):
+    with opt.score("natural"):
+        pass
+
+
+def score_without_second_backward(opt, model):
+    _, nat, _ = losses(model, *make_batch())
+    with opt.score("natural"):
+        nat.backward()
+    with opt.score("natural"):  # the slot is in .grad, but nothing was added
+        pass
+
+
+def score_by_autograd_grad(opt, model):
+    _, nat, _ = losses(model, *make_batch())
+    with opt.score("natural"):
+        torch.autograd.grad(nat, list(model.parameters()))
+
+
+def step_inside(opt, model):
+    with opt.score("natural"):
+        opt.step()
+
+
+def zero_grad_inside(opt, model):
+    with opt.score("natural"):
+        opt.zero_grad()
+
+
+def step_unscored(opt, model):
+    losses(model, *make_batch())[0].backward()
+    opt.step()
+
+
+def step_half_scored(opt, model):
+    loss, nat, _ = losses(model, *make_batch())
+    with opt.score("natural"):
+        nat.backward(retain_graph=True)
+    loss.backward()
+    opt.step()
+
+
+def step_after_zero_grad(opt, model):
+    loss, nat, adv = losses(model, *make_batch())
+    opt.backward(loss, natural=nat, adversarial=adv)
+    opt.zero_grad()
+    losses(model, *make_batch())[0].backward()
+    opt.step()
+
+
+def step_without_a_loss(opt, model):
+    _, nat, adv = losses(model, *make_batch())
+    with opt.score("natural"):
+        nat.backward()
+    with opt.score("adversarial"):
+        adv.backward()
+    opt.step()
+
+
+def step_after_zero_grad_between(opt, model):
+    loss, nat, adv = losses(model, *make_batch())
+    with opt.score("natural"):
+        nat.backward(retain_graph=True)
+    with opt.score("adversarial"):
+        adv.backward(retain_graph=True)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+
+def step_twice(opt, model):
+    cure_step(model, opt)
+    opt.step()
+
+
+def bad_fraction_later(opt, model):
+    opt.param_groups[0]["rgp_update_fraction"] = -1
+    cure_step(model, opt)
+
+
+def bad_select(opt, model):
+    opt.param_groups[0]["rgp_select"] = "all"
+    cure_step(model, opt)
+
+
+def backward(**kinds):
+    def run(opt, model):
+        loss, nat, adv = losses(model, *make_batch())
+        made = {"loss": loss, "natural": nat, "adversarial": adv}
+        made |= {name: change(made[name]) for name, change in kinds.items()}
+        opt.backward(made["loss"], natural=made["natural"], adversarial=made["adversarial"])
+
+    return run
+
+
+def sparse(opt, model):
+    w = nn.Parameter(torch.zeros(3, 2))
+    opt.add_param_group({"params": [w]})
+    loss = F.embedding(torch.tensor([1]), w, sparse=True).sum()
+    opt.backward(natural=loss, adversarial=loss)
+
+
+def sparse_training_gradient(opt, model):
+    w = nn.Parameter(torch.zeros(3, 2))
+    opt.add_param_group({"params": [w]})
+    loss = F.embedding(torch.tensor([1]), w, sparse=True).sum()
+    opt.backward(loss, natural=w.sum(), adversarial=w.sum())
+    opt.step()
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda o, m: o.score("clean"), ValueError, "`role` should be one of 'natural', 'adv"),
+        (scored_twice, RuntimeError, "`adversarial` should be scored outside any other scoring"),
+        (score_without_backward, RuntimeError, "no parameter received a gradient. Call `.backw"),
+        (score_without_second_backward, RuntimeError, "no parameter received a gradient"),
+        (score_by_autograd_grad, RuntimeError, "not `torch.autograd.grad`"),
+        (step_inside, RuntimeError, r"`step\(\)` should be called outside scoring blocks"),
+        (zero_grad_inside, RuntimeError, r"`zero_grad\(\)` should be called outside scoring"),
+        (step_unscored, RuntimeError, "the gradients of the natural loss, and none were taken"),
+        (step_half_scored, RuntimeError, "the gradients of the adversarial loss, and none"),
+        (step_after_zero_grad, RuntimeError, r"After `zero_grad\(\)` and before `step\(\)`, call"),
+        (
+            step_after_zero_grad_between,
+            RuntimeError,
+            r"After `zero_grad\(\)` and before `step\(\)`",
+        ),
+        (step_without_a_loss, RuntimeError, "are scored, but no parameter has a gradient to step"),
+        (step_twice, RuntimeError, "since the last step or zero_grad"),
+        (bad_fraction_later, ValueError, "`rgp_update_fraction` should be in .* a param group"),
+        (bad_select, TypeError, "`rgp_select` should be None"),
+        (backward(loss=lambda t: t.item()), TypeError, "`loss` should be a scalar tensor. Found"),
+        (backward(natural=lambda t: t.detach()), ValueError, "`natural` should carry a graph"),
+        (backward(adversarial=lambda t: t.repeat(2)), ValueError, "`adversarial` should be a sc"),
+        (sparse, TypeError, "`natural` should give dense gradients.*'rgp_select': False"),
+        (sparse_training_gradient, TypeError, "`grad` should be dense.*'rgp_select': False"),
+    ],
+)
+def test_refusals_in_use(act, error, message):
+    model = make_net()
+    opt = wrap(model)
+    start = snapshot(model)
+    with pytest.raises(error, match=message):
+        act(opt, model)
+    if act is not step_twice:
+        assert_same_values(start, snapshot(model))
+    cure_step_after(opt, model, act)
+
+
+def cure_step_after(opt, model, act):
+    """Whatever was refused, training goes on once the cause is gone."""
+    if act in (bad_fraction_later, bad_select):
+        opt.param_groups[0].update(rgp_update_fraction=0.3, rgp_select=None)
+    cure_step(model, opt)
+
+
+P = [nn.Parameter(torch.zeros(2, 2))]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD),
+            TypeError,
+            r"`optimizer` should be an instance, not a class. Found `the class SGD`. Write",
+        ),
+        (lambda: RGPSelectiveOptimizer(P), TypeError, "`optimizer` should be a torch.optim.Opt"),
+        (lambda: RGPSelectiveOptimizer(torch.optim.LBFGS(P)), TypeError, "LBFGS evaluates its"),
+        (
+            lambda: RGPSelectiveOptimizer(RGPSelectiveOptimizer(torch.optim.SGD(P))),
+            TypeError,
+            "not be wrapped already",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), update_fraction=30),
+            ValueError,
+            r"`update_fraction` should be in \[0, 1\]. Found `update_fraction = 30`",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), alpha="high"),
+            TypeError,
+            r"`alpha` should be a number in \[0, 1\]. Found `alpha: str 'high'`",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), scope="layer"),
+            ValueError,
+            "`scope` should be one of 'tensor', 'global'. Found `scope = 'layer'`",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), conserve="all"),
+            ValueError,
+            "`conserve` should be one of 'weights', 'gradients', 'update'",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), score="taylor"),
+            ValueError,
+            "`score` should be one of 'rgp', .* Or pass a callable",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), backend="tpu"),
+            ValueError,
+            "`backend` should be one of 'auto', 'torch'",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), seed=-1),
+            ValueError,
+            "`seed` should be an integer >= 0",
+        ),
+        (
+            lambda: RGPSelectiveOptimizer(torch.optim.SGD([{"params": P, "rgp_alpha": 2}])),
+            ValueError,
+            r"`rgp_alpha` should be in \[0, 1\]. Found `rgp_alpha = 2`. It is a setting of a p",
+        ),
+    ],
+)
+def test_refusals_when_wrapping(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (lambda s: 1.0, TypeError, "`score` should return a tensor. Found `float`"),
+        (lambda s: s.natural.sum(), ValueError, "`score` should return the shape and device"),
+        (lambda s: s.natural + 0j, TypeError, "`score` should have a real dtype"),
+    ],
+)
+def test_refusals_of_score_rules(rule, error, message):
+    model = make_net()
+    opt = wrap(model, score=rule)
+    start = snapshot(model)
+    with pytest.raises(error, match=message):
+        cure_step(model, opt)
+    assert_same_values(start, snapshot(model))
+
+
+def test_several_processes_are_refused(monkeypatch):
+    model = make_net()
+    opt = wrap(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="one process only, in this version"):
+        cure_step(model, opt)
