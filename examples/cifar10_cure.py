@@ -1,0 +1,556 @@
+"""Train and evaluate CURE, TRADES, adversarial or standard training, on digits or CIFAR-10.
+
+    python examples/cifar10_cure.py                                  # digits: about two minutes
+    python examples/cifar10_cure.py --data cifar10 --download        # the published settings
+
+All methods begin with the same natural warm-up, so runs that differ in ``--method`` alone can be
+compared. Each leaves a table on the screen and, under ``--out``, results.json, curves.png, and
+checkpoints from which ``--resume`` continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import DataError, Images, load_cifar10, load_digits
+from networks import NETWORKS
+from report import nrr, plot, table, versions, write_json, write_whole
+from torch import nn
+from tqdm import tqdm
+
+from rgp_optim import (
+    ConsistencyReviser,
+    RGPSelectiveOptimizer,
+    kl_adv_loss,
+    kl_attack,
+    pgd_attack,
+    rgp_param_groups,
+)
+
+# What the data set decides, unless a flag does. CIFAR-10: the published settings (Gowda et al.,
+# 2024, Table 9) with the weight decay of the authors' code; digits: something that two CPU cores
+# can do.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(
+        network="resnet18",
+        epochs=200,
+        warmup_epochs=20,
+        batch_size=128,
+        lr=0.1,
+        weight_decay=5e-4,
+        schedule="steps",
+        eps=8 / 255,
+        attack_steps=10,
+        beta=5.0,
+        val_size=1000,
+        normalise=([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    ),
+    "digits": dict(
+        network="resnet8",
+        epochs=20,
+        warmup_epochs=8,
+        batch_size=32,
+        lr=0.05,
+        weight_decay=5e-4,
+        schedule="cosine",
+        eps=0.15,
+        attack_steps=7,
+        beta=6.0,
+        val_size=200,
+        normalise=([0.305], [0.376]),
+    ),
+}
+# What may differ between a run and its continuation.
+FREE = {"resume", "overwrite", "out", "warmup_file", "data_dir", "download", "device", "data_label"}
+# What the natural warm-up depends on.
+WARMUP = ["data", "network", "train_size", "val_size", "image_size", "warmup_epochs", "batch_size"]
+WARMUP += ["lr", "momentum", "weight_decay", "schedule", "seed", "bf16", "channels_last"]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="A default in (parentheses) is for CIFAR-10 / digits.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+
+    def by_data(name: str, kind: Any, text: str, **options: Any) -> None:
+        key = name[2:].replace("-", "_")
+        values = " / ".join(
+            f"{DEFAULTS[d][key]:.4g}" if kind is float else str(DEFAULTS[d][key])
+            for d in ("cifar10", "digits")
+        )
+        add(name, type=kind, help=f"{text} ({values})", **options)
+
+    add("--method", choices=("cure", "trades", "at", "standard"), default="cure")
+    add("--data", choices=("digits", "cifar10"), default="digits")
+    add("--data-dir", default="data", help="where cifar-10-batches-py is, or goes (data)")
+    add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
+    add(
+        "--data-label", help="name of the data beside results, when the files are not the originals"
+    )
+    add("--train-size", type=int, help="use that many training images only")
+    by_data("--val-size", int, "training images held out to choose the best epoch")
+    add("--eval-size", type=int, help="use that many test images only")
+    add("--image-size", type=int, help="average images down to this size, for a CPU")
+    by_data("--network", str, "network", choices=list(NETWORKS))
+    by_data("--epochs", int, "epochs after the warm-up")
+    by_data("--warmup-epochs", int, "epochs of natural training that all methods begin with")
+    by_data("--batch-size", int, "images in a batch")
+    by_data("--lr", float, "learning rate at the start of both phases")
+    add("--momentum", type=float, default=0.9, help="of SGD (0.9)")
+    by_data("--weight-decay", float, "weight decay; the paper has 5e-3, its code 5e-4")
+    by_data(
+        "--schedule",
+        str,
+        "learning rate: a tenth at 50 %% and 75 %% of a phase, or a cosine",
+        choices=("steps", "cosine"),
+    )
+    by_data("--eps", float, "radius of the attacks, in pixels of [0, 1]")
+    by_data("--attack-steps", int, "steps of the attack in training")
+    add("--attack-step-size", type=float, help="their length (eps / 4)")
+    by_data("--beta", float, "weight of the KL term; the paper has 1, its code 5, TRADES 6")
+    add("--update-fraction", type=float, default=0.7, help="cure: share of weights updated (0.7)")
+    add("--alpha", type=float, default=0.1, help="cure: natural share of the score (0.1)")
+    add("--scope", choices=("tensor", "global"), default="tensor", help="cure: (tensor)")
+    add(
+        "--conserve",
+        choices=("weights", "gradients", "update"),
+        default="weights",
+        help="cure: (weights)",
+    )
+    add(
+        "--score",
+        choices=("rgp", "signed", "loss_gradient", "random"),
+        default="rgp",
+        help="cure: (rgp)",
+    )
+    add("--gamma", type=float, default=1.0, help="cure: weight of the consistency loss (1)")
+    add("--rate", type=float, default=0.2, help="cure: probability of an update of the copy (0.2)")
+    add(
+        "--horizon",
+        type=float,
+        default=0.064,
+        help="cure: averaging time as a fraction of the run (0.064, the published d = 0.999)",
+    )
+    add("--decay", type=float, help="cure: d itself, in place of --horizon")
+    add("--seed", type=int, default=0, help="of everything that is drawn (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (the GPU if there is one)")
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--channels-last", action="store_true", help="channels_last memory format")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--out", help="folder for what the run leaves (runs/DATA-METHOD-seedN)")
+    add("--warmup-file", help="where the warm-up is kept (beside --out, by its settings)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--overwrite", action="store_true", help="begin anew over an unfinished run in --out")
+    args = parser.parse_args(argv)
+
+    for name, value in DEFAULTS[args.data].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.attack_step_size is None:
+        args.attack_step_size = args.eps / 4
+    if args.out is None:
+        args.out = f"runs/{args.data}-{args.method}-seed{args.seed}"
+    for name in ("epochs", "batch_size", "val_size", "attack_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} should be at least 1.")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other.")
+    if args.download and args.data != "cifar10":
+        parser.error("--download is for --data cifar10; the digits come with scikit-learn.")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+class Run:
+    """One training run: the network, what changes while it trains, and its checkpoints."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.settings = {k: v for k, v in vars(args).items() if k not in FREE | {"normalise"}}
+        self.device = torch.device(args.device)
+        self.out = Path(args.out)
+        data = (
+            load_digits() if args.data == "digits" else load_cifar10(args.data_dir, args.download)
+        )
+        self.data_label = args.data_label or data.label
+        self.train, self.val, self.test = self._split(data.train, data.test)
+        if args.image_size:
+            self.data_label += f", {args.image_size} x {args.image_size} pixels"
+
+        torch.manual_seed(args.seed)
+        mean, std = args.normalise
+        model = NETWORKS[args.network](channels=len(mean), mean=mean, std=std)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=layout)
+        self.net: nn.Module = self.model
+        if args.compile:
+            # Scores and loss share a graph: compiled backward passes may not free what they read.
+            torch._functorch.config.donated_buffer = False
+            self.net = torch.compile(self.model)
+        self.generator = torch.Generator(self.device)  # order, augmentation and attacks
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.seconds = 0.0
+
+    def _split(self, train: Images, test: Images) -> tuple[Images, Images, Images]:
+        """Hold out validation images, cut to the sizes asked for, move to the device."""
+        args = self.args
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+        val, rest = order[: args.val_size], order[args.val_size :]
+        splits = [train[rest[: args.train_size]], train[val], test[: args.eval_size]]
+        if len(splits[0]) < args.batch_size:
+            raise DataError(
+                f"{len(splits[0])} training images are left, less than one batch of "
+                f"{args.batch_size}: lower --batch-size or --val-size."
+            )
+        if args.image_size:
+            splits = [split.shrink(args.image_size) for split in splits]
+        first, second, third = (split.to(self.device) for split in splits)
+        return first, second, third
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    # Training.
+
+    def fit(self, phase: str, method: str, epochs: int, state: dict[str, Any] | None) -> None:
+        """Train for ``epochs`` by ``method``, from ``state`` if there is a checkpoint."""
+        args = self.args
+        steps = len(self.train) // args.batch_size * epochs
+        if method == "cure":
+            groups = rgp_param_groups(self.model)
+        else:
+            groups = [{"params": list(self.model.parameters())}]
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        )
+        reviser = tracker = None
+        if method == "cure":
+            optimizer = RGPSelectiveOptimizer(
+                optimizer,
+                update_fraction=args.update_fraction,
+                alpha=args.alpha,
+                scope=args.scope,
+                conserve=args.conserve,
+                score=args.score,
+                seed=args.seed,
+            )
+            tracker = optimizer.track_updates()
+            horizon = dict(horizon=args.horizon, total_steps=steps)
+            how = horizon if args.decay is None else dict(decay=args.decay)
+            try:
+                reviser = ConsistencyReviser(self.model, rate=args.rate, seed=args.seed, **how)
+            except ValueError as error:
+                raise DataError(f"--rate, --horizon, --decay: {error}") from error
+        scheduler: Any
+        if args.schedule == "cosine":
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        else:
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(
+                optimizer, [steps // 2, steps * 3 // 4]
+            )
+        # Seeded by phase, so that a warm-up from a file leads to the same run as one just made.
+        self.generator.manual_seed(args.seed + (0 if phase == "warm-up" else 1))
+        kept = {"optimizer": optimizer, "scheduler": scheduler}
+        if reviser is not None:
+            kept["reviser"] = reviser
+        done = 0
+        if state is not None:
+            for name, thing in kept.items():
+                thing.load_state_dict(state[name])
+            self.generator.set_state(state["generator"].cpu())
+            done = state["epoch"]
+
+        bar = tqdm(
+            total=steps,
+            initial=done * (steps // epochs),
+            desc=phase if phase == "warm-up" else method,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        for epoch in range(done, epochs):
+            began = time.perf_counter()
+            lr = optimizer.param_groups[0]["lr"]
+            row = self.train_epoch(method, optimizer, reviser, scheduler, bar)
+            if tracker is not None:
+                row["updated"] = tracker.mean()
+                tracker.reset()
+            row["lr"] = lr
+            row["natural"], row["robust"] = self.validate()
+            row["seconds"] = time.perf_counter() - began
+            self.seconds += row["seconds"]
+            self.history.append({"phase": phase, **row})
+            self.keep_best(phase)
+            bar.write(
+                f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}: loss {row['loss']:.3f}, "
+                f"natural {row['natural']:.1f} %, robust {row['robust']:.1f} %, "
+                f"{row['seconds']:.1f} s",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+            states = {name: thing.state_dict() for name, thing in kept.items()}
+            self.save(phase, epoch + 1, states)
+        bar.close()
+
+    def train_epoch(
+        self,
+        method: str,
+        optimizer: Any,
+        reviser: ConsistencyReviser | None,
+        scheduler: Any,
+        bar: Any,
+    ) -> dict[str, Any]:
+        """Train for one epoch; return mean losses. Nothing in the loop waits for the device."""
+        args, net = self.args, self.net
+        attack = dict(
+            eps=args.eps,
+            step_size=args.attack_step_size,
+            steps=args.attack_steps,
+            generator=self.generator,
+        )
+        sums: dict[str, Any] = defaultdict(lambda: torch.zeros((), device=self.device))
+        steps = 0
+        net.train()
+        for x, y in self.train.batches(args.batch_size, self.generator):
+            if args.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            terms: dict[str, torch.Tensor] = {}
+            optimizer.zero_grad()
+            with self.autocast():
+                # Separate forward passes: BatchNorm normalises natural and attacked images apart.
+                if method == "standard":
+                    logits = net(x)
+                    terms["natural"] = loss = F.cross_entropy(logits, y)
+                elif method == "at":
+                    x_adv = pgd_attack(net, x, y, **attack)
+                    logits = net(x_adv)
+                    terms["adversarial"] = loss = F.cross_entropy(logits, y)
+                else:
+                    x_adv = kl_attack(net, x, **attack)
+                    logits, logits_adv = net(x), net(x_adv)
+                    terms["natural"] = F.cross_entropy(logits, y)
+                    terms["adversarial"] = F.cross_entropy(logits_adv, y)
+                    loss = kl_adv_loss(logits, logits_adv, y, beta=args.beta)
+                    if method == "cure":
+                        terms["consistency"] = reviser(x, x_adv, logits, logits_adv)
+                        loss = loss + args.gamma * terms["consistency"]
+            if method == "cure":
+                optimizer.backward(loss, natural=terms["natural"], adversarial=terms["adversarial"])
+                optimizer.step()
+                reviser.update()
+            else:
+                loss.backward()
+                optimizer.step()
+            scheduler.step()
+
+            sums["loss"] += loss.detach()
+            for name, term in terms.items():
+                sums[f"loss_{name}"] += term.detach()
+            steps += 1
+            bar.update()
+            if steps % 50 == 0 and not bar.disable:  # the one look at the device
+                self.show(bar, sums["loss"].item() / steps)
+        self.show(bar, sums["loss"].item() / steps)
+        return {name: total.item() / steps for name, total in sums.items()}
+
+    def show(self, bar: Any, loss: float) -> None:
+        """Show the loss, and the accuracies of the last validation, beside the bar."""
+        text = f"loss {loss:.3f}"
+        if self.history:
+            last = self.history[-1]
+            text += f", natural {last['natural']:.1f} %, robust {last['robust']:.1f} %"
+        bar.set_postfix_str(text)
+
+    # Evaluation.
+
+    def accuracy(self, images: Images, **attack: Any) -> float:
+        """Return how many images are classified rightly, in percent, under an attack if any."""
+        right = torch.zeros((), device=self.device)
+        self.net.eval()
+        for x, y in images.batches(500):
+            with self.autocast():
+                if attack:
+                    x = pgd_attack(self.net, x, y, eps=self.args.eps, **attack)
+                with torch.no_grad():
+                    right += (self.net(x).argmax(1) == y).sum()
+        return 100 * right.item() / len(images)
+
+    def validate(self) -> tuple[float, float]:
+        """Return natural and robust accuracy on the validation images, in percent."""
+        generator = torch.Generator(self.device).manual_seed(self.args.seed)
+        robust = self.accuracy(
+            self.val,
+            step_size=self.args.attack_step_size,
+            steps=self.args.attack_steps,
+            generator=generator,
+        )
+        return self.accuracy(self.val), robust
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the table's columns on the test images, in percent."""
+        # The usual 0.003 at 8/255, for other radii in proportion.
+        pgd20 = dict(steps=20, step_size=0.003 * self.args.eps * 255 / 8)
+        row = {"natural": self.accuracy(self.test)}
+        for name, loss in (("pgd20", "cross_entropy"), ("cw", "margin")):
+            generator = torch.Generator(self.device).manual_seed(self.args.seed)
+            row[name] = self.accuracy(self.test, loss=loss, generator=generator, **pgd20)
+        row["nrr"] = nrr(row["natural"], row["cw"])
+        return row
+
+    def keep_best(self, phase: str) -> None:
+        """Remember the weights of the epoch with the highest robust accuracy after the warm-up."""
+        row = self.history[-1]
+        if phase != "warm-up" and (self.best is None or row["robust"] > self.best["robust"]):
+            weights = {name: t.clone() for name, t in self.model.state_dict().items()}
+            self.best = {"robust": row["robust"], "epoch": len(self.history), "model": weights}
+
+    # Files.
+
+    def save(self, phase: str, epoch: int, states: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all."""
+        state = {
+            "settings": self.settings,
+            "phase": phase,
+            "epoch": epoch,
+            "model": self.model.state_dict(),
+            "generator": self.generator.get_state(),
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            **states,
+        }
+        write_whole(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the checkpoint to go on from, its weights and history already in place."""
+        path = self.out / "checkpoint.pt"
+        finished = (self.out / "results.json").exists()
+        if not self.args.resume:
+            if path.exists() and not finished and not self.args.overwrite:
+                raise DataError(
+                    f"{self.out} holds an unfinished run: add --resume to go on with it, "
+                    "--overwrite to begin anew, or give another --out."
+                )
+            (self.out / "results.json").unlink(missing_ok=True)
+            return None
+        if not path.exists():
+            raise DataError(f"There is nothing to resume in {self.out}: leave out --resume.")
+        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        changed = [
+            f"--{name.replace('_', '-')} was {state['settings'].get(name)!r}, is {value!r}"
+            for name, value in self.settings.items()
+            if state["settings"].get(name) != value
+        ]
+        if changed:
+            raise DataError(f"{path} was made with other settings: {'; '.join(changed)}.")
+        self.model.load_state_dict(state["model"])
+        self.history, self.best = state["history"], state["best"]
+        self.seconds = state["seconds"]
+        return state
+
+    def warm_up(self, state: dict[str, Any] | None) -> None:
+        """Train naturally, or take over what a run with the same settings has left."""
+        args = self.args
+        if state is None and args.warmup_epochs == 0:
+            return
+        key = {name: getattr(args, name) for name in WARMUP}
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        path = Path(args.warmup_file or self.out.parent / f"warmup-{args.data}-{digest}.pt")
+        if state is None and path.exists():
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            if saved["settings"] != key:
+                raise DataError(f"{path} is a warm-up with other settings: give another file.")
+            print(f"warm-up: {args.warmup_epochs} epochs taken from {path}")
+            self.model.load_state_dict(saved["model"])
+            self.history, self.seconds = saved["history"], saved["seconds"]
+            return
+        self.fit("warm-up", "standard", args.warmup_epochs, state)
+        content = {
+            "settings": key,
+            "model": self.model.state_dict(),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        write_whole(path, lambda p: torch.save(content, p))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        run = Run(args)
+        train(run)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; the same command with --resume goes on from {args.out}")
+    report(run)
+
+
+def train(run: Run) -> None:
+    """Run both phases, from the start or from a checkpoint."""
+    args = run.args
+    run.out.mkdir(parents=True, exist_ok=True)
+    state = run.load()
+    print(
+        f"{args.method} on {run.data_label}: {len(run.train)} training, {len(run.val)} validation, "
+        f"{len(run.test)} test images; {args.network}, eps {args.eps:.4g}, beta {args.beta:g}, "
+        f"seed {args.seed}, {run.device}"
+    )
+    if state is None or state["phase"] == "warm-up":
+        run.warm_up(state)
+        state = None
+    run.fit("training", args.method, args.epochs, state)
+
+
+def report(run: Run) -> None:
+    """Evaluate the last and the best epoch; print the table, write results, picture and weights."""
+    args = run.args
+    began = time.perf_counter()
+    results = {"last": {"epoch": len(run.history), **run.evaluate()}}
+    assert run.best is not None
+    last = {name: t.clone() for name, t in run.model.state_dict().items()}
+    run.model.load_state_dict(run.best["model"])
+    results = {"best": {"epoch": run.best["epoch"], **run.evaluate()}, **results}
+    write_whole(run.out / "best.pt", lambda path: torch.save(run.model.state_dict(), path))
+    write_whole(run.out / "last.pt", lambda path: torch.save(last, path))
+    eps = f"{args.eps * 255:g}/255" if args.data == "cifar10" else f"{args.eps:g}"
+    content = {
+        "data": run.data_label,
+        "settings": run.settings,
+        "versions": versions(run.device),
+        "eps_text": eps,
+        "test_images": len(run.test),
+        "results": results,
+        "seconds": {"training": run.seconds, "evaluation": time.perf_counter() - began},
+        "history": run.history,
+    }
+    plot(run.out / "curves.png", content)
+    write_json(run.out / "results.json", content)
+    print(
+        f"\n{args.method} on {run.data_label}, accuracy in % on {len(run.test)} test images; "
+        f"PGD-20 and C&W (margin PGD-20) at eps {eps}"
+    )
+    print(table(results))
+    print(
+        "best: the epoch most robust on validation images; "
+        "NRR = 2 Nat Rob / (Nat + Rob), Rob = C&W\n"
+        f"{run.seconds:.0f} s of training; results.json, curves.png and weights are in {run.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What a run leaves behind: a table, a JSON file and a picture of the training curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import rgp_optim
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # for all kinds of eyes
+
+
+def nrr(natural: float, robust: float) -> float:
+    """Return the natural-robust ratio, the harmonic mean of both accuracies, in percent."""
+    return 2 * natural * robust / (natural + robust) if natural + robust else 0.0
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Return the results as text: a row for the best and the last epoch, accuracies in percent."""
+    lines = [f"{'':<18}{'Natural':>9}{'PGD-20':>9}{'C&W':>9}{'NRR (C&W)':>11}"]
+    for name, row in results.items():
+        title = f"{name} (epoch {row['epoch']})"
+        cells = (row["natural"], row["pgd20"], row["cw"])
+        numbers = "".join(f"{value:9.2f}" for value in cells)
+        lines.append(f"{title:<18}{numbers}{row['nrr']:11.2f}")
+    return "\n".join(lines)
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """Return what a number depends on besides the settings: versions, device, commit."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        except OSError:
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {
+        "rgp_optim": rgp_optim.__version__,
+        "commit": commit,
+        "modified": None if commit is None else bool(git("status", "--porcelain", "-uno")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make the file under another name, then rename it: never half a file."""
+    scratch = path.with_name(path.name + ".new")
+    write(scratch)
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content``, whole or not at all."""
+    write_whole(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def plot(path: Path, run: dict[str, Any]) -> None:
+    """Draw accuracies, losses and, where weights were selected, which layers they are in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    history, settings = run["history"], run["settings"]
+    updated = [row["updated"] for row in history if row.get("updated")]
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        columns = 3 if updated else 2
+        figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, 4.6), layout="constrained")
+        _accuracies(axes[0], run)
+        _losses(axes[1], history)
+        if updated:
+            _updated(axes[2], history, settings)
+        figure.suptitle(
+            f"{settings['method'].upper()} on {run['data']}, {settings['network']}, "
+            f"$\\epsilon$ = {run['eps_text']}, seed {settings['seed']}",
+            fontsize=13,
+        )
+        write_whole(path, lambda p: figure.savefig(p, dpi=130, format="png"))
+        plt.close(figure)
+
+
+def _phases(axis: Any, history: list[dict[str, Any]]) -> None:
+    """Shade the natural warm-up and name both phases."""
+    warmup = sum(row["phase"] == "warm-up" for row in history)
+    axis.set_xlim(0.5, len(history) + 0.5)
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="y", alpha=0.25)
+    if 0 < warmup < len(history):
+        axis.axvspan(0.5, warmup + 0.5, color="black", alpha=0.06, lw=0)
+        top = axis.get_xaxis_transform()
+        text = dict(transform=top, color=GREY, fontsize=9, va="bottom", ha="center")
+        axis.text(warmup / 2 + 0.5, 1.0, "natural warm-up", **text)
+        axis.text((warmup + len(history)) / 2 + 0.5, 1.0, "adversarial training", **text)
+
+
+def _accuracies(axis: Any, run: dict[str, Any]) -> None:
+    history = run["history"]
+    epochs = range(1, len(history) + 1)
+    for key, color, marker, label in (
+        ("natural", BLUE, "o", "natural"),
+        ("robust", ORANGE, "s", f"under PGD-{run['settings']['attack_steps']}"),
+    ):
+        values = [row[key] for row in history]
+        axis.plot(epochs, values, color=color, marker=marker, ms=3, lw=1.6, label=label)
+    best = run["results"]["best"]["epoch"]
+    axis.axvline(best, color=GREY, lw=1, ls=":", label="best epoch")
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("accuracy on validation images (%)")
+    axis.legend(framealpha=0.8, edgecolor="none", loc="lower right")
+    _phases(axis, history)
+
+
+def _losses(axis: Any, history: list[dict[str, Any]]) -> None:
+    epochs = np.arange(1, len(history) + 1)
+    lines = (
+        ("loss", BLUE, "o", "minimised"),
+        ("loss_natural", GREEN, "^", "cross-entropy, natural"),
+        ("loss_adversarial", ORANGE, "s", "cross-entropy, attacked"),
+        ("loss_consistency", GREY, "v", "consistency"),
+    )
+    for key, color, marker, label in lines:
+        values = np.array([row.get(key) for row in history], dtype=float)
+        if np.isfinite(values).any():
+            axis.plot(epochs, values, color=color, marker=marker, ms=3, lw=1.6, label=label)
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("training loss (nats)")
+    axis.legend(frameon=False)
+    _phases(axis, history)
+
+
+def _updated(axis: Any, history: list[dict[str, Any]], settings: Any) -> None:
+    """Show for each layer the share at the start, at the end, and its range in between."""
+    rows = [row["updated"] for row in history if row.get("updated")]
+    names = [name for name in rows[0] if min(row[name] for row in rows) < 1]
+    shares = 100 * np.array([[row[name] for row in rows] for name in names])
+    y = np.arange(len(names))
+    axis.hlines(y, shares.min(1), shares.max(1), color=GREY, lw=2, alpha=0.5, label="range")
+    axis.plot(shares[:, 0], y, "o", mfc="white", color=BLUE, ms=6, label="first epoch")
+    axis.plot(shares[:, -1], y, "o", color=ORANGE, ms=4, label="last epoch")
+    size = 9 if len(names) <= 12 else 7
+    axis.set_yticks(y, [name.removesuffix(".weight") for name in names], fontsize=size)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("weights updated, mean over an epoch's steps (%)")
+    axis.grid(axis="both", alpha=0.25)
+    share = f"{settings['update_fraction']:.0%}"
+    tensor = f"scope = tensor: at most {share} of each layer"
+    overall = f"scope = global: {share} of all selected weights"
+    axis.set_title(tensor if settings["scope"] == "tensor" else overall, fontsize=10, color=GREY)
+    axis.legend(framealpha=0.8, edgecolor="none", loc="lower left")

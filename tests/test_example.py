@@ -1,0 +1,151 @@
+"""The example from end to end, on a small part of the digits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import cifar10_cure as example  # noqa: E402
+import report  # noqa: E402
+
+SMALL = ["--train-size", "64", "--val-size", "32", "--eval-size", "40", "--batch-size", "16"]
+SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--horizon", "0.5"]
+
+
+def run(out, *flags):
+    example.main([*SMALL, "--out", str(out), *flags])
+    return json.loads((out / "results.json").read_text())
+
+
+def weights(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def assert_same_run(a, b):
+    for name, t in weights(a).items():
+        assert torch.equal(t, weights(b)[name]), name
+    first, second = (json.loads((o / "results.json").read_text()) for o in (a, b))
+    for each in (first, second):
+        for row in each["history"]:
+            del row["seconds"]
+    assert first["history"] == second["history"]
+    assert first["results"] == second["results"]
+
+
+@pytest.mark.parametrize("method", ["cure", "trades", "at", "standard"])
+def test_each_method(method, tmp_path, capsys):
+    out = tmp_path / "run"
+    result = run(out, "--method", method)
+    printed = capsys.readouterr().out
+    assert "Natural   PGD-20      C&W  NRR (C&W)" in printed
+    assert "last (epoch 5)" in printed
+    assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert {"torch", "rgp_optim", "commit", "device"} <= set(result["versions"])
+    assert result["settings"]["beta"] == 6.0
+    assert result["data"] == "scikit-learn digits"
+    assert [row["phase"] for row in result["history"]] == ["warm-up"] * 2 + ["training"] * 3
+    for row in result["results"].values():
+        assert 0 <= row["cw"] <= 100
+        assert row["nrr"] == pytest.approx(report.nrr(row["natural"], row["cw"]))
+    if method == "cure":
+        updated = result["history"][-1]["updated"]
+        assert 0.6 < updated["conv.weight"] <= 0.71
+        assert updated["fc.bias"] == 1.0
+    (warmup,) = tmp_path.glob("warmup-digits-*.pt")
+    assert torch.load(warmup, weights_only=True)["settings"]["seed"] == 0
+
+
+def test_a_seed_repeats_a_run_and_methods_share_the_warm_up(tmp_path, capsys):
+    run(tmp_path / "a" / "cure")
+    run(tmp_path / "b" / "cure")
+    assert_same_run(tmp_path / "a" / "cure", tmp_path / "b" / "cure")
+    run(tmp_path / "a" / "again")  # its warm-up comes from the file this time
+    assert "epochs taken from" in capsys.readouterr().out
+    assert_same_run(tmp_path / "a" / "cure", tmp_path / "a" / "again")
+    trades = run(tmp_path / "a" / "trades", "--method", "trades")
+    cure = json.loads((tmp_path / "a" / "cure" / "results.json").read_text())
+    assert trades["history"][:2] == cure["history"][:2]
+    other = run(tmp_path / "c", "--seed", "1")
+    assert other["history"][0]["loss"] != cure["history"][0]["loss"]
+
+
+@pytest.mark.parametrize("epoch", [1, 3, 4])
+@pytest.mark.parametrize("method", ["cure", "trades"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, epoch, tmp_path, monkeypatch, capsys):
+    """Stopped in the warm-up, after the first epoch of training, and later."""
+    straight, stopped = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    run(straight, "--method", method)
+    save = example.Run.save
+
+    def save_and_stop(self, *args):
+        save(self, *args)
+        if len(self.history) == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="with --resume goes on"):
+        patch.setattr(example.Run, "save", save_and_stop)
+        run(stopped, "--method", method)
+    with pytest.raises(SystemExit, match="holds an unfinished run: add --resume"):
+        run(stopped, "--method", method)
+    with pytest.raises(SystemExit, match=r"other settings: --beta was 6.0, is 2.0"):
+        run(stopped, "--method", method, "--resume", "--beta", "2")
+    run(stopped, "--method", method, "--resume")
+    assert_same_run(straight, stopped)
+
+
+def test_command_line_in_a_fresh_process(tmp_path):
+    command = [sys.executable, "-W", "error", EXAMPLES / "cifar10_cure.py", *SMALL]
+    flags = ["--out", tmp_path / "run", "--bf16", "--channels-last", "--scope", "global"]
+    done = subprocess.run(
+        [*command, *flags], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert "training epoch 3/3" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "cifar10"], r"CIFAR-10 is not in .*data: put the folder cifar-10-batches-py"),
+        (["--resume"], "nothing to resume in"),
+        (["--train-size", "8"], "8 training images are left, less than one batch of 16"),
+        (["--horizon", "0.0001"], "--rate, --horizon, --decay: `horizon` should span"),
+        (["--image-size", "3"], "cannot be averaged to 3 x 3"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence(flags, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path / "run", "--data-dir", str(tmp_path / "data"), *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "--epochs should be at least 1"),
+        (["--download"], "--download is for --data cifar10"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", *flags)
+    assert message in capsys.readouterr().err
+
+
+def test_published_settings_are_the_defaults_for_cifar10():
+    args = example.parse(["--data", "cifar10"])
+    published = dict(network="resnet18", epochs=200, batch_size=128, lr=0.1, momentum=0.9)
+    published |= dict(update_fraction=0.7, alpha=0.1, gamma=1.0, rate=0.2, attack_steps=10)
+    assert {name: getattr(args, name) for name in published} == published
+    assert args.eps == 8 / 255
+    assert args.attack_step_size == args.eps / 4
