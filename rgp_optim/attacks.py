@@ -34,7 +34,8 @@ def kl_attack(
 
     Projected gradient ascent by the sign of the gradient, from ``x + 0.001 N(0, 1)``, within the
     ball and [0, 1]; p(x) is computed once. The model is in eval mode meanwhile; afterwards its
-    modes, buffers and gradients are what they were.
+    modes, buffers and gradients are what they were. Of a model in DistributedDataParallel, the
+    module inside is attacked: nothing is reduced or broadcast.
 
     Args:
         model: Maps images to logits, [batch, classes]. It sees images in [0, 1]: one that wants
@@ -56,17 +57,17 @@ def kl_attack(
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
     _check_images(x)
-    check_real("eps", eps)
+    eps = check_real("eps", eps)
     step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
-    check_count("steps", steps)
+    steps = check_count("steps", steps)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    with _frozen(model), torch.no_grad():
-        clean = _logits(model, x)
+    with _frozen(model) as net, torch.no_grad():
+        clean = _logits(net, x)
 
         def distance(logits: Tensor) -> Tensor:
             return kl_divergence(clean, logits, reduction="sum")
 
-        return _ascend(model, x, x + START_NOISE * noise, distance, eps, step, steps)
+        return _ascend(net, x, x + START_NOISE * noise, distance, eps, step, steps)
 
 
 def pgd_attack(
@@ -93,7 +94,7 @@ def pgd_attack(
     Args:
         model: As in `kl_attack`.
         x: As in `kl_attack`.
-        target: Class indices, [batch], int64.
+        target: Class indices, [batch], int64, on the device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
         eps: Radius of the ball, >= 0, in units of the pixels.
         step_size: Length of a step, > 0, in units of the pixels.
@@ -111,25 +112,25 @@ def pgd_attack(
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
     _check_images(x)
+    check_target(target, x, probabilities=False)
     check_choice("loss", loss, ("cross_entropy", "margin"))
-    check_real("eps", eps)
-    check_real("step_size", step_size, strict=True)
-    check_count("steps", steps)
+    eps = check_real("eps", eps)
+    step_size = check_real("step_size", step_size, strict=True)
+    steps = check_count("steps", steps)
     start = x
     if random_start:
         draw = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         start = x + eps * (2 * draw - 1)
 
     def objective(logits: Tensor) -> Tensor:
-        check_target(target, logits, probabilities=False)
         if loss == "cross_entropy":
             return F.cross_entropy(widen(logits), target, reduction="sum")
         true = logits.gather(1, target[:, None]).squeeze(1)
         others = logits.scatter(1, target[:, None], float("-inf")).amax(1)
         return (widen(others) - widen(true)).sum()
 
-    with _frozen(model), torch.no_grad():
-        return _ascend(model, x, start, objective, eps, step_size, steps)
+    with _frozen(model) as net, torch.no_grad():
+        return _ascend(net, x, start, objective, eps, step_size, steps)
 
 
 def _ascend(
@@ -158,14 +159,20 @@ def _ascend(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep the model in eval mode inside; give each of its modules its own mode back."""
+def _frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what to run, in eval mode; give each of the model's modules its own mode back.
+
+    A forward through DistributedDataParallel counts as a training iteration, after which the ranks
+    of a static graph no longer reduce, and broadcasts rank 0's buffers.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__))
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
     try:
-        yield
+        model.eval()
+        yield net
     finally:
         for module, mode in modes:
             module.training = mode

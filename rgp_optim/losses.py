@@ -38,7 +38,7 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
     """
     check_pair(logits, logits_adv, "logits", "logits_adv")
     check_target(target, logits, probabilities=True)
-    check_real("beta", beta)
+    beta = check_real("beta", beta)
     natural = F.cross_entropy(widen(logits), target)
     return natural + beta * kl_divergence(logits, logits_adv)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,8 @@ class ConsistencyReviser:
     the weights, or, with ``buffers="copy"``, taken over from the model at these steps. Integer
     buffers (``num_batches_tracked``) are always taken over.
 
+    **FSDP2.** Make the reviser first, then ``fully_shard`` the model and ``reviser.model`` alike.
+
     Args:
         model: The model that is trained. It is copied now, without shared storage; later updates
             read it again.
@@ -69,7 +71,8 @@ class ConsistencyReviser:
     Raises:
         TypeError: ``model`` is no module, or an argument has the wrong type.
         ValueError: a number is out of its range; both ``decay`` and ``horizon`` are given;
-            ``horizon`` without ``total_steps``; the copy shares storage with the model.
+            ``horizon`` without ``total_steps``; the model is sharded already; the copy shares
+            storage with it.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 7 and 8.
     """
@@ -96,20 +99,19 @@ class ConsistencyReviser:
         self._buffers = check_choice("buffers", buffers, ("average", "copy"))
         self._generator = torch.Generator().manual_seed(check_count("seed", seed))
         self._student = model
+        if _sharded(_unwrapped(model)):
+            hint = "Make the reviser first, then shard the model and `reviser.model` alike."
+            raise ValueError(error_text("model", "be given before `fully_shard`", "FSDP", hint))
         self.model = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
-        student = {t.untyped_storage().data_ptr() for t in _tensors(_unwrapped(model)).values()}
+        student = {_address(t) for t in _tensors(_unwrapped(model)).values()}
         for name, tensor in _tensors(self.model).items():
             tensor.grad = None
-            if tensor.numel() and tensor.untyped_storage().data_ptr() in student:
+            if _address(tensor) and _address(tensor) in student:
                 hint = "Its __deepcopy__ must copy parameters and buffers."
                 raise ValueError(
                     error_text("model", "be copied without shared storage", name, hint)
                 )
-        self._masters = {
-            name: tensor.detach().float()
-            for name, tensor in _tensors(self.model).items()
-            if tensor.dtype in (torch.float16, torch.bfloat16)
-        }
+        self._masters: dict[str, Tensor] | None = None
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the consistency loss of a batch.
@@ -131,6 +133,7 @@ class ConsistencyReviser:
         if x.shape != x_adv.shape or x.shape[0] != logits.shape[0]:
             found = f"{tuple(x_adv.shape)} against {tuple(x.shape)}, {logits.shape[0]} logits"
             raise ValueError(error_text("x_adv", "have the shape of `x`, one row a logit", found))
+        self.model.eval()  # whoever switched it
         with torch.no_grad():  # in eval mode one batch of both is the same as two
             revised, revised_adv = self.model(torch.cat([x, x_adv])).chunk(2)
         return kl_divergence(revised, logits) + kl_divergence(revised_adv, logits_adv)
@@ -146,12 +149,14 @@ class ConsistencyReviser:
                 ``rate`` gave a number outside [0, 1]. Nothing is changed then.
         """
         rate = self._rate_now()
+        student, mine = _tensors(_unwrapped(self._student)), _tensors(self.model)
+        _check_same(mine, student, "model")
         draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
         decay = _check_decay("decay", self.decay)
         if self._ramp:
             decay = min(1.0 - 1.0 / (self.steps + 1), decay)
         if draw < rate:
-            self._average(decay)
+            self._average(mine, student, decay)
         self.steps += 1
         return draw < rate
 
@@ -159,7 +164,7 @@ class ConsistencyReviser:
         """Return what resumes the copy and its draws: tensors and plain numbers."""
         return {
             "model": _tensors(self.model),
-            "masters": dict(self._masters),
+            "masters": dict(self._float32()),
             "steps": self.steps,
             "decay": self.decay,
             "generator": self._generator.get_state(),
@@ -167,25 +172,32 @@ class ConsistencyReviser:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included. What does not fit is refused unchanged."""
-        missing = set(self.state_dict()) - set(state_dict)
+        hint = "Pass what `ConsistencyReviser.state_dict()` returned."
+        mine = self.state_dict()
+        missing = set(mine) - set(state_dict if isinstance(state_dict, Mapping) else ())
         if missing:
-            hint = "Pass what `ConsistencyReviser.state_dict()` returned."
             found = f"no {', '.join(sorted(missing))}"
             raise ValueError(error_text("state_dict", "be a reviser's", found, hint))
-        for mine, theirs in (
-            (_tensors(self.model), state_dict["model"]),
-            (self._masters, state_dict["masters"]),
-        ):
-            _check_same(mine, theirs, "state_dict")
+        for part in ("model", "masters"):
+            theirs = state_dict[part]
+            if not isinstance(theirs, Mapping) or not all(map(torch.is_tensor, theirs.values())):
+                name = f"state_dict['{part}']"
+                found = f"{part}: {type(theirs).__name__}"
+                raise ValueError(error_text(name, "hold tensors by name", found, hint))
+            _check_same(mine[part], theirs, "state_dict")
         decay = _check_decay("state_dict['decay']", state_dict["decay"])
         steps = check_count("state_dict['steps']", state_dict["steps"])
-        self._generator.set_state(state_dict["generator"].cpu())
+        draws = torch.Generator()
+        try:
+            draws.set_state(state_dict["generator"].cpu())
+        except (AttributeError, RuntimeError, TypeError) as error:
+            name, rule = "state_dict['generator']", "be the state of a CPU generator"
+            raise ValueError(error_text(name, rule, str(error), hint)) from error
         with torch.no_grad():
-            for name, tensor in _tensors(self.model).items():
-                tensor.copy_(state_dict["model"][name])
-            for name, master in self._masters.items():
-                master.copy_(state_dict["masters"][name])
-        self.decay, self.steps = decay, steps
+            for part in ("model", "masters"):
+                for name, tensor in mine[part].items():
+                    tensor.copy_(state_dict[part][name])
+        self.decay, self.steps, self._generator = decay, steps, draws
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles continue the same draws."""
@@ -196,25 +208,36 @@ class ConsistencyReviser:
         self._generator = torch.Generator()
         self._generator.set_state(state["_generator"])
 
+    def _float32(self) -> dict[str, Tensor]:
+        """Return the averages of low-precision tensors, begun at first need: sharded by then."""
+        if self._masters is None:
+            self._masters = {
+                name: tensor.detach().float()
+                for name, tensor in _tensors(self.model).items()
+                if tensor.dtype in (torch.float16, torch.bfloat16)
+            }
+        return self._masters
+
     @torch.no_grad()
-    def _average(self, decay: float) -> None:
-        student, mine = _tensors(_unwrapped(self._student)), _tensors(self.model)
-        _check_same(mine, student, "model")
+    def _average(self, mine: dict[str, Tensor], student: dict[str, Tensor], decay: float) -> None:
+        masters = {name: _local(tensor) for name, tensor in self._float32().items()}
+        mine = {name: _local(tensor) for name, tensor in mine.items()}
+        student = {name: _local(tensor) for name, tensor in student.items()}
         averaged: list[Tensor] = []
         towards: list[Tensor] = []
         parameters = {name for name, _ in self.model.named_parameters()}
         for name, tensor in mine.items():
             floating = tensor.is_floating_point() or tensor.is_complex()
             if floating and (name in parameters or self._buffers == "average"):
-                averaged.append(self._masters.get(name, tensor))
+                averaged.append(masters.get(name, tensor))
                 towards.append(student[name].detach().to(averaged[-1]))
             else:
                 tensor.copy_(student[name])
-                if name in self._masters:
-                    self._masters[name].copy_(student[name])
+                if name in masters:
+                    masters[name].copy_(student[name])
         if averaged:
             torch._foreach_lerp_(averaged, towards, 1.0 - decay)
-        for name, master in self._masters.items():
+        for name, master in masters.items():
             mine[name].copy_(master)
 
     def _rate_now(self) -> float:
@@ -236,7 +259,10 @@ class ConsistencyReviser:
             )
         check_count("total_steps", total, minimum=1)
         rate = self.rate
-        drawn = sum(map(rate, range(total))) if callable(rate) else rate * total
+        if callable(rate):
+            drawn = sum(check_fraction("rate", rate(step)) for step in range(total))
+        else:
+            drawn = check_fraction("rate", rate) * total
         if horizon * drawn < 1.0:
             found = f"horizon = {horizon}, {drawn:g} updates expected"
             rule = "span at least one update, horizon * rate * total_steps >= 1"
@@ -255,20 +281,48 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _sharded(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 has sharded."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule  # slow to import, so only where it can matter
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's shard, or the tensor itself where it is not sharded."""
+    to_local = getattr(tensor, "to_local", None)
+    shard: Tensor = tensor if to_local is None else to_local()
+    return shard
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where the tensor's storage begins; 0 for an empty or meta tensor."""
+    with torch.no_grad():
+        return _local(tensor).untyped_storage().data_ptr()
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each tensor once."""
+    for module in _sharded(model):
+        module.reshard()  # a forward may leave them gathered: what is written there is lost
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _check_same(mine: dict[str, Tensor], theirs: dict[str, Tensor], name: str) -> None:
-    """Refuse tensors whose names or shapes are not those of the copy."""
+def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
+    """Refuse tensors whose names, shapes or shards are not those of the copy."""
     wrong = sorted(set(mine) ^ set(theirs)) or [
-        n for n, tensor in mine.items() if tensor.shape != theirs[n].shape
+        n for n, tensor in mine.items() if _layout(tensor) != _layout(theirs[n])
     ]
     if wrong:
         rule = "have the parameters and buffers that were copied"
-        hint = "Make a new reviser for a changed model."
+        hint = "Make a new reviser for a changed model; shard `reviser.model` as the model."
         raise ValueError(error_text(name, rule, f"a difference at {', '.join(wrong)}", hint))
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, Any]:
+    return tensor.shape, getattr(tensor, "placements", None)
 
 
 def _check_decay(name: str, decay: Any) -> float:

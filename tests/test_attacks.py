@@ -1,7 +1,10 @@
 """Attacks: in the ball, in [0, 1], stronger than noise, and without a trace on the model."""
 
+from fractions import Fraction
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import make_net
 from hypothesis import given
@@ -95,6 +98,16 @@ def test_the_default_step_of_the_kl_attack_is_a_quarter_of_eps():
 
 
 @each_attack
+def test_an_exact_fraction_is_a_radius(attack):
+    model, x = make_net(), torch.rand(4, 2, 5, 5)
+    runs = [
+        attack(model, x, eps=eps, generator=torch.Generator().manual_seed(0))
+        for eps in (Fraction(1, 8), 0.125)
+    ]
+    assert torch.equal(*runs)
+
+
+@each_attack
 def test_stronger_than_noise_of_the_same_size(attack, trained):
     model, x = trained
     eps = 0.15
@@ -115,6 +128,16 @@ def test_an_image_does_not_depend_on_its_batch(attack, trained):
         for batch in (x[:4], other)
     )
     torch.testing.assert_close(one[:1], two[:1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+def test_a_large_batch_does_not_make_gradients_underflow(loss):
+    """About 5e-7 an image is a float16; 64 times less, as in a mean, would be 0."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False)).half()
+    model[1].weight.data = torch.tensor([[1e-6], [0.0]], dtype=torch.float16)
+    x, y = torch.full((64, 1), 0.5, dtype=torch.float16), torch.zeros(64, dtype=torch.int64)
+    x_adv = pgd_attack(model, x, y, loss=loss, eps=0.1, random_start=False, steps=1)
+    assert (x_adv < x).all()
 
 
 @each_attack
@@ -186,6 +209,33 @@ def test_dtypes_and_autocast(attack, dtype):
         assert attack(make_net(), x).dtype == torch.float32
 
 
+def attack_then_train(rank, file):
+    """Rank 1 of 2 keeps its statistics under attack; the ranks then still share gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(make_net(), static_graph=True)
+    x = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(rank))
+    model.module.norm.running_mean.fill_(rank)
+    compiled = nn.Module()  # what torch.compile returns keeps its model under this name
+    compiled._orig_mod = model
+    for net in (model, compiled):
+        kl_attack(net, x, steps=2)
+        pgd_attack(net, x, Y[:3], steps=2)
+    assert (model.module.norm.running_mean == rank).all()
+    F.cross_entropy(model(x), Y[:3]).backward()
+    mine = model.module.head.weight.grad
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_a_parallel_model_is_left_as_it_was(tmp_path):
+    torch.multiprocessing.spawn(attack_then_train, (tmp_path / "store",), nprocs=2)
+
+
 X = torch.rand(2, 2, 5, 5)
 NET = make_net()
 
@@ -212,6 +262,11 @@ NET = make_net()
             lambda: kl_attack(nn.Conv2d(2, 2, 3), X),
             ValueError,
             r"`model\(x\)` should be logits, \[batch, classes\]. Found",
+        ),
+        (
+            lambda: pgd_attack(NET, X, torch.eye(3)[:2], steps=0),
+            ValueError,
+            "`target` should be class indices",
         ),
         (lambda: pgd_attack(NET, X, Y[:3]), ValueError, r"`target` should be class indices"),
         (

@@ -1,6 +1,7 @@
 """kl_adv_loss against hand-computed values and numpy."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def test_a_value_computed_by_hand():
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert kl_adv_loss(z, z_adv, y).item() == pytest.approx(natural + kl, rel=1e-14)
     assert kl_adv_loss(z, z_adv, y, beta=6).item() == pytest.approx(natural + 6 * kl, rel=1e-14)
+    exact = kl_adv_loss(z, z_adv, y, beta=Fraction(13, 2))
+    assert exact.item() == pytest.approx(natural + 6.5 * kl, rel=1e-14)
     assert kl_adv_loss(z, z_adv, y, beta=0).item() == pytest.approx(natural, rel=1e-14)
     reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert kl_divergence(z_adv, z).item() == pytest.approx(reverse, rel=1e-14)

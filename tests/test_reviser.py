@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import make_batch, make_net
 from torch import nn
 
@@ -174,7 +175,10 @@ def test_the_loss_is_the_sum_of_two_divergences():
             want += (p * (p.log() - out.softmax(1).log())).sum() / len(x)
     assert loss.item() == pytest.approx(want.item(), rel=1e-12)
     assert loss > 0
+    x.requires_grad_()
+    loss = reviser(x, x_adv, logits, logits_adv)
     loss.backward()
+    assert x.grad is None
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in reviser.model.parameters())
 
@@ -190,6 +194,7 @@ def test_looking_changes_no_statistic_of_the_copy():
     model = make_net().train()
     reviser = ConsistencyReviser(model)
     before = [t.clone() for t in tensors(reviser.model)]
+    reviser.model.train()  # as a trainer does to every module that it finds
     x, x_adv, _ = make_batch()
     reviser(x, x_adv, model(x), model(x_adv))
     assert all(map(torch.equal, before, tensors(reviser.model)))
@@ -202,6 +207,48 @@ def test_compiled_and_parallel_models_are_unwrapped():
     assert type(reviser.model) is type(model)
     disturb(model, 0)
     assert reviser.update()
+
+
+def shard_and_update(rank, file):
+    """FSDP2 on 2 ranks, uneven shards: as one process, also after a forward has gathered them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, model = make_net(dtype=dtype), make_net(dtype=dtype)
+        want, reviser = (ConsistencyReviser(m, rate=1.0, decay=0.9) for m in (plain, model))
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=r"shard `reviser.model` as the model"):
+            reviser.update()
+        fully_shard(reviser.model, mesh=mesh)
+        with pytest.raises(ValueError, match="`model` should be given before `fully_shard`"):
+            ConsistencyReviser(model)
+        x = make_batch(dtype=dtype)[0]
+        for _ in range(5):
+            with torch.no_grad():
+                out = model.eval()(x)
+                model.reshard()
+                reviser(x, x, out, out)
+                for p in [*plain.parameters(), *model.parameters()]:
+                    p.add_(0.5)
+            assert want.update()
+            assert reviser.update()
+        state = reviser.state_dict()
+        for name, expected in want.state_dict()["model"].items():
+            got = state["model"][name]
+            got = got.full_tensor() if hasattr(got, "full_tensor") else got
+            assert torch.equal(got, expected), name
+        reviser.load_state_dict(state)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+def test_a_sharded_model_is_averaged_as_a_whole_one(tmp_path):
+    torch.multiprocessing.spawn(shard_and_update, (tmp_path / "store",), nprocs=2)
 
 
 # Checkpoints and copies.
@@ -244,7 +291,9 @@ def test_loading_copies():
 )
 def test_copies_follow_their_own_model(copied):
     model = make_net()
-    reviser = ConsistencyReviser(model, rate=0.5)
+    reviser = ConsistencyReviser(model, rate=0.5, seed=3)
+    for _ in range(5):  # copied in the middle of the draws
+        reviser.update()
     twin_model, twin = copied((model, reviser))
     for t in range(6):
         disturb(model, t)
@@ -280,6 +329,13 @@ class Shares(nn.Module):
         (lambda: ConsistencyReviser(lambda x: x), TypeError, "`model` should be a torch.nn.Module"),
         (lambda: ConsistencyReviser(LINEAR, rate=1.5), ValueError, r"`rate` should be in \[0, 1\]"),
         (lambda: ConsistencyReviser(LINEAR, rate=lambda t: 2), ValueError, "`rate` should be in"),
+        (
+            lambda: ConsistencyReviser(
+                LINEAR, rate=lambda t: 1 - t / 50, horizon=0.5, total_steps=80
+            ),
+            ValueError,
+            r"`rate` should be in \[0, 1\]. Found `rate = -0.02",
+        ),
         (lambda: ConsistencyReviser(LINEAR, decay=1.0), ValueError, "1 would never move"),
         (lambda: ConsistencyReviser(LINEAR, decay=-0.1), ValueError, "`decay` should be in"),
         (
@@ -324,11 +380,13 @@ def test_shapes_that_do_not_match_are_refused():
 
 def test_a_changed_model_is_refused_at_update():
     model = make_net()
-    reviser = ConsistencyReviser(model, rate=1.0)
+    reviser = ConsistencyReviser(model, rate=0.0)  # also where the draw would not move the copy
+    before = reviser.state_dict()["generator"]
     model.head = nn.Linear(16, 5)
     with pytest.raises(ValueError, match=r"a difference at head.weight, head.bias.* new reviser"):
         reviser.update()
     assert reviser.steps == 0
+    assert torch.equal(reviser.state_dict()["generator"], before)
 
 
 def test_a_state_dict_that_does_not_fit_changes_nothing():
@@ -341,8 +399,19 @@ def test_a_state_dict_that_does_not_fit_changes_nothing():
     wrong = {**reviser.state_dict(), "model": dict(nn.Linear(1, 1).named_parameters())}
     with pytest.raises(ValueError, match="should have the parameters and buffers"):
         reviser.load_state_dict(wrong)
-    with pytest.raises(ValueError, match="decay"):
-        reviser.load_state_dict({**reviser.state_dict(), "decay": 7.0})
+    other = ConsistencyReviser(make_net(seed=1), seed=1).state_dict()
+    for key, value, message in (
+        ("decay", 7.0, "decay"),
+        ("steps", -1, "steps"),
+        ("generator", None, "should be the state of a CPU generator"),
+        ("generator", torch.zeros(3, dtype=torch.uint8), "should be the state of a CPU generator"),
+        ("model", None, "should hold tensors by name. Found `model: NoneType`"),
+        ("masters", {"conv.weight": 1}, "should hold tensors by name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reviser.load_state_dict({**other, key: value})
+    with pytest.raises(ValueError, match="`state_dict` should be a reviser's"):
+        reviser.load_state_dict(None)
     after = reviser.state_dict()
     assert before["steps"] == after["steps"]
     assert torch.equal(before["generator"], after["generator"])
