@@ -195,10 +195,14 @@ class Run:
         model = NETWORKS[args.network](channels=len(mean), mean=mean, std=std)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=layout)
+        if args.method == "cure":
+            self.make_reviser()  # what is wrong with its settings is said now
         self.net: nn.Module = self.model
         if args.compile:
             # Scores and loss share a graph: compiled backward passes may not free what they read.
-            torch._functorch.config.donated_buffer = False
+            import torch._functorch.config as functorch
+
+            functorch.donated_buffer = False
             self.net = torch.compile(self.model)
         self.generator = torch.Generator(self.device)  # order, augmentation and attacks
         self.history: list[dict[str, Any]] = []
@@ -220,6 +224,16 @@ class Run:
             splits = [split.shrink(args.image_size) for split in splits]
         first, second, third = (split.to(self.device) for split in splits)
         return first, second, third
+
+    def make_reviser(self) -> ConsistencyReviser:
+        args = self.args
+        steps = len(self.train) // args.batch_size * args.epochs
+        horizon = dict(horizon=args.horizon, total_steps=steps)
+        how = horizon if args.decay is None else dict(decay=args.decay)
+        try:
+            return ConsistencyReviser(self.model, rate=args.rate, seed=args.seed, **how)
+        except ValueError as error:
+            raise DataError(f"--rate, --horizon, --decay: {error}") from error
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
@@ -249,12 +263,7 @@ class Run:
                 seed=args.seed,
             )
             tracker = optimizer.track_updates()
-            horizon = dict(horizon=args.horizon, total_steps=steps)
-            how = horizon if args.decay is None else dict(decay=args.decay)
-            try:
-                reviser = ConsistencyReviser(self.model, rate=args.rate, seed=args.seed, **how)
-            except ValueError as error:
-                raise DataError(f"--rate, --horizon, --decay: {error}") from error
+            reviser = self.make_reviser()
         scheduler: Any
         if args.schedule == "cosine":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -295,6 +304,7 @@ class Run:
             self.seconds += row["seconds"]
             self.history.append({"phase": phase, **row})
             self.keep_best(phase)
+            self.show(bar, row["loss"])
             bar.write(
                 f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}: loss {row['loss']:.3f}, "
                 f"natural {row['natural']:.1f} %, robust {row['robust']:.1f} %, "
@@ -364,7 +374,6 @@ class Run:
             bar.update()
             if steps % 50 == 0 and not bar.disable:  # the one look at the device
                 self.show(bar, sums["loss"].item() / steps)
-        self.show(bar, sums["loss"].item() / steps)
         return {name: total.item() / steps for name, total in sums.items()}
 
     def show(self, bar: Any, loss: float) -> None:
@@ -377,37 +386,45 @@ class Run:
 
     # Evaluation.
 
-    def accuracy(self, images: Images, **attack: Any) -> float:
+    def accuracy(self, images: Images, bar: Any = None, **attack: Any) -> float:
         """Return how many images are classified rightly, in percent, under an attack if any."""
         right = torch.zeros((), device=self.device)
         self.net.eval()
         for x, y in images.batches(500):
-            with self.autocast():
-                if attack:
-                    x = pgd_attack(self.net, x, y, eps=self.args.eps, **attack)
-                with torch.no_grad():
-                    right += (self.net(x).argmax(1) == y).sum()
+            if attack:
+                x = pgd_attack(self.net, x, y, eps=self.args.eps, **attack)
+            with torch.no_grad():
+                right += (self.net(x).argmax(1) == y).sum()
+            if bar is not None:
+                bar.update(len(y))
         return 100 * right.item() / len(images)
 
     def validate(self) -> tuple[float, float]:
         """Return natural and robust accuracy on the validation images, in percent."""
         generator = torch.Generator(self.device).manual_seed(self.args.seed)
-        robust = self.accuracy(
-            self.val,
-            step_size=self.args.attack_step_size,
-            steps=self.args.attack_steps,
-            generator=generator,
-        )
-        return self.accuracy(self.val), robust
+        attack = dict(step_size=self.args.attack_step_size, steps=self.args.attack_steps)
+        with self.autocast():
+            robust = self.accuracy(self.val, generator=generator, **attack)
+            return self.accuracy(self.val), robust
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the table's columns on the test images, in percent."""
+    def evaluate(self, name: str) -> dict[str, float]:
+        """Return the table's columns on the test images, in percent; in full precision."""
         # The usual 0.003 at 8/255, for other radii in proportion.
         pgd20 = dict(steps=20, step_size=0.003 * self.args.eps * 255 / 8)
+        quiet = not sys.stderr.isatty()
         row = {"natural": self.accuracy(self.test)}
-        for name, loss in (("pgd20", "cross_entropy"), ("cw", "margin")):
-            generator = torch.Generator(self.device).manual_seed(self.args.seed)
-            row[name] = self.accuracy(self.test, loss=loss, generator=generator, **pgd20)
+        with tqdm(
+            desc=f"evaluating the {name} epoch",
+            total=2 * len(self.test),
+            unit="image",
+            leave=False,
+            disable=quiet,
+            dynamic_ncols=True,
+        ) as bar:
+            for column, loss in (("pgd20", "cross_entropy"), ("cw", "margin")):
+                generator = torch.Generator(self.device).manual_seed(self.args.seed)
+                attack = dict(loss=loss, generator=generator, **pgd20)
+                row[column] = self.accuracy(self.test, bar, **attack)
         row["nrr"] = nrr(row["natural"], row["cw"])
         return row
 
@@ -520,11 +537,11 @@ def report(run: Run) -> None:
     """Evaluate the last and the best epoch; print the table, write results, picture and weights."""
     args = run.args
     began = time.perf_counter()
-    results = {"last": {"epoch": len(run.history), **run.evaluate()}}
+    results = {"last": {"epoch": len(run.history), **run.evaluate("last")}}
     assert run.best is not None
     last = {name: t.clone() for name, t in run.model.state_dict().items()}
     run.model.load_state_dict(run.best["model"])
-    results = {"best": {"epoch": run.best["epoch"], **run.evaluate()}, **results}
+    results = {"best": {"epoch": run.best["epoch"], **run.evaluate("best")}, **results}
     write_whole(run.out / "best.pt", lambda path: torch.save(run.model.state_dict(), path))
     write_whole(run.out / "last.pt", lambda path: torch.save(last, path))
     eps = f"{args.eps * 255:g}/255" if args.data == "cifar10" else f"{args.eps:g}"

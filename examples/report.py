@@ -87,7 +87,7 @@ def plot(path: Path, run: dict[str, Any]) -> None:
         columns = 3 if updated else 2
         figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, 4.6), layout="constrained")
         _accuracies(axes[0], run)
-        _losses(axes[1], history)
+        _losses(axes[1], run)
         if updated:
             _updated(axes[2], history, settings)
         figure.suptitle(
@@ -99,8 +99,10 @@ def plot(path: Path, run: dict[str, Any]) -> None:
         plt.close(figure)
 
 
-def _phases(axis: Any, history: list[dict[str, Any]]) -> None:
+def _phases(axis: Any, run: dict[str, Any]) -> None:
     """Shade the natural warm-up and name both phases."""
+    history = run["history"]
+    standard = run["settings"]["method"] == "standard"
     warmup = sum(row["phase"] == "warm-up" for row in history)
     axis.set_xlim(0.5, len(history) + 0.5)
     axis.set_xlabel("epoch")
@@ -111,7 +113,12 @@ def _phases(axis: Any, history: list[dict[str, Any]]) -> None:
         top = axis.get_xaxis_transform()
         text = dict(transform=top, color=GREY, fontsize=9, va="bottom", ha="center")
         axis.text(warmup / 2 + 0.5, 1.0, "natural warm-up", **text)
-        axis.text((warmup + len(history)) / 2 + 0.5, 1.0, "adversarial training", **text)
+        axis.text(
+            (warmup + len(history)) / 2 + 0.5,
+            1.0,
+            "standard training" if standard else "adversarial training",
+            **text,
+        )
 
 
 def _accuracies(axis: Any, run: dict[str, Any]) -> None:
@@ -128,10 +135,11 @@ def _accuracies(axis: Any, run: dict[str, Any]) -> None:
     axis.set_ylim(0, 100)
     axis.set_ylabel("accuracy on validation images (%)")
     axis.legend(framealpha=0.8, edgecolor="none", loc="lower right")
-    _phases(axis, history)
+    _phases(axis, run)
 
 
-def _losses(axis: Any, history: list[dict[str, Any]]) -> None:
+def _losses(axis: Any, run: dict[str, Any]) -> None:
+    history = run["history"]
     epochs = np.arange(1, len(history) + 1)
     lines = (
         ("loss", BLUE, "o", "minimised"),
@@ -146,7 +154,7 @@ def _losses(axis: Any, history: list[dict[str, Any]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_ylabel("training loss (nats)")
     axis.legend(frameon=False)
-    _phases(axis, history)
+    _phases(axis, run)
 
 
 def _updated(axis: Any, history: list[dict[str, Any]], settings: Any) -> None:

@@ -183,7 +183,7 @@ def test_a_download_goes_on_where_it_stopped(have, server, tmp_path):
 
 def test_a_wrong_archive_is_never_unpacked(server, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ARCHIVE_MD5", "0" * 32)
-    with pytest.raises(DataError, match="has MD5 .*, not 0000"):
+    with pytest.raises(DataError, match=r"has MD5 .*, not 0000"):
         load_cifar10(tmp_path / "data", download=True)
     assert left_in(tmp_path / "data") == []
 
