@@ -60,8 +60,9 @@ def kl_attack(
     eps = check_real("eps", eps)
     step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
     steps = check_count("steps", steps)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    with _frozen(model) as net, torch.no_grad():
+    with _frozen(model) as net:
+        x = x.detach().clone()
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         clean = _logits(net, x)
 
         def distance(logits: Tensor) -> Tensor:
@@ -117,19 +118,20 @@ def pgd_attack(
     eps = check_real("eps", eps)
     step_size = check_real("step_size", step_size, strict=True)
     steps = check_count("steps", steps)
-    start = x
-    if random_start:
-        draw = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        start = x + eps * (2 * draw - 1)
+    with _frozen(model) as net:
+        x, labels = x.detach().clone(), target.clone()
+        start = x
+        if random_start:
+            draw = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            start = x + eps * (2 * draw - 1)
 
-    def objective(logits: Tensor) -> Tensor:
-        if loss == "cross_entropy":
-            return F.cross_entropy(widen(logits), target, reduction="sum")
-        true = logits.gather(1, target[:, None]).squeeze(1)
-        others = logits.scatter(1, target[:, None], float("-inf")).amax(1)
-        return (widen(others) - widen(true)).sum()
+        def objective(logits: Tensor) -> Tensor:
+            if loss == "cross_entropy":
+                return F.cross_entropy(widen(logits), labels, reduction="sum")
+            true = logits.gather(1, labels[:, None]).squeeze(1)
+            others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+            return (widen(others) - widen(true)).sum()
 
-    with _frozen(model) as net, torch.no_grad():
         return _ascend(net, x, start, objective, eps, step_size, steps)
 
 
@@ -146,9 +148,8 @@ def _ascend(
 
     The objective is a sum over the batch: what one image becomes does not depend on the others.
     """
-    x = x.detach()
     low, high = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
-    x_adv = start.detach().clamp(low, high)
+    x_adv = start.clamp(low, high)
     for _ in range(steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
@@ -172,7 +173,9 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
     try:
         model.eval()
-        yield net
+        # Gradients are taken under torch.inference_mode too, on copies that are ordinary tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            yield net
     finally:
         for module, mode in modes:
             module.training = mode

@@ -188,14 +188,17 @@ def test_the_model_is_left_as_it_was(attack, fails):
 
 
 @each_attack
-def test_under_no_grad_and_for_inputs_with_a_graph(attack):
+def test_without_grad_mode_and_for_inputs_with_a_graph(attack):
     model = make_net()
     x = torch.rand(4, 2, 5, 5)
     plain = attack(model, x, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         quiet = attack(model, x, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        quieter = attack(model, x.clone(), generator=torch.Generator().manual_seed(0))
     tracked = attack(model, x.requires_grad_(), generator=torch.Generator().manual_seed(0))
     assert torch.equal(plain, quiet)
+    assert torch.equal(plain, quieter)
     assert torch.equal(plain, tracked)
     assert x.grad is None
 
