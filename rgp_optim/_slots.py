@@ -7,6 +7,7 @@ slot, so that autograd adds to it in place; afterwards ``.grad`` is again what i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,12 +67,24 @@ class Slots:
         p = next((p for p in candidates if p.requires_grad and p.is_leaf), None)
         if p is None or p is self._watched:
             return
+        self._unwatch()
+        me = weakref.ref(self)  # a cycle through a parameter's hooks would never be collected
+
+        def after_backward(watched: Tensor) -> None:
+            slots = me()
+            if slots is not None:
+                slots._after_backward(watched)
+
+        self._watched, self._training_gradient = p, None
+        self._hook = p.register_post_accumulate_grad_hook(after_backward)  # type: ignore[no-untyped-call]
+
+    def _unwatch(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self._watched, self._training_gradient = p, None
-        self._hook = p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            self._after_backward
-        )
+            self._hook = None
+
+    def __del__(self) -> None:
+        self._unwatch()
 
     def note_training_gradient(self) -> None:
         """Remember the watched gradient as one that belongs to this window."""

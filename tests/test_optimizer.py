@@ -626,6 +626,22 @@ def test_nothing_is_kept_between_steps():
     assert slots._taken == {}
 
 
+def test_a_wrapper_that_is_gone_leaves_nothing_on_the_model():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(sgd(model))
+    cure_step(model, opt)
+    held = [weakref.ref(each) for each in (opt, opt.inner, opt._rgp.slots)]
+    del opt
+    gc.collect()
+    assert all(ref() is None for ref in held)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    parameter = weakref.ref(model.conv.weight)
+    RGPSelectiveOptimizer(sgd(model))
+    del model
+    gc.collect()
+    assert parameter() is None
+
+
 def test_an_inner_optimizer_that_fails_leaves_conserved_weights_as_they_were():
     class Breaks(torch.optim.SGD):
         def step(self, closure=None):
