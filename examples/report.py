@@ -134,7 +134,7 @@ def _accuracies(axis: Any, run: dict[str, Any]) -> None:
     axis.axvline(best, color=GREY, lw=1, ls=":", label="best epoch")
     axis.set_ylim(0, 100)
     axis.set_ylabel("accuracy on validation images (%)")
-    axis.legend(framealpha=0.8, edgecolor="none", loc="lower right")
+    axis.legend(framealpha=0.8, edgecolor="none", loc="best")
     _phases(axis, run)
 
 
@@ -176,4 +176,4 @@ def _updated(axis: Any, history: list[dict[str, Any]], settings: Any) -> None:
     tensor = f"scope = tensor: at most {share} of each layer"
     overall = f"scope = global: {share} of all selected weights"
     axis.set_title(tensor if settings["scope"] == "tensor" else overall, fontsize=10, color=GREY)
-    axis.legend(framealpha=0.8, edgecolor="none", loc="lower left")
+    axis.legend(framealpha=0.8, edgecolor="none", loc="best")

@@ -1,6 +1,12 @@
 """Settings of all tests."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too
+
+import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)  # small networks; several threads would wait for each other
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
