@@ -54,7 +54,7 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
     ranked = torch.where(flat.isnan(), math.nan, flat)  # one NaN: sorts may rank their payloads
     order = torch.sort(ranked, descending=True, stable=True).indices
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[order[: update_count(flat.numel(), update_fraction)]] = True
+    mask.index_fill_(0, order[: update_count(flat.numel(), update_fraction)], True)
     return (mask & (flat != 0)).view(score.shape)
 
 

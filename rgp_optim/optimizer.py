@@ -5,6 +5,7 @@ One step: score (the slots) -> select (masks) -> the inner optimizer's step -> c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -293,9 +294,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             self._backward_of_sum(natural, adversarial)
             return
         with self.score("natural"):
-            _backward(natural, retain_graph=True)
+            _backward(natural, loss, adversarial)
         with self.score("adversarial"):
-            _backward(adversarial, retain_graph=True)
+            _backward(adversarial, loss)
         _backward(loss)
 
     def _backward_of_sum(self, natural: Tensor, adversarial: Tensor) -> None:
@@ -304,7 +305,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         slots = self._rgp.slots
         params, keep = self._scored_parameters()
         with slots.taking("natural", params) as g_nats:
-            _backward(natural, retain_graph=True)
+            _backward(natural, adversarial)
         with slots.taking("adversarial", params) as g_advs:
             _backward(adversarial)
         scored = {p for p, k in zip(params, keep, strict=True) if k}
@@ -529,8 +530,29 @@ def _check_loss(name: str, loss: Any) -> None:
         raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
 
 
-def _backward(loss: Tensor, retain_graph: bool = False) -> None:
-    loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+def _backward(loss: Tensor, *later: Tensor) -> None:
+    """Run a backward pass; keep the graph only where one of the ``later`` ones needs it.
+
+    A graph that is kept without need holds its activations through the next forward pass.
+    """
+    shared = any(_share_a_node(loss, other) for other in later)
+    loss.backward(retain_graph=shared)  # type: ignore[no-untyped-call]
+
+
+def _share_a_node(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two graphs have more in common than parameters; walk both from their ends."""
+    walks: tuple[tuple[set[Any], deque[Any]], ...]
+    walks = (set(), deque([first.grad_fn])), (set(), deque([second.grad_fn]))
+    while any(waiting for _, waiting in walks):
+        for (mine, waiting), (theirs, _) in (walks, walks[::-1]):
+            node = waiting.popleft() if waiting else None
+            if node is None or node in mine or hasattr(node, "variable"):  # a parameter's own node
+                continue
+            if node in theirs:
+                return True
+            mine.add(node)
+            waiting.extend(upstream for upstream, _ in node.next_functions)
+    return False
 
 
 def _check_score(score: Any, weight: Tensor) -> Tensor:

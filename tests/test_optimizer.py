@@ -247,6 +247,53 @@ def test_backward_is_the_context_managers(total):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("total", ["shared", "none", "apart"])
+def test_graphs_are_kept_only_where_another_loss_needs_them(total):
+    """What a forward pass saved is let go by the last backward pass that runs through it."""
+    saved = []
+
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            kept = x.clone()
+            saved.append(weakref.ref(kept))
+            ctx.save_for_backward(kept)
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, g):
+            return g + 0 * ctx.saved_tensors[0]
+
+    model = nn.Linear(3, 2)
+    opt = RGPSelectiveOptimizer(sgd(model))
+    nat, adv = (Saves.apply(model(torch.rand(4, 3))).square().sum() for _ in range(2))
+    loss = {
+        "shared": lambda: nat + adv,
+        "none": lambda: None,
+        "apart": lambda: Saves.apply(model(torch.rand(4, 3))).sum(),
+    }[total]()
+    opt.backward(loss, natural=nat, adversarial=adv)
+    gc.collect()
+    assert len(saved) >= 2
+    assert all(ref() is None for ref in saved)
+
+
+def test_losses_on_one_graph_of_both_batches():
+    model, other = make_net(), make_net()
+    opt, reference = (RGPSelectiveOptimizer(sgd(m)) for m in (model, other))
+    x, x_adv, y = make_batch()
+    for each, wrapper in ((model, opt), (other, reference)):
+        logits, logits_adv = each(torch.cat([x, x_adv])).chunk(2)
+        nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+        if wrapper is opt:
+            wrapper.backward(natural=nat, adversarial=adv)
+        else:
+            wrapper.backward(nat + adv, natural=nat, adversarial=adv)
+        wrapper.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_grad_outside_of_scoring_is_an_ordinary_gradient():
     model = make_net()
     opt = RGPSelectiveOptimizer(sgd(model), update_fraction=0.3)
