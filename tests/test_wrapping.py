@@ -73,6 +73,47 @@ def test_an_optimizer_that_has_stepped_already_can_be_wrapped():
     assert_same(model, other)
 
 
+def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
+    """Trainers subclass the optimizer's class on the fly and copy its ``__dict__``."""
+
+    class Proxy:
+        def __init__(self, optimizer):
+            self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
+            bases = (type(self), type(optimizer))
+            self.__class__ = type("Proxied" + type(optimizer).__name__, bases, {})
+            self._optimizer = optimizer
+
+        def step(self, closure=None):
+            return self._optimizer.step(closure)
+
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model), wrap(other)
+    proxy = Proxy(opt)
+    assert isinstance(proxy, RGPSelectiveOptimizer)
+    tracker = proxy.track_updates()
+    proxy.param_groups[0]["rgp_update_fraction"] = 0.5
+    reference.param_groups[0]["rgp_update_fraction"] = 0.5
+    for seed in range(2):
+        cure_step(model, proxy, seed)
+        cure_step(other, reference, seed)
+    assert_same(model, other)
+    assert tracker.last()["group0.param0"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compiling_around_the_step():
+    model, other = make_net(), make_net()
+    opt, reference = wrap(model), wrap(other)
+    compiled = torch.compile(lambda: opt.step(), backend="eager")
+    for seed in range(3):
+        loss, nat, adv = losses(model, *make_batch(seed))
+        opt.zero_grad()
+        opt.backward(loss, natural=nat, adversarial=adv)
+        compiled()
+        cure_step(other, reference, seed)
+    assert_same(model, other)
+
+
 SCHEDULERS = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 0.9**t),
     "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.9),
