@@ -71,6 +71,14 @@ def check_tensor(name: str, value: Any, *, floating: bool = True) -> Tensor:
     return value
 
 
+def check_dense(name: str, gradient: Tensor) -> None:
+    """Refuse the gradient of a selected parameter if it is sparse."""
+    if gradient.layout != torch.strided:
+        hint = "Set 'rgp_select': False for the parameter's group, or make the gradient dense."
+        found = f"a {gradient.layout} gradient, {tuple(gradient.shape)}"
+        raise TypeError(error_text(name, "be dense", found, hint))
+
+
 def _kind(value: object) -> str:
     """Name the type of ``value``; show it too when it is short."""
     shown = repr(value)

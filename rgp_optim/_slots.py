@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgp_optim._checks import check_choice, error_text
+from rgp_optim._checks import check_choice, check_dense, error_text
 
 ROLES = ("natural", "adversarial")
 Gradients = dict[Tensor, Tensor]
@@ -163,12 +163,12 @@ class Slots:
                 p.grad = gradient
 
     def _store(self, role: str, slots: Gradients) -> None:
-        for p, gradient in slots.items():
-            if gradient.layout != torch.strided:
-                self.clear()
-                hint = "Set 'rgp_select': False for its group, or make the gradient dense."
-                found = f"a {gradient.layout} gradient of a {tuple(p.shape)} parameter"
-                raise TypeError(error_text(role, "give dense gradients", found, hint))
+        try:
+            for gradient in slots.values():
+                check_dense(f"gradient of the {role} loss", gradient)
+        except TypeError:
+            self.clear()
+            raise
         self._taken[role] = slots
         if slots and self._watched not in slots:
             self.watch(slots)
@@ -186,12 +186,13 @@ class Slots:
 
     def _notice_the_end(self) -> None:
         """Forget the gradients if the training gradients that went with them are gone."""
-        if self._training_gradient is not None:
-            assert self._watched is not None
-            if self._watched.grad is None:
+        if self._training_gradient is None or self._watched is None:
+            return
+        self._training_gradient = self._watched.grad
+        if self._training_gradient is None:  # of all, or of this one, to leave it out of the step?
+            scored = (p for gradients in self._taken.values() for p in gradients)
+            if all(p.grad is None for p in scored):
                 self.clear()
-            else:
-                self._training_gradient = self._watched.grad
 
 
 def _is_view_of_more(gradient: Tensor) -> bool:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from rgp_optim import functional
-from rgp_optim._checks import check_choice, check_count, check_fraction, error_text
+from rgp_optim._checks import (
+    check_choice,
+    check_count,
+    check_dense,
+    check_fraction,
+    error_text,
+)
 from rgp_optim._slots import ROLES, Slots
 from rgp_optim._tracking import UpdateTracker
 from rgp_optim.functional import SCOPES, Backend, Scope
@@ -374,10 +380,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 g = p.grad
                 if g is not None and settings.selects(p) and settings.update_fraction < 1.0:
-                    if g.layout != torch.strided:
-                        hint = "Set 'rgp_select': False for its group, or make the gradient dense."
-                        found = f"a {g.layout} gradient of a {tuple(p.shape)} parameter"
-                        raise TypeError(error_text("grad", "be dense", found, hint))
+                    check_dense("grad", g)
                     entries.append(_Entry(p, g, index, group["rgp_step"], settings))
                 index += 1
         masks = {

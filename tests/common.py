@@ -1,5 +1,7 @@
 """What several test files share: small networks, every inner optimizer, one training step."""
 
+import io
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,14 @@ def plain_step(model, opt, seed=0, dtype=torch.float32):
 
 def snapshot(model):
     return [p.detach().clone() for p in model.parameters()]
+
+
+def disk(state_dict):
+    """Through a file, as a safe loader reads it."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def same_bits(a, b):

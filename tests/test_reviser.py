@@ -1,14 +1,13 @@
 """ConsistencyReviser: the average against a plain loop, its loss, its draws, its checkpoints."""
 
 import copy
-import io
 import math
 import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-from common import make_batch, make_net
+from common import disk, make_batch, make_net
 from torch import nn
 
 from rgp_optim import ConsistencyReviser
@@ -27,13 +26,6 @@ def disturb(model, seed):
 
 def tensors(model):
     return [*model.parameters(), *model.buffers()]
-
-
-def disk(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # Limits.

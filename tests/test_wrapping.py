@@ -7,7 +7,17 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from common import INNER, cure_step, losses, make_batch, make_net, plain_step, same_bits, snapshot
+from common import (
+    INNER,
+    cure_step,
+    disk,
+    losses,
+    make_batch,
+    make_net,
+    plain_step,
+    same_bits,
+    snapshot,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,14 +39,6 @@ def wrap(model, make_inner=None, **options):
 def assert_same(model_a, model_b):
     for a, b in zip(snapshot(model_a), snapshot(model_b), strict=True):
         assert same_bits(a, b)
-
-
-def disk(state_dict):
-    """Through a file, as a safe loader reads it."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # An optimizer like any other.
@@ -477,6 +479,20 @@ def test_an_exception_in_a_scoring_block_restores_grad_and_drops_the_scores():
     cure_step(model, opt)
 
 
+def test_a_gradient_set_to_none_leaves_its_parameter_out_of_the_step():
+    model = make_net()
+    opt = wrap(model)
+    cure_step(model, opt)
+    before = snapshot(model)
+    loss, nat, adv = losses(model, *make_batch(1))
+    opt.zero_grad()
+    opt.backward(loss, natural=nat, adversarial=adv)
+    model.conv.weight.grad = None
+    opt.step()
+    assert same_bits(model.conv.weight.detach(), before[0])
+    assert not same_bits(model.head.weight.detach(), before[4])
+
+
 def test_an_exception_drops_what_earlier_micro_batches_gave():
     model = make_net()
     opt = wrap(model)
@@ -758,7 +774,7 @@ def sparse_training_gradient(opt, model):
         (backward(loss=lambda t: t.item()), TypeError, "`loss` should be a scalar tensor. Found"),
         (backward(natural=lambda t: t.detach()), ValueError, "`natural` should carry a graph"),
         (backward(adversarial=lambda t: t.repeat(2)), ValueError, "`adversarial` should be a sc"),
-        (sparse, TypeError, "`natural` should give dense gradients.*'rgp_select': False"),
+        (sparse, TypeError, "`gradient of the natural loss` should be dense.*'rgp_select'"),
         (sparse_training_gradient, TypeError, "`grad` should be dense.*'rgp_select': False"),
     ],
 )
