@@ -60,14 +60,14 @@ def check_choice(name: str, value: Any, choices: Collection[str], hint: str = ""
     return value
 
 
-def check_tensor(name: str, value: Any, *, floating: bool = True) -> Tensor:
+def check_tensor(name: str, value: Any, *, floating: bool = True, hint: str = "") -> Tensor:
     """Return ``value`` if it is a dense tensor; if ``floating``, of a floating or complex dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(error_text(name, "be a tensor", f"{name}: {_kind(value)}"))
+        raise TypeError(error_text(name, "be a tensor", f"{name}: {_kind(value)}", hint))
     if value.layout != torch.strided:
         raise TypeError(error_text(name, "be a dense tensor", f"{name}: {value.layout}"))
     if floating and not (value.is_floating_point() or value.is_complex()):
-        raise TypeError(error_text(name, "have a floating dtype", f"{name}: {value.dtype}"))
+        raise TypeError(error_text(name, "have a floating dtype", f"{name}: {value.dtype}", hint))
     return value
 
 

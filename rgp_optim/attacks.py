@@ -42,7 +42,7 @@ def kl_attack(
             normalised images should normalise inside.
         x: Images, [batch, ...], floating, in [0, 1] (checked on the CPU; elsewhere that would wait
             for the device). Not changed.
-        eps: Radius of the ball, >= 0, in units of the pixels.
+        eps: Radius of the ball, in [0, 1], in units of the pixels.
         step_size: Length of a step, > 0, in units of the pixels. None is ``eps / 4``.
         steps: Number of steps, >= 0.
         generator: Of the start's noise, on the device of ``x``; None is torch's own.
@@ -57,7 +57,7 @@ def kl_attack(
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
     _check_images(x)
-    eps = check_real("eps", eps)
+    eps = _check_eps(eps)
     step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
     steps = check_count("steps", steps)
     with _frozen(model) as net:
@@ -97,7 +97,7 @@ def pgd_attack(
         x: As in `kl_attack`.
         target: Class indices, [batch], int64, on the device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
-        eps: Radius of the ball, >= 0, in units of the pixels.
+        eps: Radius of the ball, in [0, 1], in units of the pixels.
         step_size: Length of a step, > 0, in units of the pixels.
         steps: Number of steps, >= 0.
         random_start: Start from a uniform draw in the ball (True) or from ``x``.
@@ -115,7 +115,7 @@ def pgd_attack(
     _check_images(x)
     check_target(target, x, probabilities=False)
     check_choice("loss", loss, ("cross_entropy", "margin"))
-    eps = check_real("eps", eps)
+    eps = _check_eps(eps)
     step_size = check_real("step_size", step_size, strict=True)
     steps = check_count("steps", steps)
     with _frozen(model) as net:
@@ -190,8 +190,17 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
+def _check_eps(eps: float) -> float:
+    """Return the radius if it is one for pixels in [0, 1]."""
+    eps = check_real("eps", eps)
+    if eps > 1.0:
+        hint = "Pixels are in [0, 1]: write 8 / 255."
+        raise ValueError(error_text("eps", "be at most 1", eps, hint))
+    return eps
+
+
 def _check_images(x: Tensor) -> None:
-    check_tensor("x", x)
+    check_tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
     if x.is_complex():
         raise TypeError(error_text("x", "be real", str(x.dtype)))
     if x.device.type == "cpu" and x.numel():

@@ -147,7 +147,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         rgp = _Rgp(
             inner=_check_inner(optimizer),
             defaults={
-                "rgp_update_fraction": check_fraction("update_fraction", update_fraction),
+                "rgp_update_fraction": check_fraction(
+                    "update_fraction", update_fraction, "Conserving 30 % is update_fraction=0.7."
+                ),
                 "rgp_alpha": check_fraction("alpha", alpha),
                 "rgp_select": None,
                 "rgp_step": 0,
@@ -206,7 +208,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the inner optimizer; missing ``rgp_*`` settings get the defaults."""
-        Settings.of({**self._rgp.defaults, **param_group})
+        if isinstance(param_group, dict):  # or let torch say that it should be one
+            Settings.of({**self._rgp.defaults, **param_group})
         self._rgp.inner.add_param_group(param_group)
         self._complete_groups()
 

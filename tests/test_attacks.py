@@ -252,7 +252,13 @@ NET = make_net()
             r"`x` should be in \[0, 1\]. Found `values from -.* normalise inside the model",
         ),
         (lambda: kl_attack(NET, X * float("nan")), ValueError, r"`x` should be in \[0, 1\]"),
-        (lambda: kl_attack(NET, X.mul(255).byte()), TypeError, "`x` should have a floating dtype"),
+        (
+            lambda: kl_attack(NET, X.mul(255).byte()),
+            TypeError,
+            "`x` should have a floating dtype.* x / 255",
+        ),
+        (lambda: kl_attack(NET, X, eps=8), ValueError, "`eps` should be at most 1.* write 8 / 255"),
+        (lambda: pgd_attack(NET, X, Y[:2], eps=8), ValueError, "`eps` should be at most 1"),
         (lambda: kl_attack(NET, X, eps=-1), ValueError, "`eps` should be finite and >= 0"),
         (
             lambda: kl_attack(NET, X, step_size=0),

@@ -817,7 +817,7 @@ P = [nn.Parameter(torch.zeros(2, 2))]
         (
             lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), update_fraction=30),
             ValueError,
-            r"`update_fraction` should be in \[0, 1\]. Found `update_fraction = 30`",
+            r"`update_fraction` should be in \[0, 1\]. Found .*= 30`. Conserving 30 % is update_",
         ),
         (
             lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), alpha="high"),
