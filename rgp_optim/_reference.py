@@ -58,41 +58,71 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
     return (mask & (flat != 0)).view(score.shape)
 
 
-def topk_masks(scores: Sequence[Tensor], fractions: Sequence[float], scope: str) -> list[Tensor]:
-    """Return one mask for each score; under scope "global" all of them share one threshold."""
-    if scope == "tensor":
-        return [topk_mask(score, f) for score, f in zip(scores, fractions, strict=True)]
-    if not scores:
-        return []
-    device = scores[0].device
+def topk_masks(
+    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
+) -> list[Tensor]:
+    """Return one mask for each score; those with the same pool number share one threshold."""
+    members: dict[int, list[int]] = {}
+    for i, pool in enumerate(pools):
+        members.setdefault(pool, []).append(i)
+    masks: dict[int, Tensor] = {}
+    for indices in members.values():
+        mine = [scores[i] for i in indices]
+        if len(mine) > 1:
+            joined = topk_mask(_join(mine), fractions[indices[0]])
+            parts = torch.split(joined, [score.numel() for score in mine])
+            for i, score, part in zip(indices, mine, parts, strict=True):
+                masks[i] = part.view(score.shape).to(score.device)
+        else:
+            masks[indices[0]] = topk_mask(mine[0], fractions[indices[0]])
+    return [masks[i] for i in range(len(scores))]
+
+
+def _join(scores: Sequence[Tensor]) -> Tensor:
     dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
-    joined = torch.cat([score.reshape(-1).to(device, dtype) for score in scores])
-    sizes = [score.numel() for score in scores]
-    parts = torch.split(topk_mask(joined, fractions[0]), sizes)
-    return [
-        part.view(score.shape).to(score.device) for part, score in zip(parts, scores, strict=True)
-    ]
+    return torch.cat([score.reshape(-1).to(scores[0].device, dtype) for score in scores])
 
 
-def rgp_topk_masks(
+def select(
     g_nats: Sequence[Tensor | None],
     g_advs: Sequence[Tensor | None],
     alphas: Sequence[float],
     fractions: Sequence[float],
-    scope: str,
-) -> list[Tensor]:
+    pools: Sequence[int],
+) -> Selection:
     """Score and select; see `rgp_score` and `topk_masks`."""
     pairs = zip(g_nats, g_advs, alphas, strict=True)
-    return topk_masks([rgp_score(*pair) for pair in pairs], fractions, scope)
+    return Selection(topk_masks([rgp_score(*pair) for pair in pairs], fractions, pools))
 
 
-def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set to 0, in place, what the masks leave out; NaN and infinity there too."""
-    for tensor, mask in zip(tensors, masks, strict=True):
-        tensor.masked_fill_(~mask, 0)
+class Selection:
+    """What was selected in a list of tensors, and what a step does with it."""
 
+    def __init__(self, masks: list[Tensor]) -> None:
+        self._masks = masks
 
-def conserve_(weights: Sequence[Tensor], saved: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
-    for weight, old, mask in zip(weights, saved, masks, strict=True):
-        weight.copy_(torch.where(mask, weight, old))
+    def masks(self) -> list[Tensor]:
+        """Return the masks: True where a weight is updated."""
+        return self._masks
+
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+    ) -> None:
+        """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``.
+
+        NaN and infinity become 0 too. An entry that is None is left out.
+        """
+        for mask, target, weight, copy in zip(self._masks, targets, weights, saved, strict=True):
+            if target is not None:
+                target.masked_fill_(~mask, 0)
+            if weight is not None and copy is not None:
+                copy.copy_(weight)
+
+    def conserve_(self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+        """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
+        for mask, weight, old in zip(self._masks, weights, saved, strict=True):
+            if weight is not None and old is not None:
+                torch.where(mask, weight, old, out=weight)

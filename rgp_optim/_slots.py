@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from rgp_optim._checks import check_choice, check_dense, error_text
 
@@ -26,9 +27,9 @@ class Slots:
 
     A window normally ends in `clear`, at the optimizer's ``step`` or ``zero_grad``. It can also end
     unseen: a gradient scaler skips the step, and then the model, not the optimizer, is asked to set
-        its
-    gradients to None. So one parameter is watched: when the training gradient that was seen there
-    in this window disappears, or is another tensor at the next backward pass, the window is over.
+    its gradients to None. So one parameter is watched: when the training gradient that was seen
+    there in this window disappears, or is another tensor at the next backward pass, the window is
+    over. A ``zero_grad(set_to_none=False)`` of the model cannot be told from an accumulation.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class Slots:
     @property
     def empty(self) -> bool:
         """Whether nothing was taken in this window."""
+        self._notice_the_end()
         return not self._taken
 
     @property
@@ -64,7 +66,7 @@ class Slots:
 
     def watch(self, candidates: Iterable[Tensor]) -> None:
         """Watch the first of ``candidates`` that can receive a gradient."""
-        p = next((p for p in candidates if p.requires_grad and p.is_leaf), None)
+        p = next((p for p in candidates if p.requires_grad and p.is_leaf and not is_lazy(p)), None)
         if p is None or p is self._watched:
             return
         self._unwatch()
@@ -124,6 +126,20 @@ class Slots:
             slots[p] = gradient
         self._store(role, slots)
 
+    def spare(self, params: Sequence[Tensor]) -> Gradients:
+        """Return the natural slots that can be written over once the masks are known.
+
+        Only those that have the parameter's form and memory that nothing else lies in.
+        """
+        slots = self._taken.get("natural", {})
+        claimed = Claims(t for p in params for t in (p, p.grad) if t is not None)
+        spare: Gradients = {}
+        for p in params:
+            g = slots.get(p)
+            if g is not None and _alike(g, p) and not claimed.claim(g):
+                spare[p] = g
+        return spare
+
     def _begin(self, role: str) -> None:
         check_choice("role", role, ROLES)
         if self._role is not None:
@@ -144,9 +160,12 @@ class Slots:
                 p.grad = start.get(p)
             before = {p: g._version for p, g in start.items()}
             yield taken
+            claimed = Claims(g for g in outside if g is not None)
+            claimed.add(g for r, gs in self._taken.items() if r != role for g in gs.values())
             for p in params:
                 if p.grad is not None:
-                    taken[p] = p.grad.clone() if _is_view_of_more(p.grad) else p.grad
+                    g = p.grad
+                    taken[p] = g.clone() if _is_view_of_more(g) or claimed.claim(g) else g
             if all(g is start.get(p) and g._version == before[p] for p, g in taken.items()):
                 raise RuntimeError(
                     f"score({role!r}): no parameter received a gradient. Call `.backward()` inside "
@@ -186,13 +205,44 @@ class Slots:
 
     def _notice_the_end(self) -> None:
         """Forget the gradients if the training gradients that went with them are gone."""
-        if self._training_gradient is None or self._watched is None:
+        if self._training_gradient is None or self._watched is None or self._role is not None:
             return
         self._training_gradient = self._watched.grad
         if self._training_gradient is None:  # of all, or of this one, to leave it out of the step?
             scored = (p for gradients in self._taken.values() for p in gradients)
             if all(p.grad is None for p in scored):
                 self.clear()
+
+
+class Claims:
+    """Which memory is taken. Autograd can give two parameters one gradient; so can a loop."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._starts: set[int] = set()
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Claim the memory of ``tensors``."""
+        for tensor in tensors:
+            self.claim(tensor)
+
+    def claim(self, tensor: Tensor) -> bool:
+        """Claim its memory; tell whether somebody has it already, or it overlaps itself."""
+        if tensor.layout != torch.strided or tensor.numel() == 0:
+            return False
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and step == 0 for size, step in steps):
+            return True
+        start = tensor.data_ptr()
+        if start in self._starts:
+            return True
+        if start:  # a wrapper without memory of its own has 0
+            self._starts.add(start)
+        return False
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
 
 
 def _is_view_of_more(gradient: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,21 @@ Backend = Literal["auto", "torch"]
 Scope = Literal["tensor", "global"]
 
 SCOPES = ("tensor", "global")
+
+
+class Selection(Protocol):
+    """What a backend selected in a list of tensors; `rgp_optim._reference.Selection` says how."""
+
+    def masks(self) -> list[Tensor]: ...
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+    ) -> None: ...
+    def conserve_(
+        self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -119,22 +134,31 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
     """
-    return topk_masks([score], [update_fraction], "tensor", backend)[0]
+    return topk_masks([score], [update_fraction], [0], backend)[0]
 
 
 def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], scope: str, backend: str = "auto"
+    scores: Sequence[Tensor],
+    fractions: Sequence[float],
+    pools: Sequence[int],
+    backend: str = "auto",
 ) -> list[Tensor]:
-    """Do what `topk_mask` does for a list of scores; under scope "global" with one threshold."""
+    """Do what `topk_mask` does for a list of scores; those of one pool share a threshold."""
     for score in scores:
         check_tensor("score", score)
         if score.is_complex():
             raise TypeError(error_text("score", "have a real dtype", f"score: {score.dtype}"))
     for fraction in fractions:
         check_fraction("update_fraction", fraction)
+    masks: dict[int, Tensor] = {}
     with torch.no_grad():
-        masks: list[Tensor] = _provider(backend, scores).topk_masks(scores, fractions, scope)
-    return masks
+        for indices in _by_device(scores, pools):
+            mine = [scores[i] for i in indices]
+            got = _provider(backend, mine).topk_masks(
+                mine, [fractions[i] for i in indices], [pools[i] for i in indices]
+            )
+            masks.update(zip(indices, got, strict=True))
+    return [masks[i] for i in range(len(scores))]
 
 
 def rgp_topk_masks(
@@ -185,12 +209,71 @@ def rgp_topk_masks(
     if scope == "global" and len(set(fractions)) > 1:
         rule = "be one number under scope='global', where all tensors share a threshold"
         raise ValueError(error_text("update_fraction", rule, update_fraction))
-    present = [g for pair in zip(g_nats, g_advs, strict=True) for g in pair if g is not None]
+    pools = [0] * count if scope == "global" else list(range(count))
+    return select(g_nats, g_advs, alphas, fractions, pools, backend).masks()
+
+
+def select(
+    g_nats: Sequence[Tensor | None],
+    g_advs: Sequence[Tensor | None],
+    alphas: Sequence[float],
+    fractions: Sequence[float],
+    pools: Sequence[int],
+    backend: str = "auto",
+) -> Selection:
+    """Do what `rgp_topk_masks` does, by pools of one threshold; for arguments known to match."""
+    pairs = zip(g_nats, g_advs, strict=True)
+    some = [g_nat if g_nat is not None else g_adv for g_nat, g_adv in pairs]
+    parts: list[tuple[list[int], Selection]] = []
     with torch.no_grad():
-        masks: list[Tensor] = _provider(backend, present).rgp_topk_masks(
-            g_nats, g_advs, alphas, fractions, scope
-        )
-    return masks
+        for indices in _by_device([g for g in some if g is not None], pools):
+            mine = [[each[i] for i in indices] for each in (g_nats, g_advs)]
+            module = _provider(backend, [g for each in mine for g in each if g is not None])
+            settings = [[each[i] for i in indices] for each in (alphas, fractions, pools)]
+            parts.append((indices, module.select(*mine, *settings)))
+    return parts[0][1] if len(parts) == 1 else _Parts(parts)
+
+
+def selection_of(masks: Sequence[Tensor]) -> Selection:
+    """Return the selection that given masks make."""
+    return _reference.Selection(list(masks))
+
+
+def _by_device(tensors: Sequence[Tensor], pools: Sequence[int]) -> list[list[int]]:
+    """Return positions by device; those of pools over several devices come together."""
+    homes: dict[int, set[torch.device]] = {}
+    for tensor, pool in zip(tensors, pools, strict=True):
+        homes.setdefault(pool, set()).add(tensor.device)
+    groups: dict[torch.device | None, list[int]] = {}
+    for i, (tensor, pool) in enumerate(zip(tensors, pools, strict=True)):
+        groups.setdefault(tensor.device if len(homes[pool]) == 1 else None, []).append(i)
+    return list(groups.values())
+
+
+class _Parts:
+    """Selections of several devices as one."""
+
+    def __init__(self, parts: list[tuple[list[int], Selection]]) -> None:
+        self._parts = parts
+
+    def masks(self) -> list[Tensor]:
+        masks: dict[int, Tensor] = {}
+        for indices, part in self._parts:
+            masks.update(zip(indices, part.masks(), strict=True))
+        return [masks[i] for i in range(len(masks))]
+
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        weights: Sequence[Tensor | None],
+        saved: Sequence[Tensor | None],
+    ) -> None:
+        for indices, part in self._parts:
+            part.apply_(*([each[i] for i in indices] for each in (targets, weights, saved)))
+
+    def conserve_(self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+        for indices, part in self._parts:
+            part.conserve_(*([each[i] for i in indices] for each in (weights, saved)))
 
 
 def conserve_(weights: Sequence[Tensor], saved: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -219,13 +302,7 @@ def conserve_(weights: Sequence[Tensor], saved: Sequence[Tensor], masks: Sequenc
             rule = f"be a bool tensor with shape and device of `weights[{i}]`"
             raise ValueError(error_text(f"masks[{i}]", rule, _describe(mask)))
     with torch.no_grad():
-        _provider("auto", list(weights)).conserve_(weights, saved, masks)
-
-
-def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set to 0, in place, what the masks leave out; for arguments known to match."""
-    with torch.no_grad():
-        _provider("auto", tensors).mask_(tensors, masks)
+        selection_of(masks).conserve_(weights, saved)
 
 
 def _per_tensor(name: str, value: float | Sequence[float], count: int) -> list[float]:

@@ -5,16 +5,18 @@ One step: score (the slots) -> select (masks) -> the inner optimizer's step -> c
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from rgp_optim import functional
+from rgp_optim._bits import pack_bits, unpack_bits
 from rgp_optim._checks import (
     check_choice,
     check_count,
@@ -22,9 +24,9 @@ from rgp_optim._checks import (
     check_fraction,
     error_text,
 )
-from rgp_optim._slots import ROLES, Slots
+from rgp_optim._slots import ROLES, Claims, Slots
 from rgp_optim._tracking import UpdateTracker
-from rgp_optim.functional import SCOPES, Backend, Scope
+from rgp_optim.functional import SCOPES, Backend, Scope, Selection
 from rgp_optim.groups import Settings
 from rgp_optim.scores import RULES, NothingScored, ScoreInputs, ScoreRule
 
@@ -32,6 +34,7 @@ __all__ = ["RGPSelectiveOptimizer"]
 
 Conserve = Literal["weights", "gradients", "update"]
 CONSERVE = ("weights", "gradients", "update")
+_KEPT = "rgp_kept"  # entry of a checkpoint: masks that are kept for more than one step
 
 
 @dataclass
@@ -48,12 +51,28 @@ class _Rgp:
     score: str | ScoreRule
     seed: int
     backend: Backend
+    refresh_every: int
     slots: Slots = field(default_factory=Slots)
     trackers: list[UpdateTracker] = field(default_factory=list)
+    choice: _Choice | None = None  # kept for the next steps
+    stepping: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the trackers behind, which belong to the original."""
-        return {**self.__dict__, "trackers": []}
+        choice = self.choice
+        if choice is not None:  # in a form that can be copied
+            choice = replace(choice, selection=functional.selection_of(choice.selection.masks()))
+        return {**self.__dict__, "trackers": [], "choice": choice, "stepping": False}
+
+
+@dataclass
+class _Choice:
+    """What was selected: masks for ``params``, under ``settings``, for ``age`` steps so far."""
+
+    params: list[Tensor]
+    selection: Selection
+    settings: list[tuple[Tensor, float, float]]
+    age: int = 0
 
 
 class RGPSelectiveOptimizer(torch.optim.Optimizer):
@@ -87,8 +106,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     The settings of a param group are ``rgp_update_fraction``, ``rgp_alpha`` and ``rgp_select``
     (None: select in tensors with two or more dimensions, update the others always; True: select in
     all; False: update all always). They can be set before or after wrapping, change during
-    training, and are saved in checkpoints. Tensors whose fraction is 1 are left to the inner
-    optimizer entirely.
+    training, and are saved in checkpoints; what a group has already wins over the arguments here.
+    Tensors whose fraction is 1 are left to the inner optimizer entirely.
 
     Args:
         optimizer: The optimizer to wrap, an instance; it may have stepped already. Not LBFGS, which
@@ -108,6 +127,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             scores.
         seed: Seed of the ``"random"`` score, an integer >= 0.
         backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
+        refresh_every: Select anew in every n-th step only, n >= 1, and keep the masks in between.
+            `needs_scores` tells a loop when the scoring passes are wanted; `backward` asks it by
+            itself. Checkpoints contain the masks that are kept. The paper's is 1.
 
     Raises:
         TypeError: ``optimizer`` is a class, no optimizer, LBFGS, or wrapped already; an argument
@@ -140,6 +162,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         score: str | ScoreRule = "rgp",
         seed: int = 0,
         backend: Backend = "auto",
+        refresh_every: int = 1,
     ) -> None:
         if not callable(score):
             check_choice("score", score, RULES, "Or pass a callable: see rgp_optim.scores.")
@@ -159,6 +182,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             score=score,
             seed=check_count("seed", seed),
             backend=backend,
+            refresh_every=check_count("refresh_every", refresh_every, minimum=1),
         )
         for group in rgp.inner.param_groups:
             Settings.of({**rgp.defaults, **group})
@@ -167,6 +191,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self.__setstate__({"_rgp": rgp})
         self._complete_groups()
         rgp.slots.watch(self._parameters())
+        rgp.inner.register_step_pre_hook(_refuse_inner_step(rgp))
+
+    def __repr__(self) -> str:
+        rgp = self._rgp
+        ours = ("scope", "conserve", "score", "backend", "refresh_every")
+        shown = ", ".join(f"{name}={getattr(rgp, name)!r}" for name in ours)
+        return f"{type(self).__name__}({rgp.inner!r}, {shown})"
 
     # What belongs to the inner optimizer stays there; assigning here assigns there.
 
@@ -219,6 +250,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             pre_hook(self)
         self._complete_groups()
         state_dict = self._rgp.inner.state_dict()
+        if self._rgp.choice is not None:
+            state_dict[_KEPT] = self._pack(self._rgp.choice)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _or(post_hook(self, state_dict), state_dict)
         return state_dict
@@ -233,6 +266,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(pre_hook(self, state_dict), state_dict)
         self._complete_groups()
+        kept = state_dict.pop(_KEPT, None)
         names = self._rgp.defaults
         ours = [{name: group[name] for name in names} for group in self.param_groups]
         for group in state_dict["param_groups"]:
@@ -241,8 +275,28 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         for group, before in zip(self.param_groups, ours, strict=True):
             for name, value in before.items():
                 group.setdefault(name, value)
+        self._rgp.choice = self._unpack(kept) if kept else None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _pack(self, choice: _Choice) -> dict[str, Any]:
+        """Return masks as a checkpoint holds them: eight weights a byte, by parameter number."""
+        numbers = {p: i for i, p in enumerate(self._parameters())}
+        masks = zip(choice.params, choice.selection.masks(), strict=True)
+        return {
+            "age": choice.age,
+            "settings": [(numbers[p], *each) for p, *each in choice.settings],
+            "masks": {numbers[p]: pack_bits(mask) for p, mask in masks},
+        }
+
+    def _unpack(self, kept: dict[str, Any]) -> _Choice:
+        """Undo `_pack`."""
+        params = self._parameters()
+        chosen = [params[i] for i in kept["masks"]]
+        packed = kept["masks"].values()
+        masks = [unpack_bits(bits, p) for p, bits in zip(chosen, packed, strict=True)]
+        settings = [(params[i], fraction, alpha) for i, fraction, alpha in kept["settings"]]
+        return _Choice(chosen, functional.selection_of(masks), settings, kept["age"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and what was taken for the score: a new batch begins."""
@@ -251,6 +305,36 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._rgp.inner.zero_grad(set_to_none=set_to_none)
 
     # Score.
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the next step selects anew; if not, the scoring passes can be left out.
+
+        Always True with ``refresh_every=1``, unless no weight is selected. Scores that are taken
+        all the same are used.
+        """
+        self._complete_groups()
+        settings = self._selected_settings()
+        partly = any(fraction > 0.0 for _, fraction, _ in settings)
+        return partly and not self._keeps(settings)
+
+    def _keeps(self, settings: list[tuple[Tensor, float, float]]) -> bool:
+        """Tell whether the masks at hand are good for one more step under these settings."""
+        choice, n = self._rgp.choice, self._rgp.refresh_every
+        if choice is None or choice.age >= n or len(choice.settings) != len(settings):
+            return False
+        pairs = zip(choice.settings, settings, strict=True)
+        return all(a[0] is b[0] and a[1:] == b[1:] for a, b in pairs)
+
+    def _selected_settings(self) -> list[tuple[Tensor, float, float]]:
+        """Return parameter, fraction and alpha wherever weights are selected."""
+        found = []
+        for group in self.param_groups:
+            each = Settings.of(group)
+            if each.update_fraction < 1.0:
+                selected = [p for p in group["params"] if each.selects(p)]
+                found += [(p, each.update_fraction, each.alpha) for p in selected]
+        return found
 
     def score(self, role: Literal["natural", "adversarial"]) -> AbstractContextManager[None]:
         """Take what the backward passes inside compute for the score, not for the update.
@@ -264,8 +348,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             role: ``"natural"`` or ``"adversarial"``.
 
         Returns:
-            A context manager. Inside, ``.grad`` of each parameter is the gradient of this role;
-            afterwards it is what it was before.
+            A context manager. Inside, ``.grad`` of each parameter is the gradient of this role, and
+            its memory is the optimizer's: clone what you keep. Afterwards it is what it was before.
 
         Raises:
             ValueError: ``role`` is neither.
@@ -280,7 +364,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def backward(self, loss: Tensor | None = None, *, natural: Tensor, adversarial: Tensor) -> None:
         """Run the backward passes of a step: two for the score, one for the gradient in ``.grad``.
 
-        The losses may share their graphs. Under a gradient scaler pass all three scaled:
+        Those for the score are left out where `needs_scores` is False. The losses may share their
+        graphs. Under a gradient scaler pass all three scaled:
         ``opt.backward(scaler.scale(loss), natural=scaler.scale(...),
         adversarial=scaler.scale(...))``.
 
@@ -299,6 +384,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         losses = {"natural": natural, "adversarial": adversarial}
         for name, each in (losses if loss is None else {"loss": loss, **losses}).items():
             _check_loss(name, each)
+        if not self.needs_scores:
+            self._refuse_while_scoring("backward()")
+            _backward(natural + adversarial if loss is None else loss)
+            return
         if loss is None:
             self._backward_of_sum(natural, adversarial)
             return
@@ -354,93 +443,117 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         self._complete_groups()
+        at_rest = _at_rest(self.param_groups)
         try:
-            masks = self._select()
+            choice = self._choose()
         except NothingScored:
-            if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
+            if not at_rest:
                 raise
-            rgp.inner.step()
-            return result
+            choice = _Choice([], functional.selection_of([]), [])
         if not rgp.slots.empty and all(p.grad is None for p in self._parameters()):
             raise RuntimeError(
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Run `loss.backward()` outside the scoring blocks, after `zero_grad()`."
             )
         with torch.no_grad():
-            self._step_and_conserve(list(masks), list(masks.values()))
-        for tracker in rgp.trackers:
-            tracker.record([(p, masks.get(p)) for p in self._parameters() if p.grad is not None])
-        for group in self.param_groups:
-            group["rgp_step"] += 1
+            self._step_and_conserve(choice)
+        if not at_rest:
+            self._count(choice)
         return result
 
-    def _select(self) -> dict[Tensor, Tensor]:
-        """Return a mask for each parameter of which a part is updated."""
+    def _choose(self) -> _Choice:
+        """Select in the parameters that have a gradient, or take the masks that are kept."""
+        rgp = self._rgp
+        settings = self._selected_settings()
+        for p, *_ in settings:
+            if p.grad is not None:
+                check_dense("grad", p.grad)
+        if rgp.slots.empty and rgp.choice is not None and self._keeps(settings):
+            return rgp.choice
+        entries = self._entries()
+        with torch.no_grad():
+            selection = self._select(entries) if entries else functional.selection_of([])
+        return _Choice([e.p for e in entries], selection, settings)
+
+    def _entries(self) -> list[_Entry]:
+        """Return the parameters to select in now."""
         entries: list[_Entry] = []
         index = 0
         for group in self.param_groups:
             settings = Settings.of(group)
             for p in group["params"]:
-                g = p.grad
-                if g is not None and settings.selects(p) and settings.update_fraction < 1.0:
-                    check_dense("grad", g)
-                    entries.append(_Entry(p, g, index, group["rgp_step"], settings))
+                partly = 0.0 < settings.update_fraction < 1.0
+                if partly and settings.selects(p) and p.grad is not None:
+                    entries.append(_Entry(p, p.grad, index, group["rgp_step"], settings))
                 index += 1
-        masks = {
-            e.p: torch.zeros_like(e.p, dtype=torch.bool)
-            for e in entries
-            if e.settings.update_fraction == 0.0
-        }
-        entries = [e for e in entries if e.p not in masks]
-        with torch.no_grad():
-            if self._rgp.scope == "tensor":
-                masks.update(self._masks(entries))
-            else:  # groups with different fractions cannot share a threshold
-                for fraction in dict.fromkeys(e.settings.update_fraction for e in entries):
-                    pool = [e for e in entries if e.settings.update_fraction == fraction]
-                    masks.update(self._masks(pool))
-        return masks
+        return entries
 
-    def _masks(self, entries: Sequence[_Entry]) -> dict[Tensor, Tensor]:
+    def _select(self, entries: Sequence[_Entry]) -> Selection:
         """Score and select in ``entries``, under the scope."""
         rgp = self._rgp
-        if not entries:
-            return {}
         inputs = [
             ScoreInputs(e.p, e.gradient, e.settings.alpha, e.step, e.index, rgp.seed, rgp.slots)
             for e in entries
         ]
         fractions = [e.settings.update_fraction for e in entries]
+        pools = list(range(len(entries)))
+        if rgp.scope == "global":  # groups with different fractions cannot share a threshold
+            pools = [fractions.index(fraction) for fraction in fractions]
         if rgp.score == "rgp":
-            masks = functional.rgp_topk_masks(
-                [s.natural if s.alpha > 0.0 else None for s in inputs],
-                [s.adversarial if s.alpha < 1.0 else None for s in inputs],
-                alpha=[s.alpha for s in inputs],
-                update_fraction=fractions,
-                scope=rgp.scope,
-                backend=rgp.backend,
-            )
-        else:
-            rule = RULES[rgp.score] if isinstance(rgp.score, str) else rgp.score
-            scores = [_check_score(rule(s), s.weight) for s in inputs]
-            masks = functional.topk_masks(scores, fractions, rgp.scope, rgp.backend)
-        return dict(zip((e.p for e in entries), masks, strict=True))
+            g_nats, g_advs = zip(*(s.rgp_gradients() for s in inputs), strict=True)
+            alphas = [s.alpha for s in inputs]
+            return functional.select(g_nats, g_advs, alphas, fractions, pools, rgp.backend)
+        rule = RULES[rgp.score] if isinstance(rgp.score, str) else rgp.score
+        scores = [_check_score(rule(s), s.weight) for s in inputs]
+        return functional.selection_of(functional.topk_masks(scores, fractions, pools, rgp.backend))
 
-    def _step_and_conserve(self, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    def _step_and_conserve(self, choice: _Choice) -> None:
         """Run the inner step; before and after it do what ``conserve`` asks for."""
         rgp = self._rgp
-        saved = []
+        selection, chosen = choice.selection, set(choice.params)
+        late = [p for p, *_ in choice.settings if p not in chosen and p.grad is not None]
+        if late:  # their fraction is 0, or no gradient reached them when the masks were made
+            nothing = [torch.zeros_like(p, dtype=torch.bool) for p in late]
+            selection = functional.selection_of([*selection.masks(), *nothing])
+        params = [*choice.params, *late]
+        weights = [None if p.grad is None else p.detach() for p in params]
+        saved: list[Tensor | None] = [None] * len(params)
         if rgp.conserve != "gradients":
-            spare = rgp.slots.gradients("natural") or {}  # their work is done: no memory is added
-            saved = [_copy_into(spare.get(p), p) for p in params]
+            spare = rgp.slots.spare(self._parameters())  # their work is done: no memory is added
+            saved = [
+                None if w is None else spare[p] if p in spare else torch.empty_like(w)
+                for p, w in zip(params, weights, strict=True)
+            ]
+        targets: list[Tensor | None] = [None] * len(params)
         if rgp.conserve != "update":
-            functional.mask_([p.grad for p in params if p.grad is not None], masks)
+            _give_own_memory(params, self._parameters())
+            targets = [p.grad for p in params]
+        rgp.stepping = True
         try:
+            selection.apply_(targets, weights, saved)
             rgp.inner.step()
         finally:  # also when the inner optimizer stops half-way
+            rgp.stepping = False
             rgp.slots.clear()
-            if rgp.conserve != "gradients":
-                functional.conserve_(params, saved, masks)
+            selection.conserve_(weights, saved)
+
+    def _count(self, choice: _Choice) -> None:
+        """Note that a step was taken."""
+        rgp = self._rgp
+        if rgp.trackers:
+            masks = dict(zip(choice.params, choice.selection.masks(), strict=True))
+            none = dict.fromkeys(p for p, *_ in choice.settings if p not in masks)
+            updated = [
+                (p, torch.zeros((), device=p.device) if p in none else masks.get(p))
+                for p in self._parameters()
+                if p.grad is not None
+            ]
+            for tracker in rgp.trackers:
+                tracker.record(updated)
+        for group in self.param_groups:
+            group["rgp_step"] += 1
+        choice.age += 1
+        rgp.choice = choice if rgp.refresh_every > 1 else None
 
     # Ask.
 
@@ -463,11 +576,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         return trackers[-1]
 
     def _names(self) -> dict[Tensor, str]:
-        names: dict[Tensor, str] = {}
+        found: list[tuple[Tensor, int, str]] = []
         for i, group in enumerate(self.param_groups):
             fallback = [f"group{i}.param{j}" for j in range(len(group["params"]))]
-            names.update(zip(group["params"], group.get("param_names", fallback), strict=True))
-        return names
+            for p, name in zip(group["params"], group.get("param_names", fallback), strict=True):
+                found.append((p, i, name))
+        uses = Counter(name for _, _, name in found)  # two models may share names
+        return {p: name if uses[name] == 1 else f"group{i}.{name}" for p, i, name in found}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -574,12 +689,37 @@ def _check_score(score: Any, weight: Tensor) -> Tensor:
     return score.detach()
 
 
-def _copy_into(spare: Tensor | None, p: Tensor) -> Tensor:
-    """Return a copy of ``p``, in ``spare`` where that fits."""
-    fits = spare is not None and spare.dtype == p.dtype and spare.shape == p.shape
-    if fits and spare is not None and spare.device == p.device:
-        return spare.copy_(p)
-    return p.detach().clone()
+def _give_own_memory(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
+    """Replace the gradients of ``params`` that share memory: they are about to be masked."""
+    chosen = set(params)
+    claims = Claims(p for p in everyone)
+    claims.add(p.grad for p in everyone if p.grad is not None and p not in chosen)
+    for p in params:
+        if p.grad is not None and claims.claim(p.grad):
+            p.grad = p.grad.clone(memory_format=torch.contiguous_format)
+
+
+def _at_rest(groups: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether all learning rates are 0, without waiting for a device."""
+    rates = [group.get("lr", 1.0) for group in groups]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return False
+    return all(rate is not None and float(rate) == 0.0 for rate in rates)
+
+
+def _refuse_inner_step(rgp: _Rgp) -> Callable[..., None]:
+    """Return a hook that stops a step of the inner optimizer that passes the wrapper by."""
+    holder = weakref.ref(rgp)
+
+    def hook(*_: Any) -> None:
+        rgp = holder()
+        if rgp is not None and not rgp.stepping and not rgp.slots.empty:
+            raise RuntimeError(
+                "The weights are scored, and the inner optimizer's step() was called: it would "
+                "update all of them. Call the step() of the RGPSelectiveOptimizer around it."
+            )
+
+    return hook
 
 
 def _refuse_processes() -> None:

@@ -70,18 +70,26 @@ class ScoreInputs:
     @property
     def natural(self) -> Tensor:
         """Gradient of the natural loss; zeros if it does not reach this parameter."""
-        return self._slot("natural")
+        return self._or_zeros(self._slot("natural"))
 
     @property
     def adversarial(self) -> Tensor:
         """Gradient of the adversarial loss; zeros if it does not reach this parameter."""
-        return self._slot("adversarial")
+        return self._or_zeros(self._slot("adversarial"))
 
-    def _slot(self, role: str) -> Tensor:
+    def rgp_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return what ``"rgp"`` looks at: None for a gradient that counts for nothing, not both."""
+        g_nat = self._slot("natural") if self.alpha > 0.0 else None
+        g_adv = self._slot("adversarial") if self.alpha < 1.0 else None
+        return (torch.zeros_like(self.weight), None) if g_nat is g_adv is None else (g_nat, g_adv)
+
+    def _slot(self, role: str) -> Tensor | None:
         gradients = self._slots.gradients(role)
         if gradients is None:
             raise NothingScored(role)
-        gradient = gradients.get(self.weight)
+        return gradients.get(self.weight)
+
+    def _or_zeros(self, gradient: Tensor | None) -> Tensor:
         return torch.zeros_like(self.weight) if gradient is None else gradient
 
 
@@ -89,9 +97,7 @@ ScoreRule = Callable[[ScoreInputs], Tensor]
 
 
 def _rgp(s: ScoreInputs) -> Tensor:
-    g_nat = s.natural if s.alpha > 0.0 else None
-    g_adv = s.adversarial if s.alpha < 1.0 else None
-    return rgp_score(g_nat, g_adv, s.alpha)
+    return rgp_score(*s.rgp_gradients(), s.alpha)
 
 
 def _signed(s: ScoreInputs) -> Tensor:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rgp_optim"
 # Each module may import those to its right. `_checks` is everyone's.
 ARROWS = {
     "__init__": {"optimizer", "groups", "reviser", "losses", "attacks", "functional", "scores"},
-    "optimizer": {"functional", "groups", "scores", "_slots", "_tracking"},
+    "optimizer": {"functional", "groups", "scores", "_bits", "_slots", "_tracking"},
     "groups": set(),
     "scores": {"_reference", "_slots"},
     "reviser": {"losses"},
@@ -28,6 +28,7 @@ ARROWS = {
     "_slots": set(),
     "_tracking": set(),
     "_reference": set(),
+    "_bits": set(),
     "_checks": set(),
 }
 

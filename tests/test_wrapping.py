@@ -14,6 +14,7 @@ from common import (
     losses,
     make_batch,
     make_net,
+    numpy_topk,
     plain_step,
     same_bits,
     snapshot,
@@ -885,3 +886,269 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="one process only, in this version"):
         cure_step(model, opt)
+
+
+# Memory that two tensors share.
+
+
+class Twins(nn.Module):
+    """Autograd gives both parameters one and the same gradient memory."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        return (self.a.unsqueeze(0) + self.b.unsqueeze(0))[0] * x
+
+
+@pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
+def test_gradients_that_share_memory(conserve):
+    """Each parameter is treated as if it were alone."""
+    model = Twins()
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), update_fraction=0.5, conserve=conserve
+    )
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.rand(3, 6, 5, generator=draw)
+        before = [p.detach().clone() for p in model.parameters()]
+        opt.zero_grad()
+        opt.backward(model(x[0]).sum(), natural=model(x[1]).sum(), adversarial=model(x[2]).sum())
+        opt.step()
+        score = (0.1 * x[1] + 0.9 * x[2]).numpy()
+        chosen = torch.from_numpy(numpy_topk(score, 15))
+        for p, old in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(p.detach(), torch.where(chosen, old - 0.1 * x[0], old))
+
+
+@pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
+def test_gradients_set_by_hand(conserve):
+    """A loop may give one tensor to a score and to the step; the weights still come out right."""
+    w = nn.Parameter(torch.arange(1.0, 7.0).view(2, 3))
+    start, g = w.detach().clone(), torch.tensor([[6.0, 1.0, 5.0], [2.0, 4.0, 3.0]])
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD([w], lr=1.0), update_fraction=0.5, conserve=conserve
+    )
+    for role in ("natural", "adversarial"):
+        with opt.score(role):
+            w.grad = g
+    w.grad = g
+    want = torch.where(g > 3.0, start - g, start)
+    opt.step()
+    torch.testing.assert_close(w.detach(), want)
+
+
+def test_a_gradient_that_overlaps_itself_can_be_masked():
+    w = nn.Parameter(torch.zeros(2, 3))
+    opt = RGPSelectiveOptimizer(torch.optim.SGD([w], lr=1.0), update_fraction=0.5)
+    for role, scale in (("natural", 1.0), ("adversarial", 2.0)):
+        with opt.score(role):
+            (w * scale * torch.arange(6.0).view(2, 3)).sum().backward()
+    w.grad = torch.ones(()).expand(2, 3)
+    opt.step()
+    assert w.detach().flatten().tolist() == [0, 0, 0, -1, -1, -1]
+
+
+# A kept mask, and steps that do not count.
+
+
+def scored_step(model, opt, seed):
+    """A loop that asks `needs_scores`; returns whether it scored."""
+    loss, nat, adv = losses(model, *make_batch(seed))
+    wanted = opt.needs_scores
+    opt.zero_grad()
+    if wanted:
+        with opt.score("natural"):
+            nat.backward(retain_graph=True)
+        with opt.score("adversarial"):
+            adv.backward(retain_graph=True)
+    loss.backward()
+    opt.step()
+    return wanted
+
+
+def moved(model, before):
+    return [p.detach() != old for p, old in zip(model.parameters(), before, strict=True)]
+
+
+@pytest.mark.parametrize("step", [scored_step, cure_step])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_refresh_every_keeps_the_masks(step, scope):
+    """Steps 0, 3, 6 select; what moves in between is what was selected there."""
+    model = make_net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = RGPSelectiveOptimizer(inner, update_fraction=0.3, refresh_every=3, scope=scope)
+    masks = []
+    for seed in range(9):
+        assert opt.needs_scores == (seed % 3 == 0)
+        before = snapshot(model)
+        step(model, opt, seed)
+        masks.append(moved(model, before)[0])
+    for first in (0, 3, 6):
+        assert 0 < masks[first].sum() < masks[first].numel()
+        for later in masks[first + 1 : first + 3]:
+            assert torch.equal(later, masks[first])
+    assert not torch.equal(masks[0], masks[3])
+    assert not torch.equal(masks[3], masks[6])
+
+
+def test_refresh_every_skips_the_scoring_passes():
+    """`backward` runs one pass where the masks are kept: a hook on a parameter counts."""
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), refresh_every=2)
+    passes = []
+    model.conv.weight.register_post_accumulate_grad_hook(lambda p: passes.append(0))
+    counts = []
+    for seed in range(4):
+        passes.clear()
+        cure_step(model, opt, seed)
+        counts.append(len(passes))
+    assert counts == [3, 1, 3, 1]
+
+
+def test_scores_taken_without_need_are_used():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), refresh_every=4)
+    cure_step(model, opt, 0)
+    assert not opt.needs_scores
+    loss, nat, adv = losses(model, *make_batch(1))
+    opt.zero_grad()
+    for role, each in (("natural", nat), ("adversarial", adv)):
+        with opt.score(role):
+            each.backward(retain_graph=True)
+    score = 0.1 * opt._rgp.slots.gradients("natural")[model.head.weight].abs()
+    score += 0.9 * opt._rgp.slots.gradients("adversarial")[model.head.weight].abs()
+    before = snapshot(model)
+    loss.backward()
+    opt.step()
+    k = round(0.7 * score.numel())
+    assert (moved(model, before)[-2].numpy() <= numpy_topk(score, k)).all()
+
+
+def test_new_settings_or_parameters_need_new_scores():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), refresh_every=9)
+    cure_step(model, opt)
+    assert not opt.needs_scores
+    opt.param_groups[0]["rgp_alpha"] = 0.2
+    assert opt.needs_scores
+    opt.param_groups[0]["rgp_alpha"] = 0.1
+    assert not opt.needs_scores
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    assert opt.needs_scores
+
+
+def test_a_late_parameter_is_conserved_until_the_next_refresh():
+    a, b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD([a, b], lr=0.1), refresh_every=2, update_fraction=0.5
+    )
+    tracker = opt.track_updates()
+    loss = (a * torch.arange(1.0, 5.0).view(2, 2)).sum()
+    opt.backward(loss, natural=loss, adversarial=loss)
+    opt.step()
+    opt.zero_grad()
+    (a.sum() + b.sum()).backward()
+    opt.step()
+    assert torch.equal(b.detach(), torch.ones(2, 2))
+    assert a.detach().flatten().tolist() == pytest.approx([1, 1, 0.6, 0.5])
+    assert list(tracker.last().values()) == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_kept_masks_resume_bit_for_bit(at):
+    """Interrupted within a window of three steps, through a file."""
+
+    def build(model):
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return RGPSelectiveOptimizer(inner, update_fraction=0.3, refresh_every=3)
+
+    straight = make_net()
+    opt = build(straight)
+    saved = None
+    for seed in range(7):
+        if seed == at:
+            saved = disk({"model": straight.state_dict(), "opt": opt.state_dict()})
+        cure_step(straight, opt, seed)
+    resumed = make_net(seed=5)
+    opt = build(resumed)
+    resumed.load_state_dict(saved["model"])
+    opt.load_state_dict(saved["opt"])
+    for seed in range(at, 7):
+        cure_step(resumed, opt, seed)
+    assert all(map(same_bits, snapshot(straight), snapshot(resumed)))
+    plain = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9)
+    plain.load_state_dict(saved["opt"])  # what is ours there does no harm
+
+
+def test_copies_keep_the_masks():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), refresh_every=3)
+    cure_step(model, opt)
+    both = copy.deepcopy((model, opt))
+    assert not both[1].needs_scores
+    for each in ((model, opt), both):
+        cure_step(*each, 1)
+    assert all(map(same_bits, snapshot(model), snapshot(both[0])))
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "3"])
+def test_refresh_every_is_a_count(n):
+    with pytest.raises((TypeError, ValueError), match="`refresh_every` should be an integer >= 1"):
+        RGPSelectiveOptimizer(torch.optim.SGD(P), refresh_every=n)
+
+
+def test_a_step_at_rest_is_not_counted():
+    """Checkpointing tools step with all learning rates 0; draws must not depend on it."""
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), score="random")
+    tracker = opt.track_updates()
+    plain_step(model, opt)
+    assert opt.param_groups[0]["rgp_step"] == 0
+    assert tracker.last() == {}
+    loss = losses(model, *make_batch())[1]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
+    with opt.score("natural"):
+        loss.backward()
+    model(make_batch()[0]).sum().backward()
+    opt.step()  # half scored: passed on, and nothing is left for the next window
+    assert opt._rgp.slots.empty
+
+
+def test_the_inner_optimizer_must_not_step_by_itself():
+    model = make_net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = RGPSelectiveOptimizer(inner)
+    loss, nat, adv = losses(model, *make_batch())
+    opt.backward(loss, natural=nat, adversarial=adv)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=r"Call the step\(\) of the RGPSelectiveOptimizer"):
+        inner.step()
+    assert all(map(same_bits, snapshot(model), before))
+    opt.step()
+    inner.step()  # nothing is scored: the user's own affair
+
+
+def test_lazy_parameters_can_be_wrapped_before_the_first_forward():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = torch.rand(5, 7), torch.tensor([0, 1, 2, 0, 1])
+    loss = F.cross_entropy(model(x), y)
+    opt.backward(loss, natural=loss, adversarial=loss)
+    opt.step()
+
+
+def test_names_of_two_models_are_told_apart():
+    groups = [g for m in (make_net(), make_net()) for g in rgp_param_groups(m)]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))
+    names = list(opt._names().values())
+    assert len(set(names)) == len(names) == 12
+    assert names[0] == "group0.conv.weight"
+
+
+def test_repr_names_the_inner_optimizer_and_the_settings():
+    shown = repr(RGPSelectiveOptimizer(torch.optim.AdamW(P), scope="global"))
+    assert "AdamW" in shown
+    assert "scope='global'" in shown
