@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import DataError, Images, load_cifar10, load_digits
+from datasets import DataError, Images, fingerprint, load_cifar10, load_digits
 from networks import NETWORKS
 from report import nrr, plot, table, versions, write_json, write_whole
 from torch import nn
@@ -75,6 +77,24 @@ FREE = {"resume", "overwrite", "out", "warmup_file", "data_dir", "download", "de
 # What the natural warm-up depends on.
 WARMUP = ["data", "network", "train_size", "val_size", "image_size", "warmup_epochs", "batch_size"]
 WARMUP += ["lr", "momentum", "weight_decay", "schedule", "seed", "bf16", "channels_last"]
+WARMUP += ["eps", "attack_steps", "attack_step_size"]  # for the robust accuracy in its history
+
+
+# What flags may be, said before anything is read or trained.
+COUNTS = ["epochs", "batch_size", "val_size", "attack_steps"]
+COUNTS += ["train_size", "eval_size", "image_size", "threads"]
+RULES: list[tuple[list[str], str, Callable[[float], bool]]] = [
+    (COUNTS, "at least 1", lambda v: v >= 1),
+    (["warmup_epochs", "seed"], "at least 0", lambda v: v >= 0),
+    (["eps"], "above 0 and at most 1, as pixels are", lambda v: 0 < v <= 1),
+    (["lr", "attack_step_size"], "finite and above 0", lambda v: math.isfinite(v) and v > 0),
+    (
+        ["momentum", "weight_decay", "beta", "gamma"],
+        "finite and at least 0",
+        lambda v: math.isfinite(v) and v >= 0,
+    ),
+    (["update_fraction", "alpha"], "in [0, 1]", lambda v: 0 <= v <= 1),
+]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -154,7 +174,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="folder for what the run leaves (runs/DATA-METHOD-seedN)")
     add("--warmup-file", help="where the warm-up is kept (beside --out, by its settings)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--overwrite", action="store_true", help="begin anew over an unfinished run in --out")
+    add("--overwrite", action="store_true", help="begin anew over the run in --out")
     args = parser.parse_args(argv)
 
     for name, value in DEFAULTS[args.data].items():
@@ -164,15 +184,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.attack_step_size = args.eps / 4
     if args.out is None:
         args.out = f"runs/{args.data}-{args.method}-seed{args.seed}"
-    for name in ("epochs", "batch_size", "val_size", "attack_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} should be at least 1.")
+    for names, rule, holds in RULES:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                parser.error(f"--{name.replace('_', '-')} should be {rule}, not {value:g}.")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other.")
     if args.download and args.data != "cifar10":
         parser.error("--download is for --data cifar10; the digits come with scikit-learn.")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {args.device} cannot be used here: {reason}")
     return args
 
 
@@ -459,14 +486,18 @@ class Run:
     def load(self) -> dict[str, Any] | None:
         """Return the checkpoint to go on from, its weights and history already in place."""
         path = self.out / "checkpoint.pt"
-        finished = (self.out / "results.json").exists()
+        results = self.out / "results.json"
         if not self.args.resume:
-            if path.exists() and not finished and not self.args.overwrite:
+            if not self.args.overwrite and (path.exists() or results.exists()):
+                kind, more = "an unfinished", "--resume to go on with it, "
+                if results.exists():
+                    kind, more = "a finished", ""
                 raise DataError(
-                    f"{self.out} holds an unfinished run: add --resume to go on with it, "
-                    "--overwrite to begin anew, or give another --out."
+                    f"{self.out} holds {kind} run: add {more}--overwrite to begin anew, "
+                    "or give another --out."
                 )
-            (self.out / "results.json").unlink(missing_ok=True)
+            for old in (path, results):  # neither belongs to the new run
+                old.unlink(missing_ok=True)
             return None
         if not path.exists():
             raise DataError(f"There is nothing to resume in {self.out}: leave out --resume.")
@@ -489,12 +520,16 @@ class Run:
         if state is None and args.warmup_epochs == 0:
             return
         key = {name: getattr(args, name) for name in WARMUP}
+        key["images"] = fingerprint(self.train, self.val)  # files of one name may differ
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         path = Path(args.warmup_file or self.out.parent / f"warmup-{args.data}-{digest}.pt")
         if state is None and path.exists():
             saved = torch.load(path, map_location=self.device, weights_only=True)
             if saved["settings"] != key:
-                raise DataError(f"{path} is a warm-up with other settings: give another file.")
+                raise DataError(
+                    f"{path} is a warm-up with other settings or images: give another "
+                    "--warmup-file."
+                )
             print(f"warm-up: {args.warmup_epochs} epochs taken from {path}")
             self.model.load_state_dict(saved["model"])
             self.history, self.seconds = saved["history"], saved["seconds"]
@@ -514,11 +549,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = Run(args)
         train(run)
+        report(run)
     except DataError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command with --resume goes on from {args.out}")
-    report(run)
+        if (Path(args.out) / "checkpoint.pt").exists():
+            instead = " in place of --overwrite" if args.overwrite else ""
+            sys.exit(f"\nstopped; the same command with --resume{instead} goes on from {args.out}")
+        sys.exit("\nstopped before the first checkpoint; the same command begins anew")
 
 
 def train(run: Run) -> None:

@@ -100,6 +100,15 @@ class Images:
             yield (crop_and_flip(x, self.crop, generator) if self.crop else x), part.labels
 
 
+def fingerprint(*splits: Images) -> str:
+    """Return a hash of the pixels and labels of ``splits``."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.pixels, split.labels):
+            digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
 def crop_and_flip(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     """Shift each image by up to ``padding`` pixels, filled with 0, and flip half of them."""
     n, _, height, width = x.shape

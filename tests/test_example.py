@@ -128,10 +128,66 @@ def test_what_cannot_work_is_said_in_a_sentence(flags, message, tmp_path):
         run(tmp_path / "run", "--data-dir", str(tmp_path / "data"), *flags)
 
 
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("train_epoch", "before the first checkpoint"), ("evaluate", "--resume in place of --over")],
+)
+def test_a_stop_says_what_the_next_command_is(where, message, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+        patch.setattr(example.Run, where, stop)
+        run(tmp_path / "run", "--method", "at", "--overwrite")
+    run(tmp_path / "run", "--method", "at", *(["--resume"] if where == "evaluate" else []))
+
+
+def test_a_finished_run_is_not_written_over_unasked(tmp_path):
+    run(tmp_path / "run", "--method", "at")
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match="holds a finished run"):
+        run(tmp_path / "run", "--method", "at", "--seed", "1")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # as one does to save space
+    with pytest.raises(SystemExit, match=r"finished run: add --overwrite to begin anew, or give"):
+        run(tmp_path / "run", "--method", "at", "--seed", "1")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    after = run(tmp_path / "run", "--method", "at", "--seed", "1", "--overwrite")
+    assert after["settings"]["seed"] == 1
+
+
+def test_a_warm_up_on_other_images_is_not_taken_over(tmp_path, monkeypatch):
+    run(tmp_path / "a", "--method", "standard")
+    data = example.load_digits()
+    data.train.pixels = data.train.pixels.flip(-1)
+    monkeypatch.setattr(example, "load_digits", lambda: data)
+    run(tmp_path / "b", "--method", "standard")
+    run(tmp_path / "c", "--method", "standard", "--eps", "0.3")
+    made = list(tmp_path.glob("warmup-digits-*.pt"))
+    assert len(made) == 3
+    with pytest.raises(SystemExit, match="other settings or images: give another --warmup-file"):
+        run(tmp_path / "d", "--eps", "0.4", "--warmup-file", str(made[0]))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--epochs", "0"], "--epochs should be at least 1"),
+        (["--warmup-epochs", "-1"], "--warmup-epochs should be at least 0, not -1."),
+        (["--train-size", "-5"], "--train-size should be at least 1, not -5."),
+        (["--eval-size", "0"], "--eval-size should be at least 1, not 0."),
+        (["--image-size", "0"], "--image-size should be at least 1, not 0."),
+        (["--update-fraction", "2"], "--update-fraction should be in [0, 1], not 2."),
+        (
+            ["--eps", "-0.1"],
+            "--eps should be above 0 and at most 1, as pixels are, not -",
+        ),
+        (["--eps", "8"], "--eps should be above 0 and at most 1, as pixels are, not 8."),
+        (["--lr", "nan"], "--lr should be finite and above 0, not nan."),
+        (["--beta", "inf"], "--beta should be finite and at least 0, not inf."),
+        (["--gamma", "-1"], "--gamma should be finite and at least 0, not -1."),
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--download"], "--download is for --data cifar10"),
         (["--resume", "--overwrite"], "exclude each other"),
     ],
