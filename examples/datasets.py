@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import pickle
-import shutil
 import tarfile
 import tempfile
 import urllib.error
@@ -152,19 +151,18 @@ def load_cifar10(data_dir: str | Path, download: bool = False) -> Data:
     """Load CIFAR-10 from ``data_dir`` or its folder cifar-10-batches-py; fetch it if told to."""
     data_dir = Path(data_dir)
     folder = data_dir if (data_dir / "test_batch").exists() else data_dir / FOLDER
-    if not (folder / "test_batch").exists():
+    if not os.path.lexists(folder):
         if not download:
             raise DataError(
                 f"CIFAR-10 is not in {data_dir}: put the folder {FOLDER} there, or add --download "
                 "to fetch it (170 MB)."
             )
         fetch_cifar10(data_dir)
-        folder = data_dir / FOLDER
     official = True
     parts = []
     for name, md5 in FILE_MD5.items():
         if not (folder / name).exists():
-            raise DataError(f"{folder} lacks {name}: remove the folder and add --download.")
+            raise DataError(f"{folder} lacks {name}: move the folder away and add --download.")
         content = (folder / name).read_bytes()
         official &= hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
         parts.append(_read_batch(folder / name, content))
@@ -225,9 +223,13 @@ def fetch_cifar10(data_dir: Path) -> None:
         with tarfile.open(part) as archive:
             archive.extractall(scratch, filter="data")
         target = data_dir / FOLDER
-        if target.exists():  # without a test_batch: left by something else
-            shutil.rmtree(target)
-        os.replace(Path(scratch) / FOLDER, target)
+        try:
+            os.replace(Path(scratch) / FOLDER, target)
+        except OSError as error:  # something is there: it is not ours to delete
+            raise DataError(
+                f"{target} cannot be put in place ({error.strerror}): move the folder away; the "
+                "same command goes on."
+            ) from error
     part.unlink()
 
 

@@ -119,7 +119,7 @@ def test_missing_data_names_both_ways_out(tmp_path):
         load_cifar10(tmp_path)
     folder = write_files(tmp_path / "cifar-10-batches-py")
     (folder / "data_batch_4").unlink()
-    with pytest.raises(DataError, match="lacks data_batch_4: remove the folder and add --download"):
+    with pytest.raises(DataError, match="lacks data_batch_4: move the folder away and add --down"):
         load_cifar10(tmp_path)
 
 
@@ -169,6 +169,34 @@ def test_download(server, tmp_path):
     assert left_in(tmp_path / "data") == [datasets.FOLDER]
     load_cifar10(tmp_path / "data", download=True)
     assert server[1] == [0]
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_folder_of_the_user_is_left_alone(download, server, tmp_path):
+    own = tmp_path / "data" / datasets.FOLDER / "test_batch.bak"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    message = f"{datasets.FOLDER} lacks data_batch_1: move the folder away and add --download"
+    with pytest.raises(DataError, match=message):
+        load_cifar10(tmp_path / "data", download)
+    assert own.read_text() == "mine"
+    assert left_in(tmp_path / "data") == [datasets.FOLDER]
+    assert server[1] == []
+
+
+def test_a_folder_that_comes_while_fetching_is_left_alone(server, tmp_path, monkeypatch):
+    own = tmp_path / "data" / datasets.FOLDER / "notes"
+    fetch = datasets._download
+
+    def fetch_and_write(*args):
+        fetch(*args)
+        own.parent.mkdir()
+        own.write_text("mine")
+
+    monkeypatch.setattr(datasets, "_download", fetch_and_write)
+    with pytest.raises(DataError, match=r"cannot be put in place .*: move the folder away"):
+        load_cifar10(tmp_path / "data", download=True)
+    assert own.read_text() == "mine"
 
 
 @pytest.mark.parametrize("have", [100, 10**9])
