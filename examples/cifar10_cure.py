@@ -216,6 +216,7 @@ class Run:
         )
         self.data_label = args.data_label or data.label
         self.train, self.val, self.test = self._split(data.train, data.test)
+        self.images = fingerprint(self.train, self.val, self.test)
         if args.image_size:
             self.data_label += f", {args.image_size} x {args.image_size} pixels"
 
@@ -472,6 +473,7 @@ class Run:
         """Write a checkpoint, whole or not at all."""
         state = {
             "settings": self.settings,
+            "images": self.images,
             "phase": phase,
             "epoch": epoch,
             "model": self.model.state_dict(),
@@ -509,6 +511,10 @@ class Run:
         ]
         if changed:
             raise DataError(f"{path} was made with other settings: {'; '.join(changed)}.")
+        if state.get("images") != self.images:
+            raise DataError(
+                f"{path} was made with other images: give the data it had, or begin anew."
+            )
         self.model.load_state_dict(state["model"])
         self.history, self.best = state["history"], state["best"]
         self.seconds = state["seconds"]

@@ -170,6 +170,25 @@ def test_a_warm_up_on_other_images_is_not_taken_over(tmp_path, monkeypatch):
         run(tmp_path / "d", "--eps", "0.4", "--warmup-file", str(made[0]))
 
 
+@pytest.mark.parametrize(("split", "part"), [("train", "labels"), ("test", "pixels")])
+def test_a_run_does_not_go_on_with_other_images(split, part, tmp_path, monkeypatch):
+    run(tmp_path / "run", "--method", "at")
+    data = example.load_digits()
+    images = getattr(data, split)
+    setattr(images, part, getattr(images, part).flip(0))
+    monkeypatch.setattr(example, "load_digits", lambda: data)
+    with pytest.raises(SystemExit, match="made with other images: give the data it had"):
+        run(tmp_path / "run", "--method", "at", "--resume")
+
+
+def test_sizes_of_the_networks():
+    """Those of the usual CIFAR networks, so that published settings mean the same here."""
+    sizes = {
+        name: sum(p.numel() for p in make().parameters()) for name, make in example.NETWORKS.items()
+    }
+    assert sizes == {"resnet18": 11_173_962, "preactresnet18": 11_172_170, "resnet8": 78_042}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
