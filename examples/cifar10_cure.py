@@ -72,6 +72,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         normalise=([0.305], [0.376]),
     ),
 }
+# What one or two methods alone have, with its default.
+CURE: dict[str, Any] = dict(
+    update_fraction=0.7,
+    alpha=0.1,
+    scope="tensor",
+    conserve="weights",
+    score="rgp",
+    gamma=1.0,
+    rate=0.2,
+    horizon=0.064,
+    decay=None,
+)
+USED_BY = dict.fromkeys(CURE, ("cure",)) | {"beta": ("cure", "trades")}
 # What may differ between a run and its continuation.
 FREE = {"resume", "overwrite", "out", "warmup_file", "data_dir", "download", "device", "data_label"}
 # What the natural warm-up depends on.
@@ -140,28 +153,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     by_data("--eps", float, "radius of the attacks, in pixels of [0, 1]")
     by_data("--attack-steps", int, "steps of the attack in training")
     add("--attack-step-size", type=float, help="their length (eps / 4)")
-    by_data("--beta", float, "weight of the KL term; the paper has 1, its code 5, TRADES 6")
-    add("--update-fraction", type=float, default=0.7, help="cure: share of weights updated (0.7)")
-    add("--alpha", type=float, default=0.1, help="cure: natural share of the score (0.1)")
-    add("--scope", choices=("tensor", "global"), default="tensor", help="cure: (tensor)")
+    by_data(
+        "--beta",
+        float,
+        "cure, trades: weight of the KL term; the paper has 1, its code 5, TRADES 6",
+    )
+    add("--update-fraction", type=float, help="cure: share of weights updated (0.7)")
+    add("--alpha", type=float, help="cure: natural share of the score (0.1)")
+    add("--scope", choices=("tensor", "global"), help="cure: (tensor)")
     add(
         "--conserve",
         choices=("weights", "gradients", "update"),
-        default="weights",
         help="cure: (weights)",
     )
     add(
         "--score",
         choices=("rgp", "signed", "loss_gradient", "random"),
-        default="rgp",
         help="cure: (rgp)",
     )
-    add("--gamma", type=float, default=1.0, help="cure: weight of the consistency loss (1)")
-    add("--rate", type=float, default=0.2, help="cure: probability of an update of the copy (0.2)")
+    add("--gamma", type=float, help="cure: weight of the consistency loss (1)")
+    add("--rate", type=float, help="cure: probability of an update of the copy (0.2)")
     add(
         "--horizon",
         type=float,
-        default=0.064,
         help="cure: averaging time as a fraction of the run (0.064, the published d = 0.999)",
     )
     add("--decay", type=float, help="cure: d itself, in place of --horizon")
@@ -177,7 +191,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="begin anew over the run in --out")
     args = parser.parse_args(argv)
 
-    for name, value in DEFAULTS[args.data].items():
+    for name, methods in USED_BY.items():
+        if getattr(args, name) is not None and args.method not in methods:
+            parser.error(
+                f"--{name.replace('_', '-')} is for --method {' or '.join(methods)}, not "
+                f"{args.method}: leave it out."
+            )
+    if args.horizon is not None and args.decay is not None:
+        parser.error("--horizon and --decay exclude each other.")
+    for name, value in (DEFAULTS[args.data] | CURE).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.attack_step_size is None:
@@ -323,6 +345,7 @@ class Run:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        total = args.warmup_epochs + args.epochs  # counted through both phases, as in the table
         for epoch in range(done, epochs):
             began = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"]
@@ -338,7 +361,8 @@ class Run:
             self.keep_best(phase)
             self.show(bar, row["loss"])
             bar.write(
-                f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}: loss {row['loss']:.3f}, "
+                f"{phase:>8} epoch {len(self.history):>{len(str(total))}}/{total}: "
+                f"loss {row['loss']:.3f}, "
                 f"natural {row['natural']:.1f} %, robust {row['robust']:.1f} %, "
                 f"{row['seconds']:.1f} s",
                 file=sys.stdout,
@@ -570,10 +594,13 @@ def train(run: Run) -> None:
     args = run.args
     run.out.mkdir(parents=True, exist_ok=True)
     state = run.load()
+    beta = f"beta {args.beta:g}, " if args.method in USED_BY["beta"] else ""
     print(
         f"{args.method} on {run.data_label}: {len(run.train)} training, {len(run.val)} validation, "
-        f"{len(run.test)} test images; {args.network}, eps {args.eps:.4g}, beta {args.beta:g}, "
-        f"seed {args.seed}, {run.device}"
+        f"{len(run.test)} test images; {args.network}, eps {args.eps:.4g}, {beta}"
+        f"seed {args.seed}, {run.device}\n"
+        "natural, robust: accuracy on the validation images, as they are and under "
+        f"PGD-{args.attack_steps}; epochs are counted from the first of the warm-up"
     )
     if state is None or state["phase"] == "warm-up":
         run.warm_up(state)

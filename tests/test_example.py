@@ -1,6 +1,7 @@
 """The example from end to end, on a small part of the digits."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,13 @@ import cifar10_cure as example  # noqa: E402
 import report  # noqa: E402
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--eval-size", "40", "--batch-size", "16"]
-SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--horizon", "0.5"]
+SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2"]
+CURE = ["--horizon", "0.5"]  # so few steps are not enough for the default
 
 
 def run(out, *flags):
-    example.main([*SMALL, "--out", str(out), *flags])
+    other = {"trades", "at", "standard"} & set(flags)
+    example.main([*SMALL, *([] if other else CURE), "--out", str(out), *flags])
     return json.loads((out / "results.json").read_text())
 
 
@@ -48,7 +51,13 @@ def test_each_method(method, tmp_path, capsys):
     result = run(out, "--method", method)
     printed = capsys.readouterr().out
     assert "Natural   PGD-20      C&W  NRR (C&W)" in printed
+    assert " warm-up epoch 2/5: loss" in printed
+    assert "training epoch 5/5: loss" in printed
     assert "last (epoch 5)" in printed
+    assert (
+        "natural, robust: accuracy on the validation images, as they are and under PGD-2" in printed
+    )
+    assert ("beta 6" in printed) == (method in ("cure", "trades"))
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {"torch", "rgp_optim", "commit", "device"} <= set(result["versions"])
     assert result["settings"]["beta"] == 6.0
@@ -104,12 +113,12 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, epoch, tmp_path, mon
 
 
 def test_command_line_in_a_fresh_process(tmp_path):
-    command = [sys.executable, "-W", "error", EXAMPLES / "cifar10_cure.py", *SMALL]
+    command = [sys.executable, "-W", "error", EXAMPLES / "cifar10_cure.py", *SMALL, *CURE]
     flags = ["--out", tmp_path / "run", "--bf16", "--channels-last", "--scope", "global"]
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert "training epoch 3/3" in done.stdout
+    assert "training epoch 5/5" in done.stdout
     assert done.stderr == ""
 
 
@@ -209,12 +218,25 @@ def test_sizes_of_the_networks():
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--download"], "--download is for --data cifar10"),
         (["--resume", "--overwrite"], "exclude each other"),
+        (["--horizon", "0.1", "--decay", "0.9"], "--horizon and --decay exclude each other"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "run", *flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", example.USED_BY)
+def test_a_flag_that_the_method_would_ignore_is_refused(flag, capsys):
+    name = f"--{flag.replace('_', '-')}"
+    value = {"scope": "tensor", "conserve": "weights", "score": "rgp"}.get(flag, "0.1")
+    assert getattr(example.parse(["--method", "cure", name, value]), flag) is not None
+    for method in {"trades", "at", "standard"} - set(example.USED_BY[flag]):
+        with pytest.raises(SystemExit):
+            example.parse(["--method", method, name, value])
+        message = rf"{name} is for --method cure( or trades)?, not {method}: leave it out\."
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_published_settings_are_the_defaults_for_cifar10():
