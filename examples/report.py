@@ -74,22 +74,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def plot(path: Path, run: dict[str, Any]) -> None:
-    """Draw accuracies, losses and, where weights were selected, which layers they are in."""
+    """Draw accuracies, losses and, where layers differ in it, the share of weights updated."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     history, settings = run["history"], run["settings"]
-    updated = [row["updated"] for row in history if row.get("updated")]
+    shares = _shares(history)
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        columns = 3 if updated else 2
+        columns = 3 if shares else 2
         figure, axes = plt.subplots(1, columns, figsize=(5.2 * columns, 4.6), layout="constrained")
         _accuracies(axes[0], run)
         _losses(axes[1], run)
-        if updated:
-            _updated(axes[2], history, settings)
+        if shares:
+            _updated(axes[2], shares, settings)
         figure.suptitle(
             f"{settings['method'].upper()} on {run['data']}, {settings['network']}, "
             f"$\\epsilon$ = {run['eps_text']}, seed {settings['seed']}",
@@ -139,8 +139,10 @@ def _accuracies(axis: Any, run: dict[str, Any]) -> None:
 
 
 def _losses(axis: Any, run: dict[str, Any]) -> None:
+    """Draw the losses; lines break where another loss begins to be minimised."""
     history = run["history"]
     epochs = np.arange(1, len(history) + 1)
+    warmup = sum(row["phase"] == "warm-up" for row in history)
     lines = (
         ("loss", BLUE, "o", "minimised"),
         ("loss_natural", GREEN, "^", "cross-entropy, natural"),
@@ -150,25 +152,39 @@ def _losses(axis: Any, run: dict[str, Any]) -> None:
     for key, color, marker, label in lines:
         values = np.array([row.get(key) for row in history], dtype=float)
         if np.isfinite(values).any():
-            axis.plot(epochs, values, color=color, marker=marker, ms=3, lw=1.6, label=label)
+            x, y = (np.insert(each, warmup, np.nan) for each in (epochs.astype(float), values))
+            axis.plot(x, y, color=color, marker=marker, ms=3, lw=1.6, label=label)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("training loss (nats)")
     axis.legend(frameon=False)
     _phases(axis, run)
 
 
-def _updated(axis: Any, history: list[dict[str, Any]], settings: Any) -> None:
-    """Show for each layer the share at the start, at the end, and its range in between."""
+def _shares(history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return for each layer, in percent, the share of its weights that each epoch updated.
+
+    Empty if it says nothing: no weights were selected, or the same share of all layers always.
+    """
     rows = [row["updated"] for row in history if row.get("updated")]
-    names = [name for name in rows[0] if min(row[name] for row in rows) < 1]
-    shares = 100 * np.array([[row[name] for row in rows] for name in names])
-    y = np.arange(len(names))
-    axis.hlines(y, shares.min(1), shares.max(1), color=GREY, lw=2, alpha=0.5, label="range")
+    names = [name for name in (rows[0] if rows else ()) if min(row[name] for row in rows) < 1]
+    shares = {name: [100 * row[name] for row in rows] for name in names}
+    every = [share for values in shares.values() for share in values]
+    return (
+        shares if every and max(every) - min(every) > 1 else {}
+    )  # 1: of rounding to whole weights
+
+
+def _updated(axis: Any, layers: dict[str, list[float]], settings: Any) -> None:
+    """Show for each layer the share at the start, at the end, and its range in between."""
+    shares = np.array(list(layers.values()))
+    y = np.arange(len(layers))
+    band = dict(color=GREY, lw=9 if len(layers) <= 12 else 5, alpha=0.35)
+    axis.hlines(y, shares.min(1), shares.max(1), label="range over all epochs", **band)
     axis.plot(shares[:, 0], y, "o", mfc="white", color=BLUE, ms=6, label="first epoch")
     axis.plot(shares[:, -1], y, "o", color=ORANGE, ms=4, label="last epoch")
-    size = 9 if len(names) <= 12 else 7
-    axis.set_yticks(y, [name.removesuffix(".weight") for name in names], fontsize=size)
-    axis.set_ylim(len(names) - 0.4, -0.6)
+    size = 9 if len(layers) <= 12 else 7
+    axis.set_yticks(y, [name.removesuffix(".weight") for name in layers], fontsize=size)
+    axis.set_ylim(len(layers) - 0.4, -0.6)
     axis.set_xlim(0, 100)
     axis.set_xlabel("weights updated, mean over an epoch's steps (%)")
     axis.grid(axis="both", alpha=0.25)

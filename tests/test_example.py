@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,50 @@ def test_each_method(method, tmp_path, capsys):
         assert updated["fc.bias"] == 1.0
     (warmup,) = tmp_path.glob("warmup-digits-*.pt")
     assert torch.load(warmup, weights_only=True)["settings"]["seed"] == 0
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of those that are closed."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", kept.append)
+        yield kept
+    for figure in kept:
+        plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("updated", "panels"),
+    [
+        ([None, None], 2),
+        ([{"conv.weight": 1.0}] * 2, 2),
+        ([{"conv.weight": 0.704, "fc.weight": 0.7}] * 2, 2),  # scope="tensor", rounded
+        ([{"conv.weight": 0.7, "fc.weight": 0.9}, {"conv.weight": 0.7, "fc.weight": 0.5}], 3),
+    ],
+)
+def test_shares_of_layers_are_drawn_where_they_differ(updated, panels, figures, tmp_path):
+    phases = ["warm-up", "training", "training"]
+    history = [dict(phase=p, loss=1.0, loss_natural=0.5, natural=90, robust=50) for p in phases]
+    for row, each in zip(history[1:], updated, strict=True):
+        row |= {} if each is None else {"updated": {**each, "fc.bias": 1.0}}
+    settings = dict(method="cure", network="resnet8", seed=0, attack_steps=7)
+    settings |= dict(scope="global", update_fraction=0.7)
+    results = {"best": {"epoch": 2}}
+    content = dict(history=history, settings=settings, data="", eps_text="0.1", results=results)
+    report.plot(tmp_path / "curves.png", content)
+    (figure,) = figures
+    assert len(figure.axes) == panels
+    for line in figure.axes[1].lines:  # broken between the phases
+        assert np.isnan(line.get_ydata()).tolist() == [False, True, False, False]
+    if panels == 3:
+        (band,) = figure.axes[2].collections
+        ends = [segment[:, 0].tolist() for segment in band.get_segments()]
+        assert ends == [pytest.approx([70, 70]), pytest.approx([50, 90])]
+        widest = max(line.get_markersize() for line in figure.axes[2].lines)
+        assert band.get_linewidth()[0] > widest  # so that it shows behind the markers
 
 
 def test_a_seed_repeats_a_run_and_methods_share_the_warm_up(tmp_path, capsys):
