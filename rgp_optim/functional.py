@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
-from rgp_optim import _reference
 from rgp_optim._checks import check_choice, check_fraction, check_tensor, error_text
 
 __all__ = ["Backend", "Scope", "conserve_", "rgp_score", "rgp_topk_masks", "topk_mask"]
 
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "cpu", "torch"]
 Scope = Literal["tensor", "global"]
 
 SCOPES = ("tensor", "global")
@@ -42,22 +45,49 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class _Provider:
-    """A module with the functions of `_reference`, and the devices that it runs on."""
+    """A module with the functions of `_reference`, and what it runs on.
 
-    module: ModuleType
-    devices: frozenset[str] | None = None  # None: every device that torch has
+    Attributes:
+        name: The module, in this package; imported when it is used for the first time.
+        needs: A package that it needs besides torch.
+        devices: Types of device, or None: all that torch has.
+        dtypes: Of the tensors, or None: all.
+    """
+
+    name: str
+    needs: str | None = None
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"rgp_optim.{self.name}")
 
     def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
         """Say what keeps this backend from running on ``tensors``; None if nothing does."""
-        if self.devices is not None:
-            for tensor in tensors:
-                if tensor.device.type not in self.devices:
-                    return f"a tensor on {tensor.device}; it runs on {sorted(self.devices)}"
+        for tensor in tensors:
+            if self.devices is not None and tensor.device.type not in self.devices:
+                return f"a tensor on {tensor.device}; it runs on {sorted(self.devices)}"
+            if self.dtypes is not None and tensor.dtype not in self.dtypes:
+                return f"a {tensor.dtype} tensor; it runs on {sorted(map(str, self.dtypes))}"
+        if self.needs is not None and not _installed(self.needs):
+            return f"{self.needs} is not installed"
         return None
 
 
+@cache
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # hidden on purpose
+        return False
+
+
 # Fastest first: "auto" takes the first that runs.
-_PROVIDERS = {"torch": _Provider(_reference)}
+_PROVIDERS = {
+    "cpu": _Provider("_cpu", "numpy", frozenset({"cpu"})),
+    "torch": _Provider("_reference"),
+}
 
 
 def check_backend(backend: str) -> str:
@@ -137,6 +167,7 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
     return topk_masks([score], [update_fraction], [0], backend)[0]
 
 
+@_disable_dynamo  # what follows works on memory, not on operations that could be traced
 def topk_masks(
     scores: Sequence[Tensor],
     fractions: Sequence[float],
@@ -213,6 +244,7 @@ def rgp_topk_masks(
     return select(g_nats, g_advs, alphas, fractions, pools, backend).masks()
 
 
+@_disable_dynamo
 def select(
     g_nats: Sequence[Tensor | None],
     g_advs: Sequence[Tensor | None],
@@ -236,7 +268,8 @@ def select(
 
 def selection_of(masks: Sequence[Tensor]) -> Selection:
     """Return the selection that given masks make."""
-    return _reference.Selection(list(masks))
+    selection: Selection = _provider("auto", masks).Selection(list(masks))
+    return selection
 
 
 def _by_device(tensors: Sequence[Tensor], pools: Sequence[int]) -> list[list[int]]:

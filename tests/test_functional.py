@@ -254,7 +254,7 @@ G = torch.ones(3)
         (
             lambda: topk_mask(G, update_fraction=0.5, backend="cuda"),
             ValueError,
-            "`backend` should be one of 'auto', 'torch'. Found `backend = 'cuda'`",
+            "`backend` should be one of 'auto', 'cpu', 'torch'. Found `backend = 'cuda'`",
         ),
         (
             lambda: rgp_topk_masks([G], [], alpha=0.1, update_fraction=0.5),
@@ -294,8 +294,16 @@ def test_refusals(call, error, message):
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
-    only_cuda = functional._Provider(functional._reference, frozenset({"cuda"}))
+    only_cuda = functional._Provider("_reference", devices=frozenset({"cuda"}))
     monkeypatch.setitem(functional._PROVIDERS, "fast", only_cuda)
     with pytest.raises(RuntimeError, match=r"a tensor on cpu; it runs on .*'cuda'.* Use 'auto'"):
         topk_mask(G, update_fraction=0.5, backend="fast")
     assert topk_mask(G, update_fraction=1.0, backend="auto").all()
+    absent = functional._Provider("_reference", "no_such_package")
+    monkeypatch.setitem(functional._PROVIDERS, "fast", absent)
+    with pytest.raises(RuntimeError, match="no_such_package is not installed"):
+        topk_mask(G, update_fraction=0.5, backend="fast")
+    half = functional._Provider("_reference", dtypes=frozenset({torch.float16}))
+    monkeypatch.setitem(functional._PROVIDERS, "fast", half)
+    with pytest.raises(RuntimeError, match=r"a torch.float32 tensor; it runs on .*float16"):
+        topk_mask(G, update_fraction=0.5, backend="fast")

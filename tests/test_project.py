@@ -28,6 +28,7 @@ ARROWS = {
     "_slots": set(),
     "_tracking": set(),
     "_reference": set(),
+    "_cpu": {"_reference"},
     "_bits": set(),
     "_checks": set(),
 }

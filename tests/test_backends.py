@@ -1,0 +1,285 @@
+"""Every fast backend against a stable sort: masks that are equal bit for bit, and what is fused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from common import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rgp_optim import _cpu, _reference, functional
+
+BACKENDS = ["cpu"]
+FRACTIONS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def in_small_parts(patch):
+    for name, value in {"SMALL": 16, "SMALLER": 4, "CHUNK": 40, "GRAIN": 24}.items():
+        patch.setattr(_cpu, name, value)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Let small inputs take the way of the large ones, in many parts."""
+    in_small_parts(monkeypatch)
+
+
+def heavy(shape, seed=0, dtype=torch.float32):
+    """Gradients whose scale differs by channel, over several orders of magnitude."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn((shape[0],) + (1,) * (len(shape) - 1), generator=draw, dtype=torch.float64)
+    return (torch.randn(shape, generator=draw, dtype=torch.float64) * (2 * rows).exp()).to(dtype)
+
+
+def special(n, seed=0):
+    """Few distinct values, many of them 0, infinite or NaN with different bits."""
+    values = np.array([0, 0, -0.0, 1, 2, -2, 1e-45, math.inf, math.nan], np.float32)
+    found = np.random.default_rng(seed).choice(values, n)
+    bits = found.view(np.int32)
+    nans = np.flatnonzero(np.isnan(found))
+    bits[nans[::2]] |= 0x123
+    bits[nans[1::3]] |= -(2**31)
+    return torch.from_numpy(found)
+
+
+def misaligned(n):
+    return torch.randn(n + 1)[1:]
+
+
+CASES = {
+    "one element": [(torch.tensor([3.0]), torch.tensor([0.0]))],
+    "a scalar": [(torch.tensor(2.0), torch.tensor(1.0))],
+    "nothing": [(torch.zeros(0), torch.zeros(0)), (torch.zeros(2, 0), torch.zeros(2, 0))],
+    "small": [(heavy((n, 1), n), heavy((n, 1), n + 1)) for n in (1, 2, 7, 8, 9, 63, 64, 65)],
+    "thousands": [(heavy((n, 1), n), heavy((n, 1), n + 1)) for n in (1025, 5000, 8191, 8192)],
+    "few special values": [(special(n, n), special(n, n + 1)) for n in (20, 900, 3000)],
+    "a layer": [(heavy((64, 32, 3, 3), 1), heavy((64, 32, 3, 3), 2))],
+    "layers": [(heavy((n, 40, 3), n), heavy((n, 40, 3), n + 1)) for n in (300, 1, 150, 1000)],
+    "float64": [(heavy((300, 100), 1, torch.float64), heavy((300, 100), 2, torch.float64))],
+    "bfloat16": [(heavy((300, 100), 1, torch.bfloat16), heavy((300, 100), 2, torch.bfloat16))],
+    "float16": [(heavy((300, 100), 1).clamp(-9, 9).half(), heavy((300, 100), 2).half())],
+    "mixed dtypes": [
+        (heavy((90, 100), i, t), heavy((90, 100), i + 5, t))
+        for i, t in enumerate((torch.float32, torch.bfloat16, torch.float16))
+    ],
+    "with float64": [
+        (heavy((90, 100), i, t), heavy((90, 100), i + 5, t))
+        for i, t in enumerate((torch.float32, torch.float64))
+    ],
+    "mostly zeros": [(torch.relu(heavy((300, 100), 1) - 3), torch.relu(heavy((300, 100), 2) - 3))],
+    "all zeros": [(torch.zeros(30000), torch.zeros(30000))],
+    "all equal": [(torch.ones(30000), torch.ones(30000))],
+    "two values": [(torch.arange(30000) % 2 + 1.0, torch.ones(30000))],
+    "a spike in a continuum": [
+        (torch.where(torch.arange(40000) % 5 < 2, 1.0, torch.randn(40000)), torch.zeros(40000))
+    ],
+    "special values": [(special(30000, 1), special(30000, 2))],
+    "only NaN": [(torch.full((20000,), math.nan), torch.ones(20000))],
+    "subnormal": [(heavy((300, 100), 1) * 1e-42, heavy((300, 100), 2) * 1e-42)],
+    "sorted": [(torch.linspace(0, 1, 40000), torch.linspace(0, 1, 40000))],
+    "misses the sample": [(torch.zeros(40000).index_fill(0, torch.arange(17, 40000, 8), 1.0),) * 2],
+    "misaligned": [(misaligned(30001), misaligned(30001))],
+    "channels last": [
+        tuple(
+            heavy((64, 32, 3, 3), i).round().contiguous(memory_format=torch.channels_last)
+            for i in (1, 2)
+        )
+    ],
+    "transposed": [(heavy((200, 150), 1).round().t(), heavy((150, 200), 2))],
+    "strided": [(torch.randn(300, 200)[::2, ::2], torch.randn(300, 200)[1::2, ::2])],
+    "expanded": [(torch.ones(1, 300).expand(100, 300), torch.randn(100, 300))],
+    "one is missing": [(None, heavy((300, 100), 2)), (heavy((300, 90), 2), None)],
+}
+
+
+def compare(pairs, alpha, fraction, scope, backend):
+    g_nats, g_advs = zip(*pairs, strict=True)
+    settings = dict(alpha=alpha, update_fraction=fraction, scope=scope)
+    got = functional.rgp_topk_masks(g_nats, g_advs, **settings, backend=backend)
+    want = functional.rgp_topk_masks(g_nats, g_advs, **settings, backend="torch")
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("name", CASES)
+def test_masks_are_those_of_a_stable_sort(name, alpha, scope, backend):
+    for fraction in FRACTIONS:
+        compare(CASES[name], alpha, fraction, scope, backend)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masks_in_many_parts(name, backend, small_parts):
+    pairs = [
+        tuple(None if g is None else g.reshape(-1)[:700] for g in pair) for pair in CASES[name]
+    ]
+    for fraction in (0.1, 0.5, 0.9):
+        for scope in ("tensor", "global"):
+            compare(pairs, 0.3, fraction, scope, backend)
+
+
+GRADIENTS = hnp.arrays(
+    np.float32,
+    st.integers(0, 300),
+    elements=st.one_of(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, math.inf, math.nan]),
+        st.floats(-4, 4, width=16),
+    ),
+)
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+@given(data=st.data())
+@settings(max_examples=200)
+def test_any_gradients(which, data):
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_parts(patch)
+        pairs = []
+        for g in data.draw(st.lists(GRADIENTS, min_size=1, max_size=3)):
+            other = data.draw(st.permutations(range(g.size))) if g.size < 50 else range(g.size)
+            pairs.append((torch.from_numpy(g), torch.from_numpy(g[list(other)] * 0.5)))
+        fraction = data.draw(st.one_of(st.sampled_from(FRACTIONS), st.floats(0, 1)))
+        alpha = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+        for scope in ("tensor", "global"):
+            compare(pairs, alpha, fraction, scope, which)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_scores_of_any_sign(dtype, scope, backend):
+    """What a score rule of one's own may return: negative ones, -0, NaN of both signs."""
+    scores = [heavy((200, 101), 3, dtype), special(20001).to(dtype), -special(9000).to(dtype).abs()]
+    for fraction in (0.1, 0.5, 0.95):
+        pools = [0, 0, 0] if scope == "global" else [0, 1, 2]
+        got = functional.topk_masks(scores, [fraction] * 3, pools, backend)
+        want = functional.topk_masks(scores, [fraction] * 3, pools, "torch")
+        assert all(map(torch.equal, got, want))
+
+
+def test_pools_are_selected_apart(backend):
+    pairs = [(heavy((300, 50), i), heavy((300, 50), i + 9)) for i in range(5)]
+    g_nats, g_advs = map(list, zip(*pairs, strict=True))
+    fractions, pools = [0.2, 0.5, 0.2, 0.9, 0.5], [0, 1, 0, 3, 1]
+    alphas = [0.1, 0.2, 0.3, 0.4, 0.5]
+    got = functional.select(g_nats, g_advs, alphas, fractions, pools, backend).masks()
+    want = _reference.select(g_nats, g_advs, alphas, fractions, pools).masks()
+    assert all(map(torch.equal, got, want))
+    assert sum(int(got[i].sum()) for i in (0, 2)) == round(0.2 * 30000)
+
+
+# What a step does with a selection.
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
+def test_masking_and_conserving_keep_every_bit(dtype, layout, backend):
+    """Infinity and NaN are masked to 0; what is conserved has its bits back."""
+    shape = (8, 40, 9, 9)
+    lay = LAYOUTS[layout]
+    g = lay(heavy(shape, 1).to(dtype))
+    target, weight = lay(heavy(shape, 2).to(dtype)), lay(heavy(shape, 3).to(dtype))
+    target[0, 0, 0] = math.nan
+    weight[1, 1, 1] = -0.0
+    weight[2, 2, 2] = math.nan
+    selection = functional.select([g], [g], [0.5], [0.3], [0], backend)
+    (mask,) = selection.masks()
+    before, old = target.clone(), weight.clone()
+    saved = torch.empty_like(weight)
+    selection.apply_([target], [weight], [saved])
+    assert same_bits(target, torch.where(mask, before, torch.zeros((), dtype=dtype)))
+    assert same_bits(saved, old)
+    weight += 1
+    moved = weight.clone()
+    selection.conserve_([weight], [saved])
+    assert same_bits(weight, torch.where(mask, moved, old))
+
+
+def test_apply_leaves_out_what_is_missing(backend):
+    g = [heavy((30, 40), i) for i in range(3)]
+    selection = functional.select(g, g, [0.5] * 3, [0.5] * 3, [0, 1, 2], backend)
+    targets = [torch.ones(30, 40), None, torch.ones(30, 40)]
+    weights = [None, torch.ones(30, 40), torch.ones(30, 40)]
+    saved = [None, torch.zeros(30, 40), torch.zeros(30, 40)]
+    selection.apply_(targets, weights, saved)
+    assert [int(t.sum()) for t in targets if t is not None] == [600, 600]
+    assert torch.equal(saved[1], weights[1])
+    weights[2] += 1
+    selection.conserve_(weights, saved)
+    assert int(weights[2].sum()) == 1200 + 600
+
+
+# The CPU's own ways.
+
+
+def test_a_bracket_that_missed_costs_time_only(monkeypatch):
+    pairs = [*CASES["special values"], (heavy((300, 100), 1), heavy((300, 100), 2))]
+    plainly = []
+    original = _cpu._Pool._select_plainly
+    monkeypatch.setattr(
+        _cpu._Pool, "_select_plainly", lambda self: (plainly.append(1), original(self))
+    )
+    compare(pairs[1:], 0.1, 0.5, "tensor", "cpu")
+    assert not plainly
+    for bracket in [(1, 2), (0x7F000000, 0x7F000001), (5, 4)]:
+        monkeypatch.setattr(_cpu._Pool, "_bracket", lambda self, bracket=bracket: bracket)
+        for fraction in (0.1, 0.5, 0.9):
+            compare(pairs, 0.1, fraction, "tensor", "cpu")
+    assert plainly
+
+
+def test_the_bracket_seldom_misses_where_scale_follows_the_channels(monkeypatch):
+    """A regular stride would miss in a third of such tensors."""
+    missed = []
+    original = _cpu._Pool._select_plainly
+    monkeypatch.setattr(
+        _cpu._Pool, "_select_plainly", lambda self: (missed.append(1), original(self))
+    )
+    for seed in range(60):
+        shape = (64, 32 + seed, 3, 3)
+        columns = torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed)).exp()
+        g = heavy(shape, seed) * columns
+        functional.rgp_topk_masks([g], [g], alpha=0.1, update_fraction=0.5, backend="cpu")
+    assert len(missed) <= 1
+
+
+def test_the_sample_is_spread_evenly_but_not_regularly():
+    runs = _cpu._runs(10000, 0.1).numpy()
+    assert len(runs) == len(set(runs)) == 1000
+    assert 0 <= runs.min() < 10
+    assert 9990 <= runs.max() < 10000
+    assert np.bincount(runs // 100).max() <= 11  # as many in each part
+    assert len(set(np.diff(runs))) > 10
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads, monkeypatch):
+    monkeypatch.setattr(_cpu, "THREADED", 1)
+    monkeypatch.setattr(_cpu, "CHUNK", 4096)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("layers", "mixed dtypes", "special values"):
+            for scope in ("tensor", "global"):
+                compare(CASES[name], 0.1, 0.5, scope, "cpu")
+        test_masking_and_conserving_keep_every_bit(torch.float32, "contiguous", "cpu")
+    finally:
+        torch.set_num_threads(before)
