@@ -12,6 +12,17 @@ from rgp_optim._checks import check_fraction, error_text
 
 __all__ = ["rgp_param_groups"]
 
+KEYS = (
+    "rgp_update_fraction",
+    "rgp_alpha",
+    "rgp_select",
+    "rgp_step",
+    "rgp_refresh_every",
+    "rgp_mask_age",
+)
+MISSPELT = {"update_fraction": "rgp_update_fraction", "select": "rgp_select"}
+ALLOWED = "Allowed are rgp_update_fraction, rgp_alpha and options of the inner optimizer."
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,7 +65,7 @@ def rgp_param_groups(
     Args:
         model: The model; frozen parameters come along, as in ``model.parameters()``.
         leave_out: Names of modules or parameters, as in ``model.named_modules()``; what they
-            contain is left out too.
+            contain is left out too. Tied weights are left out if any of their names is.
         **options: Settings of the selected group, such as ``rgp_update_fraction``, ``rgp_alpha``,
             ``lr``.
 
@@ -63,25 +74,50 @@ def rgp_param_groups(
         (``rgp_select=False``). One that would be empty is missing.
 
     Raises:
-        ValueError: a name in ``leave_out`` does not exist in the model.
-        TypeError: ``leave_out`` is a string.
+        ValueError: a name in ``leave_out`` does not exist in the model; an option is no setting of
+            a param group, or is set here already.
+        TypeError: ``model`` is no module, or ``leave_out`` is a string.
     """
+    if not isinstance(model, nn.Module):
+        hint = "Pass the model itself, not its parameters."
+        raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__, hint))
+    for name in ("params", "rgp_select"):
+        if name in options:
+            hint = f"The model and `leave_out` decide it. {ALLOWED}"
+            raise ValueError(error_text("options", f"not contain '{name}'", name, hint))
+    _check_keys("options", options)
     if isinstance(leave_out, str):
         rule, hint = "be a list of names", f"Write [{leave_out!r}]."
         raise TypeError(error_text("leave_out", rule, f"leave_out = {leave_out!r}", hint))
     names = tuple(leave_out)
-    known = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    parameters = list(model.named_parameters(remove_duplicate=False))  # each name of tied weights
+    known = {n for n, _ in [*model.named_modules(remove_duplicate=False), *parameters]}
     for name in names:
         if name not in known or not name:
             hint = f"The model has {', '.join(n for n, _ in model.named_children())}."
             raise ValueError(error_text("leave_out", "name modules of the model", name, hint))
+    outside = {
+        p
+        for name, p in parameters
+        if any(name == left or name.startswith(f"{left}.") for left in names)
+    }
     selected: list[tuple[str, Tensor]] = []
     free: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
-        outside = any(name == left or name.startswith(f"{left}.") for left in names)
-        (selected if p.dim() >= 2 and not outside else free).append((name, p))
+        (selected if p.dim() >= 2 and p not in outside else free).append((name, p))
     groups: list[dict[str, Any]] = [
         {"params": selected, "rgp_select": True, **options},
         {"params": free, "rgp_select": False},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check_keys(name: str, keys: Iterable[str]) -> None:
+    """Refuse settings that nothing would read; ``alpha`` alone is one of ASGD and RMSprop."""
+    for key in keys:
+        if key in MISSPELT:
+            hint = f"Write '{MISSPELT[key]}'."
+            raise ValueError(error_text(name, "name its settings rgp_*", key, hint))
+        if key.startswith("rgp_") and key not in KEYS:
+            hint = f"Known are {', '.join(KEYS)}."
+            raise ValueError(error_text(name, "have rgp_* settings that exist", key, hint))

@@ -707,3 +707,53 @@ def test_an_inner_optimizer_that_fails_leaves_conserved_weights_as_they_were():
             assert int((p != old).sum()) <= round(0.3 * p.numel())
     with pytest.raises(RuntimeError, match="needs the gradients"):
         opt.step()
+
+
+# Groups from a model: tied weights, and options that nothing would read.
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+        self.again = self.body
+
+
+@pytest.mark.parametrize(
+    ("left", "selected"),
+    [
+        ("embed", ["body.weight"]),
+        ("head", ["body.weight"]),
+        ("head.weight", ["body.weight"]),
+        ("body", ["embed.weight"]),
+        ("again", ["embed.weight"]),
+        ("again.bias", ["embed.weight", "body.weight"]),
+    ],
+)
+def test_tied_weights_are_left_out_under_any_of_their_names(left, selected):
+    first, second = rgp_param_groups(Tied(), leave_out=[left])
+    assert [name for name, _ in first["params"]] == selected
+    assert len(first["params"]) + len(second["params"]) == 4  # each tensor once
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rgp_select": True}, "`options` should not contain 'rgp_select'. Found .* Allowed are"),
+        ({"params": []}, "`options` should not contain 'params'.*`leave_out` decide it"),
+        ({"rgp_fraction": 0.5}, "Found `rgp_fraction`. Known are rgp_update_fraction, rgp_alpha"),
+        ({"update_fraction": 0.5}, "Found `update_fraction`. Write 'rgp_update_fraction'"),
+    ],
+)
+def test_options_that_a_group_cannot_have_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        rgp_param_groups(make_net(), **options)
+
+
+def test_param_groups_are_made_from_a_model():
+    with pytest.raises(TypeError, match=r"Found `generator`. Pass the model itself"):
+        rgp_param_groups(make_net().parameters())
+    assert rgp_param_groups(make_net(), alpha=0.9)[0]["alpha"] == 0.9  # of RMSprop
