@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_fraction, error_text
+from rgp_optim._checks import check_count, check_fraction, error_text
 
 __all__ = ["rgp_param_groups"]
 
@@ -34,8 +34,10 @@ class Settings:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Settings:
-        """Read and check them; a value that breaks its rule raises."""
+        """Read and check them; a value that breaks its rule, or a misspelt name, raises."""
         hint = "It is a setting of a param group."
+        _check_keys("param_groups", group)
+        check_count("rgp_step", group["rgp_step"])
         select = group["rgp_select"]
         if select is not None and not isinstance(select, bool):
             rule = "be None (two or more dimensions), True (all) or False (none)"

@@ -1152,3 +1152,41 @@ def test_repr_names_the_inner_optimizer_and_the_settings():
     shown = repr(RGPSelectiveOptimizer(torch.optim.AdamW(P), scope="global"))
     assert "AdamW" in shown
     assert "scope='global'" in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"update_fraction": 0.2}, ValueError, "`update_fraction`. Write 'rgp_update_fraction'"),
+        ({"select": False}, ValueError, "`param_groups` should name its .* Write 'rgp_select'"),
+        ({"rgp_fraction": 0.2}, ValueError, "settings that exist. Found `rgp_fraction`. Known are"),
+        ({"rgp_step": -1}, ValueError, "`rgp_step` should be an integer >= 0"),
+        ({"rgp_step": 1.5}, TypeError, "`rgp_step` should be an integer >= 0"),
+        ({"rgp_step": None}, TypeError, "`rgp_step` should be an integer >= 0"),
+    ],
+)
+def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wrong, error, message):
+    model = make_net()
+    with pytest.raises(error, match=message):
+        RGPSelectiveOptimizer(torch.optim.SGD([{"params": [*model.parameters()], **wrong}]))
+    opt = wrap(model)
+    cure_step(model, opt)
+    weights, saved = snapshot(model), copy.deepcopy(opt.state_dict())
+    with pytest.raises(error, match=message):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))], **wrong})
+    bad = copy.deepcopy(saved)
+    bad["param_groups"][0] |= wrong
+    with pytest.raises(error, match=message):
+        opt.load_state_dict(bad)
+    assert opt.state_dict()["param_groups"] == saved["param_groups"]
+    opt.param_groups[0].update(wrong)
+    with pytest.raises(error, match=message):
+        cure_step(model, opt)
+    assert all(map(same_bits, snapshot(model), weights))
+
+
+def test_the_inner_optimizers_own_alpha_is_no_setting_of_ours():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(torch.optim.RMSprop(model.parameters(), alpha=0.9))
+    cure_step(model, opt)
+    assert opt.param_groups[0]["alpha"] == 0.9
