@@ -15,6 +15,7 @@ from rgp_optim.losses import check_target, kl_divergence, widen
 
 __all__ = ["kl_attack", "pgd_attack"]
 
+PGD_STEP = 0.003  # at a radius of 8/255
 START_NOISE = 0.001  # standard deviation of the KL attack's start, in units of the pixels
 
 
@@ -78,7 +79,7 @@ def pgd_attack(
     *,
     loss: Literal["cross_entropy", "margin"] = "cross_entropy",
     eps: float = 8 / 255,
-    step_size: float = 0.003,
+    step_size: float | None = None,
     steps: int = 20,
     random_start: bool = True,
     generator: torch.Generator | None = None,
@@ -98,7 +99,8 @@ def pgd_attack(
         target: Class indices, [batch], int64, on the device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
         eps: Radius of the ball, in [0, 1], in units of the pixels.
-        step_size: Length of a step, > 0, in units of the pixels.
+        step_size: Length of a step, > 0, in units of the pixels. None is 0.003 at the default
+            radius, and in proportion at others: ``0.003 * eps / (8 / 255)``.
         steps: Number of steps, >= 0.
         random_start: Start from a uniform draw in the ball (True) or from ``x``.
         generator: Of the start, on the device of ``x``; None is torch's own.
@@ -116,7 +118,8 @@ def pgd_attack(
     check_target(target, x, probabilities=False)
     check_choice("loss", loss, ("cross_entropy", "margin"))
     eps = _check_eps(eps)
-    step_size = check_real("step_size", step_size, strict=True)
+    default = PGD_STEP * (eps / (8 / 255))
+    step = default if step_size is None else check_real("step_size", step_size, strict=True)
     steps = check_count("steps", steps)
     with _frozen(model) as net:
         x, labels = x.detach().clone(), target.clone()
@@ -132,7 +135,7 @@ def pgd_attack(
             others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
             return (widen(others) - widen(true)).sum()
 
-        return _ascend(net, x, start, objective, eps, step_size, steps)
+        return _ascend(net, x, start, objective, eps, step, steps)
 
 
 def _ascend(

@@ -97,6 +97,15 @@ def test_the_default_step_of_the_kl_attack_is_a_quarter_of_eps():
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize(("eps", "step_size"), [(8 / 255, 0.003), (0.2, 0.003 * 0.2 * 255 / 8)])
+def test_the_default_step_of_the_pgd_attack_is_in_proportion_to_eps(eps, step_size):
+    """One step from the image itself is the length of a step, short of the walls."""
+    x = torch.full((4, 2, 5, 5), 0.5, dtype=torch.float64)
+    model = make_net(dtype=torch.float64)
+    x_adv = pgd_attack(model, x, Y[:4], eps=eps, steps=1, random_start=False)
+    assert (x_adv - x).abs().max().item() == pytest.approx(step_size, rel=1e-12)
+
+
 @each_attack
 def test_an_exact_fraction_is_a_radius(attack):
     model, x = make_net(), torch.rand(4, 2, 5, 5)
