@@ -130,10 +130,10 @@ def pgd_attack(
 
         def objective(logits: Tensor) -> Tensor:
             if loss == "cross_entropy":
-                return F.cross_entropy(widen(logits), labels, reduction="sum")
+                return F.cross_entropy(logits, labels, reduction="sum")
             true = logits.gather(1, labels[:, None]).squeeze(1)
             others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
-            return (widen(others) - widen(true)).sum()
+            return (others - true).sum()
 
         return _ascend(net, x, start, objective, eps, step, steps)
 
@@ -149,17 +149,31 @@ def _ascend(
 ) -> Tensor:
     """Climb ``objective`` by signed steps within the ball and [0, 1].
 
-    The objective is a sum over the batch: what one image becomes does not depend on the others.
+    The objective is a sum over the batch: what one image becomes does not depend on the others. It
+    is given logits in float32 at least.
     """
     low, high = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
     x_adv = start.clamp(low, high)
     for _ in range(steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
-            value = objective(_logits(model, x_adv))
-        (gradient,) = torch.autograd.grad(value, x_adv)
+            logits = _logits(model, x_adv)
+            wide = widen(logits.detach()).requires_grad_()
+            (pull,) = torch.autograd.grad(objective(wide), wide)
+        (gradient,) = torch.autograd.grad(logits, x_adv, _scaled(pull).to(logits.dtype))
+        # The sign of a NaN is 0: where the model overflows, the pixel stays.
         x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(low, high)
     return x_adv
+
+
+def _scaled(gradient: Tensor) -> Tensor:
+    """Scale each row by a power of two, its largest entry to between 2**8 and 2**9.
+
+    In float16 the gradient of an image that the model is sure of would be 0. Only its sign counts,
+    and a power of two changes nothing else in wider dtypes.
+    """
+    exponent = gradient.abs().amax(1, keepdim=True).log2().floor()
+    return gradient * torch.exp2((8 - exponent).clamp(max=100))  # finite for a row of zeros
 
 
 @contextmanager

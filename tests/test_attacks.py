@@ -150,6 +150,57 @@ def test_a_large_batch_does_not_make_gradients_underflow(loss):
 
 
 @each_attack
+@pytest.mark.parametrize("kind", ["half", "autocast", "autocast, logits widened"])
+@pytest.mark.parametrize("margin", [0.0, 20.0, 60.0])
+def test_sure_images_move_in_float16_too(attack, kind, margin):
+    """Two classes, z_0 - z_1 = margin + 40 x_0 - 40 x_1; at a margin of 20, p_1 is 2e-9."""
+    linear = nn.Linear(2, 2)
+    linear.weight.data = torch.tensor([[20.0, -20.0], [-20.0, 20.0]])
+    linear.bias.data = torch.tensor([margin, 0.0])
+    x = torch.full((1, 2), 0.5)
+    if kind == "half":
+        linear, x = linear.half(), x.half()
+    model = nn.Sequential(linear, Widen()) if "widened" in kind else linear
+    with torch.autocast("cpu", torch.float16, enabled=kind != "half"):
+        generator = torch.Generator().manual_seed(0)
+        x_adv = attack(model, x, eps=0.1, step_size=0.02, steps=10, generator=generator)
+    assert ((x_adv - x).abs() > 0.09).all()
+
+
+class Widen(nn.Module):
+    def forward(self, logits):
+        return logits.float()
+
+
+class Overflows(torch.autograd.Function):
+    """The identity; the gradient of the first pixel is inf, of the second NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[:, 0], gradient[:, 1] = float("inf"), float("nan")
+        return gradient
+
+
+@each_attack
+def test_gradients_that_overflow_leave_no_nan_in_an_image(attack):
+    linear = nn.Linear(4, 3)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return linear(Overflows.apply(x))
+
+    x = torch.full((3, 4), 0.5)
+    x_adv = attack(Model(), x, eps=0.1, step_size=0.05, steps=5)
+    assert torch.isfinite(x_adv).all()
+    torch.testing.assert_close(x_adv[:, 0], x[:, 0] + 0.1)
+
+
+@each_attack
 def test_a_generator_makes_it_repeatable_and_spares_the_global_one(attack):
     model, x = make_net(), torch.rand(4, 2, 5, 5)
     before = torch.get_rng_state()
