@@ -96,7 +96,8 @@ def pgd_attack(
     Args:
         model: As in `kl_attack`.
         x: As in `kl_attack`.
-        target: Class indices, [batch], int64, on the device of ``x``.
+        target: Class indices, [batch], int64, on the device of ``x``; the range is checked on the
+            CPU only.
         loss: ``"cross_entropy"`` or ``"margin"``.
         eps: Radius of the ball, in [0, 1], in units of the pixels.
         step_size: Length of a step, > 0, in units of the pixels. None is 0.003 at the default
@@ -110,13 +111,13 @@ def pgd_attack(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number or a pixel is out of its range, or shapes do not match.
+        ValueError: a number, a pixel or a label is out of its range, or shapes do not match.
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
     _check_images(x)
     check_target(target, x, probabilities=False)
-    check_choice("loss", loss, ("cross_entropy", "margin"))
+    check_choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
     eps = _check_eps(eps)
     default = PGD_STEP * (eps / (8 / 255))
     step = default if step_size is None else check_real("step_size", step_size, strict=True)
@@ -129,6 +130,7 @@ def pgd_attack(
             start = x + eps * (2 * draw - 1)
 
         def objective(logits: Tensor) -> Tensor:
+            _check_classes(labels, logits)
             if loss == "cross_entropy":
                 return F.cross_entropy(logits, labels, reduction="sum")
             true = logits.gather(1, labels[:, None]).squeeze(1)
@@ -204,7 +206,20 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         found = f"{tuple(logits.shape)} for {x.shape[0]} images"
         raise ValueError(error_text("model(x)", "be logits, [batch, classes]", found))
+    if logits.shape[1] < 2:
+        rule, hint = "have two classes or more", "Of one logit z make two: [0, z]."
+        raise ValueError(error_text("model(x)", rule, f"{tuple(logits.shape)}", hint))
     return logits
+
+
+def _check_classes(target: Tensor, logits: Tensor) -> None:
+    """Refuse labels that no logit belongs to; reading them elsewhere would wait for the device."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(value) for value in target.aminmax())
+        if low < 0 or high >= logits.shape[1]:
+            found = f"labels from {low} to {high}"
+            hint = "The model has no other classes; leave out images without a label."
+            raise ValueError(error_text("target", f"be in [0, {logits.shape[1] - 1}]", found, hint))
 
 
 def _check_eps(eps: float) -> float:
@@ -225,4 +240,6 @@ def _check_images(x: Tensor) -> None:
         if not (low >= 0 and high <= 1):
             found = f"values from {low.item():.3g} to {high.item():.3g}"
             hint = "Pass pixels in [0, 1] and normalise inside the model."
+            if low >= 0 and 1 < high <= 255:
+                hint = "Pass pixels in [0, 1]: for 0 to 255, x / 255."
             raise ValueError(error_text("x", "be in [0, 1]", found, hint))

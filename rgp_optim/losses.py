@@ -73,7 +73,9 @@ def check_target(target: Tensor, logits: Tensor, *, probabilities: bool) -> None
         if probabilities:
             rule += f", or class probabilities, {list(logits.shape)}"
         found = f"{tuple(target.shape)} {target.dtype}"
-        raise ValueError(error_text("target", rule, found))
+        whole = not (target.is_floating_point() or target.is_complex())
+        hint = "Write target.long()." if whole and target.shape == logits.shape[:1] else ""
+        raise ValueError(error_text("target", rule, found, hint))
     if target.device != logits.device:
         raise ValueError(error_text("target", f"be on {logits.device}", str(target.device)))
 

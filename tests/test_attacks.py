@@ -301,6 +301,7 @@ def test_a_parallel_model_is_left_as_it_was(tmp_path):
 
 X = torch.rand(2, 2, 5, 5)
 NET = make_net()
+ONE = nn.Sequential(nn.Flatten(), nn.Linear(50, 1))
 
 
 @pytest.mark.parametrize(
@@ -346,10 +347,34 @@ NET = make_net()
         (
             lambda: pgd_attack(NET, X, Y[:2], loss="cw"),
             ValueError,
-            "`loss` should be one of 'cross_entropy', 'margin'. Found `loss = 'cw'`",
+            "`loss` should be one of 'cross_entropy', 'margin'. Found `loss = 'cw'`.* use 'margin'",
+        ),
+        (lambda: kl_attack(NET, X * 255), ValueError, r"Found `values from .*0 to 255, x / 255"),
+        (lambda: pgd_attack(NET, X, Y[:2].int()), ValueError, r"torch.int32`. Write target.long"),
+        (lambda: pgd_attack(NET, X, Y[:2].byte()), ValueError, r"torch.uint8`. Write target.long"),
+        (lambda: kl_attack(ONE, X), ValueError, r"two classes or more. Found `\(2, 1\)`. Of one"),
+        (
+            lambda: pgd_attack(ONE, X, Y[:2] * 0),
+            ValueError,
+            r"`model\(x\)` should have two classes",
         ),
     ],
 )
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_labels_without_a_logit_are_refused(loss, label):
+    message = (
+        rf"`target` should be in \[0, 2\]. Found `labels from {min(label, 1)} to {max(label, 1)}"
+    )
+    with pytest.raises(ValueError, match=message):
+        pgd_attack(NET, X, torch.tensor([label, 1]), loss=loss)
+
+
+@each_attack
+def test_a_batch_without_images(attack):
+    assert attack(NET, X[:0]).shape == (0, 2, 5, 5)

@@ -89,7 +89,7 @@ Z, Y = torch.zeros(2, 3), torch.tensor([0, 1])
         ((Z, Z[:, :2], Y), 1.0, ValueError, "`logits_adv` should match `logits`"),
         ((Z, Z.half(), Y), 1.0, ValueError, "torch.float16 on cpu against"),
         ((Z.long(), Z, Y), 1.0, TypeError, "`logits` should have a floating dtype"),
-        ((Z, Z, Y.int()), 1.0, ValueError, r"`target` should be class indices, int64, \[2\]"),
+        ((Z, Z, Y.int()), 1.0, ValueError, r"indices, int64, \[2\].* Write target.long\(\)"),
         ((Z, Z, Y[:1]), 1.0, ValueError, r"or class probabilities, \[2, 3\]. Found `\(1,\)"),
         ((Z, Z, [0, 1]), 1.0, TypeError, "`target` should be a tensor"),
         ((Z, Z, Y), -1.0, ValueError, "`beta` should be finite and >= 0. Found `beta = -1.0`"),
