@@ -154,7 +154,7 @@ def _ascend(
     The objective is a sum over the batch: what one image becomes does not depend on the others. It
     is given logits in float32 at least.
     """
-    low, high = (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
+    low, high = _ball(x, eps)
     x_adv = start.clamp(low, high)
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -166,6 +166,21 @@ def _ascend(
         # The sign of a NaN is 0: where the model overflows, the pixel stays.
         x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(low, high)
     return x_adv
+
+
+def _ball(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest pixels within the radius and [0, 1].
+
+    In 16 bits, where rounding could leave the ball by a good part of it, it goes inwards.
+    """
+    if x.element_size() != 2:
+        return (x - eps).clamp_(min=0.0), (x + eps).clamp_(max=1.0)
+    wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # mps has no float64
+    low, high = (wide - eps).clamp_(min=0.0).to(x.dtype), (wide + eps).clamp_(max=1.0).to(x.dtype)
+    # One more, or less, as an integer is the next number: none is negative.
+    low.view(torch.int16).add_((wide - low > eps).short())
+    high.view(torch.int16).sub_((high - wide > eps).short())
+    return low, high
 
 
 def _scaled(gradient: Tensor) -> Tensor:

@@ -62,6 +62,21 @@ def test_inside_the_ball_and_the_pixel_range(attack, eps, steps):
 
 
 @each_attack
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 8 / 255, 0.125, 0.3])
+def test_inside_the_ball_in_16_bits_and_up_to_its_border(attack, dtype, eps):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # each number in [0, 1]
+    every = every[(every >= 0) & (every <= 1)]
+    x = every[: len(every) // 50 * 50].view(-1, 2, 5, 5)[:: len(every) // 2500]
+    x_adv = attack(make_net(dtype=dtype), x, eps=eps, step_size=max(eps, 0.01), steps=2)
+    moved = (x_adv.double() - x.double()).abs()
+    assert moved.max() <= eps
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert moved.max() >= eps - torch.finfo(dtype).eps
+
+
+@each_attack
 def test_limits(attack, trained):
     model, x = trained
     assert torch.equal(attack(model, x, eps=0.0), x)
