@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,9 +46,14 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "batchmean") -> Tensor:
-    """Return KL(softmax(logits_p) || softmax(logits_q)) in nats, by default its batch mean."""
+    """Return KL(softmax(logits_p) || softmax(logits_q)) in nats, by default its batch mean.
+
+    A class that p excludes, its logit -inf, adds 0.
+    """
     log_p = F.log_softmax(widen(logits_p), dim=1)
     log_q = F.log_softmax(widen(logits_q), dim=1)
+    masked = log_p.detach() == -math.inf
+    log_p, log_q = log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
     return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
 
 

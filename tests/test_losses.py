@@ -53,6 +53,34 @@ def test_the_divergence_is_not_negative_and_zero_on_itself(p, q):
     torch.testing.assert_close(kl_divergence(p + 5, q - 7), kl_divergence(p, q))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("both", [True, False], ids=["masked in both", "masked in p"])
+def test_a_masked_class_adds_nothing(dtype, both):
+    """p = (3/4, 1/4, 0) against q = (1/2, 1/2, 0) or (1/3, 1/3, 1/3), in closed form."""
+    z = torch.tensor([[math.log(3.0), 0.0, -math.inf]], dtype=dtype, requires_grad=True)
+    third = -math.inf if both else 0.0
+    z_adv = torch.tensor([[0.0, 0.0, third]], dtype=dtype, requires_grad=True)
+    q = 1 / 2 if both else 1 / 3
+    kl = 0.75 * math.log(0.75 / q) + 0.25 * math.log(0.25 / q)
+    loss = kl_adv_loss(z, z_adv, torch.tensor([0]))
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-14)
+    assert loss.item() == pytest.approx(math.log(4 / 3) + kl, rel=tolerance)
+    loss.backward()
+    p = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    towards_p = (p - torch.tensor([1.0, 0.0])) + p * ((p / q).log() - kl)
+    towards_q = q - torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64)
+    if both:
+        towards_q[2] = 0.0
+    want = torch.cat([towards_p, torch.zeros(1, dtype=torch.float64)])
+    torch.testing.assert_close(z.grad[0].double(), want, rtol=0, atol=tolerance)
+    torch.testing.assert_close(z_adv.grad[0].double(), towards_q, rtol=0, atol=tolerance)
+
+
+def test_a_class_that_only_q_excludes_is_infinitely_far():
+    q = torch.tensor([[0.0, -math.inf]])
+    assert kl_divergence(torch.zeros(1, 2), q) == math.inf
+
+
 def test_gradients_flow_into_both_arguments():
     z, z_adv = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y = torch.tensor([0, 1, 2, 0])
