@@ -134,8 +134,8 @@ class ConsistencyReviser:
             found = f"{tuple(x_adv.shape)} against {tuple(x.shape)}, {logits.shape[0]} logits"
             raise ValueError(error_text("x_adv", "have the shape of `x`, one row a logit", found))
         self.model.eval()  # whoever switched it
-        with torch.no_grad():  # in eval mode one batch of both is the same as two
-            revised, revised_adv = self.model(torch.cat([x, x_adv])).chunk(2)
+        with torch.no_grad():  # apart: BatchNorm without running statistics would mix the two
+            revised, revised_adv = self.model(x), self.model(x_adv)
         return kl_divergence(revised, logits) + kl_divergence(revised_adv, logits_adv)
 
     def update(self) -> bool:

@@ -175,6 +175,16 @@ def test_the_loss_is_the_sum_of_two_divergences():
     assert all(p.grad is None for p in reviser.model.parameters())
 
 
+def test_the_two_batches_do_not_mix():
+    """BatchNorm without running statistics normalises each batch by itself, in eval mode too."""
+    model = make_net(dtype=torch.float64)
+    model.norm = nn.BatchNorm2d(4, track_running_stats=False).double()
+    reviser = ConsistencyReviser(model)
+    x, x_adv, _ = make_batch(dtype=torch.float64)
+    x_adv = x_adv + 3.0
+    assert reviser(x, x_adv, model(x), model(x_adv)).item() == pytest.approx(0, abs=1e-12)
+
+
 def test_the_loss_is_zero_where_both_agree():
     model = make_net().eval()
     reviser = ConsistencyReviser(model)
