@@ -63,7 +63,8 @@ class ConsistencyReviser:
 
     Attributes:
         model: The averaged copy, for evaluation; eval mode, no gradients, on the model's device and
-            in its dtype. Weights in float16 or bfloat16 are averaged in float32 aside.
+            in its dtype. Weights in float16 or bfloat16 are averaged in float32 aside. What you
+            load into it, or a dtype that you give it, is what the next update starts from.
         decay: d; may be changed.
         rate: May be changed.
         steps: Number of calls of `update`.
@@ -111,7 +112,7 @@ class ConsistencyReviser:
                 raise ValueError(
                     error_text("model", "be copied without shared storage", name, hint)
                 )
-        self._masters: dict[str, Tensor] | None = None
+        self._masters: dict[str, Tensor] = {}
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the consistency loss of a batch.
@@ -208,15 +209,23 @@ class ConsistencyReviser:
         self._generator = torch.Generator()
         self._generator.set_state(state["_generator"])
 
+    @torch.no_grad()
     def _float32(self) -> dict[str, Tensor]:
-        """Return the averages of low-precision tensors, begun at first need: sharded by then."""
-        if self._masters is None:
-            self._masters = {
-                name: tensor.detach().float()
-                for name, tensor in _tensors(self.model).items()
-                if tensor.dtype in (torch.float16, torch.bfloat16)
-            }
-        return self._masters
+        """Return the averages of low-precision tensors, begun at first need: sharded by then.
+
+        Where a tensor no longer is its average rounded, others have written it: it counts.
+        """
+        masters: dict[str, Tensor] = {}
+        for name, tensor in _tensors(self.model).items():
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                master = self._masters.get(name)
+                if master is None or _place(master) != _place(tensor):
+                    master = tensor.detach().float()
+                ours, theirs = _local(master), _local(tensor)
+                ours.copy_(torch.where(ours.to(theirs.dtype) == theirs, ours, theirs.float()))
+                masters[name] = master
+        self._masters = masters
+        return masters
 
     @torch.no_grad()
     def _average(self, mine: dict[str, Tensor], student: dict[str, Tensor], decay: float) -> None:
@@ -323,6 +332,10 @@ def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, Any]:
     return tensor.shape, getattr(tensor, "placements", None)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, *_layout(tensor)
 
 
 def _check_decay(name: str, decay: Any) -> float:

@@ -109,6 +109,53 @@ def test_half_precision_is_averaged_in_float32(dtype):
     torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_loaded_into_the_copy_is_averaged_on(dtype):
+    model = make_net(dtype=dtype)
+    reviser, fresh = (ConsistencyReviser(model, rate=1.0, decay=0.9) for _ in range(2))
+    disturb(model, 0)
+    reviser.update()
+    loaded = make_net(seed=1, dtype=dtype).state_dict()
+    reviser.model.load_state_dict(loaded)
+    saved = reviser.state_dict()
+    assert all(
+        torch.equal(t, saved["masters"][name].to(dtype))
+        for name, t in loaded.items()
+        if t.is_floating_point()
+    )
+    fresh.model.load_state_dict(loaded)
+    for seed in range(3):
+        disturb(model, seed)
+        reviser.update()
+        fresh.update()
+    assert all(map(torch.equal, tensors(reviser.model), tensors(fresh.model)))
+
+
+def test_the_copy_may_change_its_dtype():
+    """From float32 to bfloat16 it is averaged aside; back in float32 it is its own average."""
+    model = nn.Linear(50, 40)
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.999)
+    reviser.update()
+    reviser.state_dict()
+    reviser.model.bfloat16()
+    start = reviser.model.weight.double()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    target = model.weight.detach().double()
+    for _ in range(200):
+        reviser.update()
+    want = target + 0.999**200 * (start - target)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=eps)
+    assert reviser.model.weight.dtype == torch.bfloat16
+    reviser.model.float()
+    assert reviser.state_dict()["masters"] == {}
+    now = reviser.model.weight.double()
+    reviser.update()
+    want = target + 0.999 * (now - target)
+    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=1e-6, atol=1e-6)
+
+
 def test_horizon_is_the_time_constant_as_a_fraction_of_the_run():
     model = nn.Linear(1, 1)
     published = ConsistencyReviser(model, horizon=0.064, total_steps=78_200)
