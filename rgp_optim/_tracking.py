@@ -26,6 +26,9 @@ class UpdateTracker:
         self._sum: dict[Tensor, Tensor | int] = {}
         self._steps = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(steps={self._steps}, parameters={len(self._names())})"
+
     def last(self) -> dict[str, float]:
         """Return the fraction of each parameter's weights that the last step updated, in [0, 1]."""
         return self._fractions(self._last, 1) if self._steps else {}

@@ -52,9 +52,9 @@ class ConsistencyReviser:
         rate: Probability of an update at each step, in [0, 1]; or a function from the number of
             steps made so far to that probability, to let it decay.
         decay: d, in [0, 1). Default 0.999.
-        horizon: In place of ``decay``: the time constant as a fraction of the run, > 0, which makes
-            ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
-        total_steps: Steps of the run, >= 1, for ``horizon``.
+        horizon: In place of ``decay``: the time constant as a fraction of the run, in (0, 1], which
+            makes ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
+        total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
         ramp: Let d grow as ``min(1 - 1 / (t + 1), d)`` with t the steps made so far, as the
             authors' code does. The first update then copies the model.
         buffers: ``"average"`` or ``"copy"``: what happens to floating buffers.
@@ -72,8 +72,8 @@ class ConsistencyReviser:
     Raises:
         TypeError: ``model`` is no module, or an argument has the wrong type.
         ValueError: a number is out of its range; both ``decay`` and ``horizon`` are given;
-            ``horizon`` without ``total_steps``; the model is sharded already; the copy shares
-            storage with it.
+            only one of ``horizon`` and ``total_steps`` is; the model is sharded already; the copy
+            shares storage with it.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 7 and 8.
     """
@@ -113,6 +113,13 @@ class ConsistencyReviser:
                     error_text("model", "be copied without shared storage", name, hint)
                 )
         self._masters: dict[str, Tensor] = {}
+
+    def __repr__(self) -> str:
+        ours = f"rate={self.rate!r}, decay={self.decay!r}, ramp={self._ramp!r}"
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {ours}, "
+            f"buffers={self._buffers!r}, steps={self.steps})"
+        )
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the consistency loss of a batch.
@@ -256,11 +263,18 @@ class ConsistencyReviser:
     def _decay(self, decay: float | None, horizon: float | None, total: int | None) -> float:
         """Return d, from either way to give it."""
         if horizon is None:
+            if total is not None:
+                hint = "Without it nothing depends on the steps of the run."
+                raise ValueError(
+                    error_text("horizon", "be given with `total_steps`", "horizon = None", hint)
+                )
             return _check_decay("decay", DECAY if decay is None else decay)
         if decay is not None:
             found = f"decay = {decay}, horizon = {horizon}"
             raise ValueError(error_text("horizon", "be given in place of `decay`", found))
-        check_real("horizon", horizon, strict=True)
+        if check_real("horizon", horizon, strict=True) > 1.0:
+            hint = "It is a fraction of the run."
+            raise ValueError(error_text("horizon", "be in (0, 1]", horizon, hint))
         if total is None:
             hint = "Pass the steps of the whole run."
             raise ValueError(

@@ -757,3 +757,12 @@ def test_param_groups_are_made_from_a_model():
     with pytest.raises(TypeError, match=r"Found `generator`. Pass the model itself"):
         rgp_param_groups(make_net().parameters())
     assert rgp_param_groups(make_net(), alpha=0.9)[0]["alpha"] == 0.9  # of RMSprop
+
+
+def test_repr_of_a_tracker():
+    model = make_net()
+    opt = RGPSelectiveOptimizer(sgd(model))
+    tracker = opt.track_updates()
+    for seed in range(2):
+        cure_step(model, opt, seed)
+    assert repr(tracker) == "UpdateTracker(steps=2, parameters=6)"

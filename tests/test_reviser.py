@@ -167,6 +167,14 @@ def test_horizon_is_the_time_constant_as_a_fraction_of_the_run():
     assert falling.decay == pytest.approx(1 - 1 / 5.05)
 
 
+def test_repr_names_the_model_and_the_settings():
+    reviser = ConsistencyReviser(nn.Linear(1, 1), rate=0.5, decay=0.9)
+    reviser.update()
+    assert repr(reviser) == (
+        "ConsistencyReviser(Linear, rate=0.5, decay=0.9, ramp=False, buffers='average', steps=1)"
+    )
+
+
 # Draws.
 
 
@@ -401,6 +409,21 @@ class Shares(nn.Module):
             lambda: ConsistencyReviser(LINEAR, horizon=0.064, total_steps=50),
             ValueError,
             r"horizon \* rate \* total_steps >= 1.* Raise it, or give `decay`",
+        ),
+        (
+            lambda: ConsistencyReviser(LINEAR, total_steps=100),
+            ValueError,
+            "`horizon` should be given with `total_steps`. Found `horizon = None`",
+        ),
+        (
+            lambda: ConsistencyReviser(LINEAR, decay=0.9, total_steps=100),
+            ValueError,
+            "`horizon` should be given with `total_steps`",
+        ),
+        (
+            lambda: ConsistencyReviser(LINEAR, horizon=1.5, total_steps=100),
+            ValueError,
+            r"`horizon` should be in \(0, 1\]. Found `horizon = 1.5`. It is a fraction",
         ),
         (lambda: ConsistencyReviser(LINEAR, buffers="sum"), ValueError, "one of 'average', 'copy'"),
         (lambda: ConsistencyReviser(LINEAR, seed=-1), ValueError, "`seed` should be an integer"),
