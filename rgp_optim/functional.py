@@ -6,6 +6,7 @@ of each backend is that of `rgp_optim._reference`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ from rgp_optim._checks import check_choice, check_fraction, check_tensor, error_
 
 __all__ = ["Backend", "Scope", "conserve_", "rgp_score", "rgp_topk_masks", "topk_mask"]
 
-Backend = Literal["auto", "cpu", "torch"]
+Backend = Literal["auto", "cpu", "triton", "torch"]
 Scope = Literal["tensor", "global"]
 
 SCOPES = ("tensor", "global")
@@ -83,9 +84,18 @@ def _installed(package: str) -> bool:
         return False
 
 
+# Triton's interpreter runs the kernels on CPUs, slowly: for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 # Fastest first: "auto" takes the first that runs.
 _PROVIDERS = {
     "cpu": _Provider("_cpu", "numpy", frozenset({"cpu"})),
+    "triton": _Provider(
+        "_triton",
+        "triton",
+        frozenset({"cuda", "cpu"} if _INTERPRETED else {"cuda"}),
+        frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    ),
     "torch": _Provider("_reference"),
 }
 

@@ -17,8 +17,6 @@ KEYS = (
     "rgp_alpha",
     "rgp_select",
     "rgp_step",
-    "rgp_refresh_every",
-    "rgp_mask_age",
 )
 MISSPELT = {"update_fraction": "rgp_update_fraction", "select": "rgp_select"}
 ALLOWED = "Allowed are rgp_update_fraction, rgp_alpha and options of the inner optimizer."

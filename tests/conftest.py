@@ -4,7 +4,12 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too
 
+import os
+
 import torch
+
+if not torch.cuda.is_available():  # before triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 from hypothesis import settings
 
 torch.set_num_threads(1)  # small networks; several threads would wait for each other

@@ -254,7 +254,7 @@ G = torch.ones(3)
         (
             lambda: topk_mask(G, update_fraction=0.5, backend="cuda"),
             ValueError,
-            "`backend` should be one of 'auto', 'cpu', 'torch'. Found `backend = 'cuda'`",
+            "`backend` should be one of 'auto', 'cpu', 'triton', 'torch'. Found `backend = 'cuda'`",
         ),
         (
             lambda: rgp_topk_masks([G], [], alpha=0.1, update_fraction=0.5),

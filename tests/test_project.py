@@ -29,6 +29,7 @@ ARROWS = {
     "_tracking": set(),
     "_reference": set(),
     "_cpu": {"_reference"},
+    "_triton": {"_reference"},
     "_bits": set(),
     "_checks": set(),
 }

@@ -843,7 +843,7 @@ P = [nn.Parameter(torch.zeros(2, 2))]
         (
             lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), backend="tpu"),
             ValueError,
-            "`backend` should be one of 'auto', 'cpu', 'torch'",
+            "`backend` should be one of 'auto', 'cpu', 'triton', 'torch'",
         ),
         (
             lambda: RGPSelectiveOptimizer(torch.optim.SGD(P), seed=-1),
