@@ -43,6 +43,8 @@ __all__ = ["Selection", "rgp_score", "select", "topk_masks"]
 
 ROW = 32  # weights in a word of bits
 BLOCK = tl.constexpr(2048)  # weights at a time
+MASK_BLOCK = tl.constexpr(1024)  # in `_mask`, which needs more registers for each
+SLOW = tl.constexpr(512)  # the same on the ways that are seldom taken: fewer registers
 CHUNK = tl.constexpr(15 * 2048)  # weights of a program: 15 fit into a counter of four bits
 RUN = tl.constexpr(8)  # neighbours that are sampled together: a sector of memory
 SAMPLE = tl.constexpr(16384)  # scores that a program of `_bracket` holds
@@ -71,8 +73,18 @@ S_LO, S_HI, S_LOW, S_HIGH, S_BY_LIST, S_LAST, S_MISSING, S_LISTED, S_TICKET, S_T
 )
 S_WIDTH = tl.constexpr(10)
 
+# How each kernel is compiled. Scores are rounded step by step, so that all kernels agree on them.
+# The caps on registers keep three or four blocks on an SM; what spills is on ways seldom taken.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "_bracket": {"num_warps": 32, "enable_fp_fusion": False},
+    "_count": {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 64},
+    "_mask": {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 80},
+    "_use_bits": {"num_warps": 8, "enable_fp_fusion": False},
+}
+if torch.version.hip is not None:
+    for options in OPTIONS.values():
+        options.pop("maxnreg", None)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIXED = -1
 
 
@@ -280,6 +292,19 @@ def _rank(values, valid, lo, shift, k, enough):
 
 
 @triton.jit
+def _sampled(row, tensors, run_tensor, run_start):
+    """Return tensor, place in it and validity of what a pool's program looks at."""
+    i = tl.arange(0, SAMPLE)
+    run = i // RUN
+    valid = run < tl.load(row + P_RUNS)
+    first = tl.load(row + P_RUN)
+    t = tl.load(run_tensor + first + run, mask=valid, other=0)
+    at = tl.load(run_start + first + run, mask=valid, other=0) + i % RUN
+    valid = valid & (at < tl.load(tensors + t * T_WIDTH + T_NUMEL, mask=valid, other=0))
+    return t, at, valid
+
+
+@triton.jit
 def _bracket(
     pools,
     tensors,
@@ -305,13 +330,7 @@ def _bracket(
         tl.store(s + S_HIGH, limit)
         tl.store(s + S_LAST, -1)
     else:
-        i = tl.arange(0, SAMPLE)
-        run = i // RUN
-        valid = run < tl.load(row + P_RUNS)
-        first = tl.load(row + P_RUN)
-        t = tl.load(run_tensor + first + run, mask=valid, other=0)
-        at = tl.load(run_start + first + run, mask=valid, other=0) + i % RUN
-        valid = valid & (at < tl.load(tensors + t * T_WIDTH + T_NUMEL, mask=valid, other=0))
+        t, at, valid = _sampled(row, tensors, run_tensor, run_start)
         code = tl.load(tensors + t * T_WIDTH + T_CODE, mask=valid, other=0)
         nat = tl.load(addresses + t * A_WIDTH + A_NAT, mask=valid, other=0)
         adv = tl.load(addresses + t * A_WIDTH + A_ADV, mask=valid, other=0)
@@ -328,6 +347,7 @@ def _bracket(
             low, _, above, inside = _rank(keys, valid, one, top, k, 0)
             last = tl.full([], -1, tl.int64)
             if (low > 0) & (k - above < inside):
+                t, at, _ = _sampled(row, tensors, run_tensor, run_start)  # not kept in registers
                 base = tl.load(tensors + t * T_WIDTH + T_BASE, mask=valid, other=0)
                 inner = tl.load(tensors + t * T_WIDTH + T_INNER, mask=valid, other=1)
                 outer = tl.load(tensors + t * T_WIDTH + T_OUTER, mask=valid, other=1)
@@ -411,7 +431,7 @@ def _pool_fields(
 ):
     """Count all of a pool in 16 fields: keys, or places of keys that equal ``tie``."""
     fields = tl.zeros([16], tl.int64)
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, SLOW)
     for c in range(chunk, chunk + chunks):
         t = tl.load(chunk_tensor + c).to(tl.int64)
         start = tl.load(chunk_start + c)
@@ -422,18 +442,17 @@ def _pool_fields(
         adv = tl.load(addresses + t * A_WIDTH + A_ADV)
         alpha = tl.load(shares + t * 2)
         beta = tl.load(shares + t * 2 + 1)
-        acc = tl.zeros([BLOCK], tl.int64)
-        for block in range(0, tl.cdiv(left, BLOCK)):
-            at = start + block * BLOCK + i
+        for block in range(0, tl.cdiv(left, SLOW)):
+            at = start + block * SLOW + i
             mask = at < start + left
             keys = _keys(nat, adv, at, mask, alpha, beta, code, CODE, False, False)
             if BY_INDEX:
                 index = _row_major(at, tl.load(row + T_INNER), tl.load(row + T_OUTER))
                 back = size - 1 - (tl.load(row + T_BASE) + index)
-                acc += _one_in(back, mask & (keys == tie), lo, hi, shift)
+                acc = _one_in(back, mask & (keys == tie), lo, hi, shift)
             else:
-                acc += _one_in(keys, mask, lo, hi, shift)
-        fields += _fields(acc)
+                acc = _one_in(keys, mask, lo, hi, shift)
+            fields += _fields(acc)
     return fields
 
 
@@ -696,13 +715,13 @@ def _mask(
     last = tl.load(s + S_LAST)
     place = tl.load(pools + pool * P_WIDTH + P_LIST)
     room = tl.load(pools + pool * P_WIDTH + P_ROOM)
-    rows = tl.arange(0, BLOCK // 32)
+    rows = tl.arange(0, MASK_BLOCK // 32)
     inside = rows[:, None] * 32 + tl.arange(0, 32)[None, :]
     slot = c * CHUNK
-    for block in range(0, tl.cdiv(left, BLOCK)):
-        at = block * BLOCK + inside
-        words = bits + slot // 32 + block * (BLOCK // 32) + rows
-        if (block + 1) * BLOCK <= left:
+    for block in range(0, tl.cdiv(left, MASK_BLOCK)):
+        at = block * MASK_BLOCK + inside
+        words = bits + slot // 32 + block * (MASK_BLOCK // 32) + rows
+        if (block + 1) * MASK_BLOCK <= left:
             _mask_block(
                 nat, adv, target, weight, saved, at, left, start, row, slot, words, alpha, beta,
                 code, low, high, by_list, last, s, list_keys + place, list_slots + place, room,
@@ -756,7 +775,7 @@ def _resolve(
     count = tl.load(s + S_LISTED, cache_modifier=".cg")
     missing = tl.load(s + S_MISSING)
     size = tl.load(row + P_SIZE)
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, SLOW)
     low = tl.load(s + S_LOW)
     width = _first_shift(tl.load(s + S_HIGH) - low + 1) + 4
     above = tl.zeros([], tl.int64)
@@ -764,7 +783,7 @@ def _resolve(
     while width > 0:
         width -= 4
         fields = tl.zeros([16], tl.int64)
-        for first in range(0, count, BLOCK):
+        for first in range(0, count, SLOW):
             mask = first + i < count
             keys = tl.load(list_keys + first + i, mask=mask, other=0, cache_modifier=".cg")
             fields += _fields(_one_in(keys, mask, low, PASS, width))
@@ -778,7 +797,7 @@ def _resolve(
         while width > 0:
             width -= 4
             fields = tl.zeros([16], tl.int64)
-            for first in range(0, count, BLOCK):
+            for first in range(0, count, SLOW):
                 mask = first + i < count
                 keys = tl.load(list_keys + first + i, mask=mask, other=0, cache_modifier=".cg")
                 mask = mask & (keys == low)
@@ -788,18 +807,18 @@ def _resolve(
             field, taken, inside = _cross(fields, taken, missing - above)
             lowest += field << width
         last = size - 1 - lowest
-    for first in range(0, count, BLOCK):
+    for first in range(0, count, SLOW):
         mask = first + i < count
         keys = tl.load(list_keys + first + i, mask=mask, other=0, cache_modifier=".cg")
         slots = tl.load(list_slots + first + i, mask=mask, other=0, cache_modifier=".cg")
         t, at, index = _listed_index(slots, mask, tensors, chunk_tensor, chunk_start)
         chosen = mask & ((keys > low) | ((keys == low) & (index <= last)))
-        bit = tl.full([BLOCK], 1, tl.int32) << (slots % 32).to(tl.int32)
+        bit = tl.full([SLOW], 1, tl.int32) << (slots % 32).to(tl.int32)
         tl.atomic_or(bits + slots // 32, bit, mask=chosen, sem="relaxed")
         target = tl.load(addresses + t * A_WIDTH + A_TARGET, mask=mask, other=0)
         code = tl.load(tensors + t * T_WIDTH + T_CODE, mask=mask, other=0)
         dropped = mask & (chosen == 0) & (target != 0)
-        _store_bits(target, at, tl.zeros([BLOCK], tl.int32), dropped, code, CODE, False, False)
+        _store_bits(target, at, tl.zeros([SLOW], tl.int32), dropped, code, CODE, False, False)
 
 
 # 4. What is done with bits that are known.
@@ -1100,14 +1119,14 @@ class Selection:
         with self._guard():
             _bracket[(plan.pools,)](
                 plan.pool_table, plan.tensor_table, plan.share_table, addresses, plan.run_tensor,
-                plan.run_start, self._state, CODE=plan.code, num_warps=16, enable_fp_fusion=False,
+                plan.run_start, self._state, CODE=plan.code, **OPTIONS["_bracket"],
             )  # fmt: skip
             if plan.counted:
                 counts = torch.empty(plan.counted * 4, dtype=torch.int64, device=plan.device)
                 _count[(plan.counted,)](
                     plan.pool_table, plan.tensor_table, plan.share_table, addresses,
                     plan.chunk_tensor, plan.chunk_start, counts, self._state, CODE=plan.code,
-                    ALIGNED=_aligned(nats, advs), num_warps=8, enable_fp_fusion=False,
+                    ALIGNED=_aligned(nats, advs), **OPTIONS["_count"],
                 )  # fmt: skip
 
     def masks(self) -> list[Tensor]:
@@ -1183,7 +1202,7 @@ class Selection:
             _mask[(plan.chunks,)](
                 plan.pool_table, plan.tensor_table, plan.share_table, plan.addresses(columns),
                 plan.chunk_tensor, plan.chunk_start, keys, places, self._state, self._bits,
-                CODE=plan.code, ALIGNED=_aligned(*columns), num_warps=8, enable_fp_fusion=False,
+                CODE=plan.code, ALIGNED=_aligned(*columns), **OPTIONS["_mask"],
             )  # fmt: skip
 
     def _use_bits(self, what: int, targets: Column, weights: Column, saved: Column) -> None:
@@ -1194,7 +1213,8 @@ class Selection:
         with self._guard():
             _use_bits[(plan.chunks,)](
                 plan.tensor_table, plan.addresses(columns), plan.chunk_tensor, plan.chunk_start,
-                self._bits, CODE=plan.code, ALIGNED=_aligned(*columns), WHAT=what, num_warps=8,
+                self._bits, CODE=plan.code, ALIGNED=_aligned(*columns), WHAT=what,
+                **OPTIONS["_use_bits"],
             )  # fmt: skip
 
     def _guard(self) -> Any:

@@ -32,7 +32,7 @@ def in_small_parts(patch):
     for name, value in {"SMALL": 16, "SMALLER": 4, "CHUNK": 40, "GRAIN": 24}.items():
         patch.setattr(_cpu, name, value)
     if _triton and not CUDA:
-        constants = {"BLOCK": 32, "CHUNK": 15 * 32, "SAMPLE": 64}
+        constants = {"BLOCK": 32, "MASK_BLOCK": 32, "SLOW": 32, "CHUNK": 15 * 32, "SAMPLE": 64}
         for name, value in constants.items():
             patch.setattr(_triton, name, _triton.tl.constexpr(value))
         patch.setattr(_triton, "LIST_LEAST", 4)
@@ -76,7 +76,23 @@ def misaligned(n):
     return torch.randn(n + 1)[1:]
 
 
+def fused_otherwise(n):
+    """Two scores at the threshold that are equal, unless product and sum are rounded at once."""
+    draw = np.random.default_rng(0)
+    a, b = draw.uniform(1, 2, (2, 200000)).astype(np.float32)
+    first = a * np.float32(0.1)
+    score = first + b * np.float32(0.9)
+    fused = (first.astype(np.float64) + b.astype(np.float64) * np.float32(0.9)).astype(np.float32)
+    order = np.argsort(score, kind="stable")
+    same = np.flatnonzero((np.diff(score[order]) == 0) & (fused[order[:-1]] < fused[order[1:]]))
+    i, j = order[same[0]], order[same[0] + 1]
+    pair = [torch.tensor([g[i], g[j]]) for g in (a, b)]
+    rest = torch.cat([torch.rand(n // 2) * 0.1, 3 + torch.rand(n - n // 2)])
+    return tuple(torch.cat([rest[: n // 2], g, rest[n // 2 :]]) for g in pair)
+
+
 CASES = {
+    "two that a fused multiply-add tells apart": [fused_otherwise(0), fused_otherwise(40000)],
     "one element": [(torch.tensor([3.0]), torch.tensor([0.0]))],
     "a scalar": [(torch.tensor(2.0), torch.tensor(1.0))],
     "nothing": [(torch.zeros(0), torch.zeros(0)), (torch.zeros(2, 0), torch.zeros(2, 0))],
