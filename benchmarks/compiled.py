@@ -4,7 +4,7 @@
     python benchmarks/compiled.py --arch 80       # A100
 
 Prints, for each kernel and dtype: registers, stack (spills are there), shared memory, instructions
-in all and in the innermost loop with the widest loads (of `_mask` with all of its branches), and how
+in all and in the innermost loop with the widest loads (of `_mask` with all its branches), and how
 wide the loads and stores of global memory are. 128 is four float32 at once.
 """
 

@@ -24,6 +24,8 @@ def error_text(name: str, rule: str, found: object, hint: str = "") -> str:
 
 def check_fraction(name: str, value: Any, hint: str = "") -> float:
     """Return ``value`` as a float in [0, 1]; a tensor, a bool, a NaN or a number outside raises."""
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_text(name, "be a number in [0, 1]", f"{name}: {_kind(value)}", hint))
     number = float(value)

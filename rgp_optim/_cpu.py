@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 
 CHUNK = 1 << 17  # scores at a time: their buffers stay in the cache
 GRAIN = 1 << 15  # torch keeps to one thread for so many elements
-SMALL = 8192  # from here on a sample pays
+SMALL = 16384  # from here on a sample pays
 SMALLER = 1024
 RUN = 8  # neighbours that are sampled together: what one cache line brings
 SAMPLE = 2.0  # the sample grows as (SAMPLE * n) ** (2 / 3); with it the cost is least
@@ -134,14 +134,16 @@ class _Flat:
     """A tensor's elements in row-major order, given as float32 or float64."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._flat = tensor.detach().reshape(-1)
-        self._array = self._flat.numpy() if tensor.dtype in _KINDS else None
+        self._flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
+        self._array = self._flat.numpy().reshape(-1) if tensor.dtype in _KINDS else None
 
     def read(self, part: Part) -> Array:
         if isinstance(part, slice):
-            return _as_float32(self._flat[part]) if self._array is None else self._array[part]
+            return (
+                _as_float32(self._flat.view(-1)[part]) if self._array is None else self._array[part]
+            )
         whole = self._flat.numel() // RUN * RUN
-        found = self._flat[:whole].view(-1, RUN).index_select(0, part).view(-1)
+        found = self._flat.view(-1)[:whole].view(-1, RUN).index_select(0, part).view(-1)
         return _as_float32(found) if self._array is None else found.numpy()
 
 
@@ -297,7 +299,7 @@ class _Pool:
 def _highest(keys: Array, k: int) -> tuple[Array, int]:
     """Return a mask of the k highest keys and the lowest key in it; ties go to the first."""
     rank = max(keys.size - k, 0)
-    if SMALLER < keys.size < SMALL:  # numpy's vectorised partition is the slower one here
+    if SMALLER < keys.size <= SMALL:  # numpy's vectorised partition is the slower one here
         threshold = int(torch.from_numpy(keys).kthvalue(rank + 1).values)
     else:
         ranked = keys.copy()
@@ -339,30 +341,34 @@ def select(
     pools: Sequence[int],
 ) -> Selection:
     """Score and select; what `_reference.select` returns."""
-    some = [a if a is not None else b for a, b in zip(g_nats, g_advs, strict=True)]
-    plain = [g for g in some if g is not None]
-    if any(g.is_complex() for g in plain) or _mixed(map(_reference.score_dtype, plain), pools):
+    present = [a if a is not None else b for a, b in zip(g_nats, g_advs, strict=True)]
+    plain = [g for g in present if g is not None]
+    dtypes = {g.dtype for g in plain}
+    if any(d.is_complex for d in dtypes) or (
+        len(dtypes) > 1 and _mixed(map(_reference.score_dtype, plain), pools)
+    ):
         pairs = zip(g_nats, g_advs, alphas, strict=True)
         scores = [rgp_score(*pair) for pair in pairs]
         return Selection(topk_masks(scores, fractions, pools))
-    masks: dict[int, Tensor] = {}
-    large = []
-    uses = Counter(pools)
-    for i, each in enumerate(zip(g_nats, g_advs, alphas, strict=True)):
-        alone = uses[pools[i]] == 1 and 0.0 < fractions[i] < 1.0
-        if alone and 0 < plain[i].numel() < SMALL:
-            masks[i] = _small_mask(_Gradients(*each), fractions[i], plain[i].shape)
-        else:
-            large.append(i)
-    sources = [_Gradients(g_nats[i], g_advs[i], alphas[i]) for i in large]
-    found = _select(
-        sources,
-        [plain[i].shape for i in large],
-        [fractions[i] for i in large],
-        [pools[i] for i in large],
-    )
-    masks.update(zip(large, found, strict=True))
-    return Selection([masks[i] for i in range(len(plain))])
+    sources = [_Gradients(*each) for each in zip(g_nats, g_advs, alphas, strict=True)]
+    masks: list[Tensor | None] = [None] * len(sources)
+    shared = len(set(pools)) < len(pools)
+    uses = Counter(pools) if shared else {}
+    for i, source in enumerate(sources):
+        alone = uses.get(pools[i], 1) == 1 and 0.0 < fractions[i] < 1.0
+        if alone and 0 < source.size < SMALL:
+            masks[i] = _small_mask(source, fractions[i], plain[i].shape)
+    rest = [i for i, mask in enumerate(masks) if mask is None]
+    if rest:
+        found = _select(
+            [sources[i] for i in rest],
+            [plain[i].shape for i in rest],
+            [fractions[i] for i in rest],
+            [pools[i] for i in rest],
+        )
+        for i, mask in zip(rest, found, strict=True):
+            masks[i] = mask
+    return Selection([mask for mask in masks if mask is not None])
 
 
 def topk_masks(

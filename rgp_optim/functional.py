@@ -62,18 +62,26 @@ class _Provider:
 
     @property
     def module(self) -> ModuleType:
-        return import_module(f"rgp_optim.{self.name}")
+        return _module(self.name)
 
     def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
         """Say what keeps this backend from running on ``tensors``; None if nothing does."""
-        for tensor in tensors:
-            if self.devices is not None and tensor.device.type not in self.devices:
-                return f"a tensor on {tensor.device}; it runs on {sorted(self.devices)}"
-            if self.dtypes is not None and tensor.dtype not in self.dtypes:
-                return f"a {tensor.dtype} tensor; it runs on {sorted(map(str, self.dtypes))}"
+        if self.devices is not None:
+            for device in {tensor.device for tensor in tensors}:
+                if device.type not in self.devices:
+                    return f"a tensor on {device}; it runs on {sorted(self.devices)}"
+        if self.dtypes is not None:
+            for dtype in {tensor.dtype for tensor in tensors}:
+                if dtype not in self.dtypes:
+                    return f"a {dtype} tensor; it runs on {sorted(map(str, self.dtypes))}"
         if self.needs is not None and not _installed(self.needs):
             return f"{self.needs} is not installed"
         return None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return import_module(f"rgp_optim.{name}")
 
 
 @cache
@@ -107,7 +115,6 @@ def check_backend(backend: str) -> str:
 
 def _provider(backend: str, tensors: Sequence[Tensor]) -> ModuleType:
     """Choose the module that does the work. Called at each use, never at import."""
-    check_backend(backend)
     if backend == "auto":
         return next(p.module for p in _PROVIDERS.values() if p.obstacle(tensors) is None)
     obstacle = _PROVIDERS[backend].obstacle(tensors)
@@ -146,6 +153,7 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float, backend: Backend = 
     """
     _check_pair(g_nat, g_adv, "g_nat", "g_adv")
     check_fraction("alpha", alpha)
+    check_backend(backend)
     with torch.no_grad():
         scores: Tensor = _provider(backend, [g_nat]).rgp_score(g_nat, g_adv, float(alpha))
     return scores
@@ -191,6 +199,7 @@ def topk_masks(
             raise TypeError(error_text("score", "have a real dtype", f"score: {score.dtype}"))
     for fraction in fractions:
         check_fraction("update_fraction", fraction)
+    check_backend(backend)
     masks: dict[int, Tensor] = {}
     with torch.no_grad():
         for indices in _by_device(scores, pools):
@@ -245,6 +254,7 @@ def rgp_topk_masks(
     for i, (g_nat, g_adv) in enumerate(zip(g_nats, g_advs, strict=True)):
         _check_pair(g_nat, g_adv, f"g_nats[{i}]", f"g_advs[{i}]")
     check_choice("scope", scope, SCOPES)
+    check_backend(backend)
     alphas = _per_tensor("alpha", alpha, count)
     fractions = _per_tensor("update_fraction", update_fraction, count)
     if scope == "global" and len(set(fractions)) > 1:
@@ -284,6 +294,8 @@ def selection_of(masks: Sequence[Tensor]) -> Selection:
 
 def _by_device(tensors: Sequence[Tensor], pools: Sequence[int]) -> list[list[int]]:
     """Return positions by device; those of pools over several devices come together."""
+    if len({tensor.device for tensor in tensors}) == 1:
+        return [list(range(len(tensors)))]
     homes: dict[int, set[torch.device]] = {}
     for tensor, pool in zip(tensors, pools, strict=True):
         homes.setdefault(pool, set()).add(tensor.device)
@@ -363,11 +375,10 @@ def _check_pair(g_nat: Tensor | None, g_adv: Tensor | None, name: str, partner: 
     if g_nat is None and g_adv is None:
         hint = "Leave out a tensor without gradients."
         raise ValueError(error_text(name, f"be a tensor where `{partner}` is None", "None", hint))
-    if g_nat is not None:
+    if g_nat is None or g_adv is None:
+        check_tensor(*((name, g_nat) if g_adv is None else (partner, g_adv)))
+    else:
         check_tensor(name, g_nat)
-    if g_adv is not None:
-        check_tensor(partner, g_adv)
-    if g_nat is not None and g_adv is not None:
         _check_match(g_nat, g_adv, name, partner)
 
 

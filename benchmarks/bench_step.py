@@ -1,0 +1,246 @@
+"""A whole training step: plain, TRADES, CURE with this library, and CURE as its authors do it.
+
+    python benchmarks/bench_step.py                                  # a small network on a CPU
+    python benchmarks/bench_step.py --device cuda --network resnet18 --amp       # bfloat16
+
+All steps train the same network on the same random images with the same SGD, and take turns in one
+run. The attack has ten steps in all of them but the first.
+
+    standard      cross-entropy on the images
+    trades        kl_attack, kl_adv_loss
+    cure          the same, with RGPSelectiveOptimizer and ConsistencyReviser
+    cure-update   without the reviser
+    cure-refresh  without the reviser, masks kept for ten steps
+    authors       four backward passes through kept graphs, np.percentile of each tensor on the CPU,
+                  masks multiplied in, the averaged copy updated parameter by parameter
+
+The second table says where a step of ``cure-update`` spends its time: each part alone, the host
+waiting for it. "selection" is the wrapper's step less the plain SGD's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from networks import NETWORKS
+
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
+
+PROVIDERS = ("standard", "trades", "cure", "cure-update", "cure-refresh", "authors")
+KEEP, ALPHA, BETA = 0.7, 0.1, 5.0
+
+
+class Step:
+    """One way to train, with a network and an optimizer of its own."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.name, self.args = name, args
+        device = torch.device(args.device)
+        self.x = torch.rand(args.batch_size, 3, 32, 32, device=device)
+        self.y = torch.randint(0, 10, (args.batch_size,), device=device)
+        self.model: nn.Module = NETWORKS[args.network](channels=3, classes=10).to(device)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.sgd = torch.optim.SGD(
+            self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4
+        )
+        self.optimizer: Any = self.sgd
+        if name.startswith("cure"):
+            every = 10 if name == "cure-refresh" else 1
+            self.optimizer = RGPSelectiveOptimizer(
+                self.sgd, update_fraction=KEEP, alpha=ALPHA, refresh_every=every
+            )
+        self.reviser = ConsistencyReviser(self.model, rate=1.0) if name == "cure" else None
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.amp)
+
+    def attack(self) -> Tensor:
+        with self.autocast():
+            return kl_attack(self.model, self.x, eps=8 / 255, steps=self.args.steps)
+
+    def losses(self, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, and cross-entropy on both batches."""
+        with self.autocast():
+            logits, logits_adv = self.model(self.x), self.model(x_adv)
+            loss = kl_adv_loss(logits, logits_adv, self.y, beta=BETA)
+            if self.reviser is not None:
+                loss = loss + self.reviser(self.x, x_adv, logits, logits_adv)
+            elif self.name == "authors":
+                with torch.no_grad():
+                    old, old_adv = self.average(self.x), self.average(x_adv)
+                loss = loss + F.mse_loss(logits, old) + F.mse_loss(logits_adv, old_adv)
+            natural, adversarial = (F.cross_entropy(z, self.y) for z in (logits, logits_adv))
+        return loss, natural, adversarial
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        if self.name == "standard":
+            with self.autocast():
+                loss = F.cross_entropy(self.model(self.x), self.y)
+            loss.backward()
+            self.optimizer.step()
+            return
+        loss, natural, adversarial = self.losses(self.attack())
+        if self.name == "authors":
+            authors_update(self.model, self.sgd, loss, natural, adversarial)
+            average(self.average, self.model)
+            return
+        if self.name == "trades":
+            loss.backward()
+        else:
+            self.optimizer.backward(loss, natural=natural, adversarial=adversarial)
+        self.optimizer.step()
+        if self.reviser is not None:
+            self.reviser.update()
+
+
+def authors_update(
+    model: nn.Module,
+    sgd: torch.optim.Optimizer,
+    loss: Tensor,
+    natural: Tensor,
+    adversarial: Tensor,
+) -> None:
+    """Update as the released code does, with the score of the paper."""
+    selected = [p for p in model.parameters() if p.dim() >= 2]
+    gradients = []
+    for each in (natural, adversarial):
+        sgd.zero_grad()
+        each.backward(retain_graph=True)
+        gradients.append([None if p.grad is None else p.grad.clone() for p in selected])
+    sgd.zero_grad()
+    (natural + adversarial).backward(retain_graph=True)  # the fourth: taken, and not used
+    sgd.zero_grad()
+    loss.backward()
+    for p, g_nat, g_adv in zip(selected, *gradients, strict=True):
+        assert p.grad is not None
+        p.grad *= authors_mask(g_nat, g_adv, ALPHA, KEEP)
+    sgd.step()
+
+
+def authors_mask(g_nat: Tensor, g_adv: Tensor, alpha: float, keep: float) -> Tensor:
+    """Return 1 where the score is not below its percentile, computed on the CPU."""
+    score = alpha * g_nat.abs() + (1 - alpha) * g_adv.abs()
+    threshold = np.percentile(score.float().cpu().numpy(), 100 * (1 - keep))
+    return (score >= float(threshold)).to(g_nat.dtype)
+
+
+@torch.no_grad()
+def average(copied: nn.Module, model: nn.Module, decay: float = 0.999) -> None:
+    for old, new in zip(copied.parameters(), model.parameters(), strict=True):
+        old.mul_(decay).add_(new, alpha=1 - decay)
+
+
+def parts(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Time the parts of a step by themselves; seconds."""
+    device = torch.device(args.device)
+    step, plain = Step("cure-update", args), Step("trades", args)
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        found: list[Any] = []
+        times.setdefault(name, []).append(measure.once(lambda: found.append(call()), device))
+        return found[0]
+
+    for _ in range(args.rounds + 1):
+        x_adv = timed("attack", step.attack)
+        step.optimizer.zero_grad()
+        loss, natural, adversarial = timed("two forward passes", lambda: step.losses(x_adv))  # noqa: B023
+        timed(
+            "three backward passes",
+            lambda: step.optimizer.backward(loss, natural=natural, adversarial=adversarial),  # noqa: B023
+        )
+        timed("the wrapper's step", step.optimizer.step)
+        plain.sgd.zero_grad()
+        loss = plain.losses(x_adv)[0]
+        timed("one backward pass (TRADES)", lambda: loss.backward())  # noqa: B023
+        timed("the plain SGD's step", plain.sgd.step)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet8")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10, help="of the attack")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is available here")
+    for name in ("batch_size", "steps", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: it should be at least 1")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    where = measure.environment(device)
+    steps = {name: Step(name, args) for name in args.providers}
+    for step in steps.values():  # cuDNN and the compiler settle down
+        for _ in range(3 if device.type == "cuda" else 1):
+            step()
+    times = measure.interleaved(steps, args.rounds, device)
+    weights = sum(p.numel() for p in next(iter(steps.values())).model.parameters())
+    precision = "bfloat16 autocast" if args.amp else "float32"
+    print(
+        f"{where['device']}, {where['threads'] or 'no'} CPU threads, torch {where['torch']}: "
+        f"{args.network}, batch {args.batch_size}, attack of {args.steps} steps, {precision}\n"
+    )
+    rows, lines = [], []
+    base = measure.quantiles(times["trades"])[1] if "trades" in times else None
+    for name in steps:
+        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
+        rows.append({
+            "benchmark": "step", "model": args.network, "weights": weights, "dtype": precision,
+            "scope": "tensor", "keep": KEEP, "provider": name, "p20_ms": f"{p20:.4g}",
+            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
+            "note": f"batch {args.batch_size}, PGD-{args.steps}",
+        })  # fmt: skip
+        ratio = f"{p50 / 1e3 / base:.2f} x" if base else "-"
+        lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", ratio])
+    print(measure.table(["a training step", "median ms", "p20 - p80", "against trades"], lines))
+    if "cure-update" in steps:
+        rows += show_parts(args, rows)
+    if args.csv:
+        measure.append_rows(args.csv, [{**where, **row} for row in rows])
+        print(f"\n{len(rows)} rows added to {args.csv}")
+    return rows
+
+
+def show_parts(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print and return where a step spends its time."""
+    found = {name: 1e3 * measure.quantiles(t)[1] for name, t in parts(args).items()}
+    found["selection"] = found["the wrapper's step"] - found["the plain SGD's step"]
+    whole = next(float(row["p50_ms"]) for row in rows if row["provider"] == "cure-update")
+    lines = [[name, f"{ms:.4g}", f"{ms / whole:.1%}"] for name, ms in found.items()]
+    print("\n" + measure.table(["part of cure-update", "median ms", "of the step"], lines))
+    common = {k: v for k, v in rows[0].items() if not k.startswith("p")}
+    return [
+        {**common, "benchmark": "part", "provider": name, "p50_ms": f"{ms:.4g}"}
+        for name, ms in found.items()
+    ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
