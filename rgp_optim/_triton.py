@@ -950,7 +950,7 @@ class _Plan:
         self._captured: list[tuple[Tensor, Tensor]] = []  # a graph reads them at each replay
         # Host memory for the tables of a captured step: none can be pinned during the capture.
         words = len(sizes) * A_WIDTH.value
-        staged = 8 if device.type == "cuda" else 0
+        staged = 32 if device.type == "cuda" else 0
         self._staged = [torch.empty(words, dtype=torch.int64).pin_memory() for _ in range(staged)]
 
     def addresses(self, columns: Sequence[Sequence[Tensor | None]]) -> Tensor:
