@@ -126,13 +126,16 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot")
+    parser.add_argument("--kernels", nargs="+", choices=tuple(SIGNATURES), default=SIGNATURES)
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(CODES), default=CODES)
     args = parser.parse_args(argv)
     print(f"triton {triton.__version__}, sm_{args.arch}, aligned tensors")
     columns = ("registers", "stack", "shared", "instructions", "loop", "spills in it")
     print(f"{'kernel':<22}{'dtype':<10}" + "".join(f"{c:>14}" for c in columns) + "  loads; stores")
-    for name in SIGNATURES:
+    for name in args.kernels:
         for what in (0, 1, 2) if name == "_use_bits" else (None,):
-            for dtype, code in CODES.items():
+            for dtype in args.dtypes:
+                code = CODES[dtype]
                 found = describe(compile_kernel(name, code, args.arch, code >= 0, what))
                 label = name if what is None else f"{name} {('conserve', 'mask', 'expand')[what]}"
                 numbers = "".join(f"{found[c]:>14}" for c in columns)
