@@ -50,10 +50,11 @@ def test_models_have_their_weights(model, weights):
 def test_all_ways_select_the_same(name, scope):
     """Without ties; np.percentile's rank may differ by one."""
     shapes = [(30, 40), (7, 9, 3, 3), (2, 1)]
+    cpu = torch.device("cpu")
     gs = [
-        [bench_kernels.heavy(s, 2 * i + j, torch.float32, torch.device("cpu")) for i, s in enumerate(shapes)]
+        [bench_kernels.heavy(s, 2 * i + j, torch.float32, cpu) for i, s in enumerate(shapes)]
         for j in (0, 1)
-    ]  # fmt: skip
+    ]
     case = bench_kernels.Case(*gs, alpha=0.1, keep=0.5, scope=scope)
     got, want = bench_kernels.PROVIDERS[name](case), bench_kernels.sort(case)
     assert [m.shape for m in got] == [m.shape for m in want]
