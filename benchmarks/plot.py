@@ -4,6 +4,7 @@
 
 ``select-DEVICE.png``: time of each provider by model, with the byte floor as a line.
 ``size-DEVICE.png``: time against the number of weights. ``step-DEVICE.png``: a whole training step.
+With `--table` it prints the numbers of the first and the last as Markdown instead.
 Of rows that differ in commit, date or versions alone, the last one counts.
 """
 
@@ -41,7 +42,7 @@ NAMES = {
     "percentile": "np.percentile",
     "cure": "CURE",
     "cure-update": "CURE without reviser",
-    "cure-refresh": "same, masks kept for 10 steps",
+    "cure-refresh": "CURE without reviser, masks kept for 10 steps",
     "authors": "CURE as its authors do it",
     "trades": "TRADES",
     "standard": "standard",
@@ -70,6 +71,22 @@ def about(rows: Sequence[Row]) -> str:
         f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}, "
         f"{first['date']}. Median of {first['repeats']} runs in turns, bars from 20 % to 80 %."
     )
+
+
+def markdown(rows: Sequence[Row], first: str) -> str:
+    """Return a table: settings by row, providers by column."""
+    settings = ("model", "dtype", "scope", "keep")
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    times: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        found = times.setdefault(tuple(row[c] for c in settings), {})
+        found[row["provider"]] = label(float(row["p50_ms"]))
+    lines = [[first, "dtype", "update", *(NAMES.get(p, p) for p in providers)]]
+    lines.append(["---"] * len(lines[0]))
+    for (model, dtype, scope, keep), found in times.items():
+        share = f"{keep} of each tensor" if scope == "tensor" else f"{keep} of all"
+        lines.append([model, dtype, share, *(found.get(p, "") for p in providers)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw_bars(axes: plt.Axes, rows: Sequence[Row], title: str) -> None:
@@ -172,13 +189,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("csv", type=Path)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figures")
+    parser.add_argument("--table", action="store_true", help="print Markdown tables instead")
     args = parser.parse_args(argv)
     if not args.csv.is_file():
         parser.error(f"{args.csv}: there is no such file; bench_kernels.py --csv writes it")
-    args.out.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in read(args.csv):
         groups.setdefault((row["benchmark"], row["device"]), []).append(row)
+    if args.table:
+        headers = {"select": "score, selection, mask", "step": "a training step"}
+        for (benchmark, _), rows in groups.items():
+            if benchmark in headers:
+                print(markdown(rows, headers[benchmark]) + "\n")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
     drawn = {"select": select, "size": size, "step": step}
     for (benchmark, device), rows in groups.items():
         if benchmark in drawn:

@@ -91,9 +91,15 @@ def environment():
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = [(torch.rand(4, 3, 2, 2), torch.randint(0, 3, (4,))) for _ in range(2)]
     scaler = torch.amp.GradScaler("cpu")
-    F = torch.nn.functional
     return dict(
-        torch=torch, F=F, model=model, loader=batches, inner=inner, scaler=scaler, gamma=1.0
+        torch=torch,
+        F=torch.nn.functional,
+        model=model,
+        loader=batches,
+        inner=inner,
+        scaler=scaler,
+        gamma=1.0,
+        epochs=10,
     )
 
 
@@ -135,5 +141,16 @@ def test_readme_tables_are_those_of_the_committed_results():
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = (ROOT / "README.md").read_text()
     assert printed.count("| cure |") == 2
+    for table in printed.strip().split("\n\n"):
+        assert table in text
+
+
+def test_readme_speeds_are_those_of_the_committed_rows():
+    pytest.importorskip("matplotlib")
+    speed = ROOT / "benchmarks" / "results" / "speed.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "plot.py", speed, "--table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = (ROOT / "README.md").read_text()
+    assert "| resnet18 |" in printed
     for table in printed.strip().split("\n\n"):
         assert table in text
