@@ -99,7 +99,7 @@ def environment():
         inner=inner,
         scaler=scaler,
         gamma=1.0,
-        epochs=10,
+        epochs=100,
     )
 
 
