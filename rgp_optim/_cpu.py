@@ -490,6 +490,8 @@ def _in_memory_order(mask: Tensor, first: Tensor, *others: Tensor) -> list[Array
 
     Without a copy but of the mask, and of that only where the tensors are not in row-major order.
     """
+    if any(type(t) is not Tensor for t in (first, *others)):
+        return None
     strides = first.stride()
     order = sorted(range(first.dim()), key=lambda d: -strides[d])
     flat = [t.detach().permute(order) for t in (first, *others)]

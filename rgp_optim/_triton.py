@@ -958,18 +958,32 @@ class _Plan:
         flat = tuple(
             0 if t is None else t.data_ptr() for row in zip(*columns, strict=True) for t in row
         )
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = None if capturing else self._addresses.get(flat)
-        if capturing:
-            found = self._upload(flat)
-        elif found is None:
+        if _capturing(self.device):
+            return self._upload(flat)
+        found = self._addresses.get(flat)
+        if found is None:
             if len(self._addresses) >= 16:
                 self._addresses.clear()
             found = self._addresses[flat] = self._upload(flat)
+            self._note()
+        self._wait(found)
         return found
 
+    def _note(self) -> None:
+        """Remember when the last table has arrived."""
+        if self.device.type == "cuda":
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(self.device))
+
+    def _wait(self, table: Tensor) -> None:
+        """Let this stream, which need not be the one of the copy, wait for the tables."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self._ready)
+            table.record_stream(stream)
+
     def _upload(self, flat: tuple[int, ...]) -> Tensor:
-        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not _capturing(self.device):
             return _ints(flat, torch.int64, self.device)
         if not self._staged:
             raise RuntimeError(
@@ -1030,6 +1044,10 @@ class _Group:
         )
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _plans: OrderedDict[Any, _Plan] = OrderedDict()
 
 
@@ -1037,7 +1055,7 @@ def _plan(*key: Any) -> _Plan:
     """Return the plan for these arguments; the last few are kept."""
     found = _plans.pop(key, None)
     if found is None:
-        if key[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capturing(key[-1]):
             raise RuntimeError(
                 "A CUDA graph can capture step() only after an eager step with the same "
                 "parameters and settings: run a few steps before the capture, as "
@@ -1185,7 +1203,10 @@ class Selection:
         if any(t is None for t in tensors):
             return True
         _, stride, dtype = self._likes[i]
-        return all(t is not None and t.stride() == stride and t.dtype == dtype for t in tensors)
+        return all(
+            t is not None and type(t) is Tensor and t.stride() == stride and t.dtype == dtype
+            for t in tensors
+        )  # a subclass may have no memory of its own
 
     def _finish(self, targets: Column, weights: Column, saved: Column) -> None:
         """Write the bits, once, and what goes with them."""

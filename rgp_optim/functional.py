@@ -74,8 +74,11 @@ class _Provider:
             for dtype in {tensor.dtype for tensor in tensors}:
                 if dtype not in self.dtypes:
                     return f"a {dtype} tensor; it runs on {sorted(map(str, self.dtypes))}"
-        if self.needs is not None and not _installed(self.needs):
-            return f"{self.needs} is not installed"
+        if self.needs is not None:  # it works on the memory itself
+            if not _installed(self.needs):
+                return f"{self.needs} is not installed"
+            for kind in {type(tensor) for tensor in tensors} - {Tensor, torch.nn.Parameter}:
+                return f"a {kind.__name__}; it runs on plain tensors"
         return None
 
 

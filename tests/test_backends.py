@@ -393,3 +393,23 @@ def test_threads_change_nothing(threads, monkeypatch):
         test_masking_and_conserving_keep_every_bit(torch.float32, "contiguous", "cpu")
     finally:
         torch.set_num_threads(before)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass, whose memory may lie elsewhere."""
+
+
+@pytest.mark.parametrize("which", BACKENDS)
+def test_subclasses_are_left_to_torch(which):
+    g = torch.rand(40, 50).as_subclass(Wrapped)
+    with pytest.raises(RuntimeError, match="a Wrapped; it runs on plain tensors"):
+        functional.rgp_topk_masks([g], [g], alpha=0.5, update_fraction=0.5, backend=which)
+    plain = torch.rand(40, 50, device=DEVICE[which])
+    selection = functional.select([plain], [plain], [0.5], [0.5], [0], which)
+    target, weight = (torch.ones(40, 50).as_subclass(Wrapped) for _ in range(2))
+    saved = torch.zeros(40, 50)
+    selection.apply_([target], [weight], [saved])
+    assert int(target.sum()) == 1000
+    weight.add_(1)
+    selection.conserve_([weight], [saved])
+    assert int(weight.sum()) == 3000
