@@ -66,10 +66,11 @@ def label(ms: float) -> str:
 def about(rows: Sequence[Row]) -> str:
     """Return where rows come from, for a caption."""
     first = rows[-1]
+    least = min(int(row["repeats"]) for row in rows)
     threads = f", {first['threads']} thread(s)" if first["threads"] else ""
     return (
         f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}, "
-        f"{first['date']}. Median of {first['repeats']} runs in turns, bars from 20 % to 80 %."
+        f"{first['date']}. Medians of {least} runs or more in turns, lines from 20 % to 80 %."
     )
 
 
@@ -135,8 +136,7 @@ def select(rows: Sequence[Row], out: Path) -> None:
         shares = [float(r["floor_share"]) * float(r["p50_ms"]) for r in mine if r["floor_share"]]
         if shares:
             ax.axvline(shares[0], color="#000000", linestyle=":", linewidth=1)
-            ax.plot([], [], color="#000000", linestyle=":", label=f"byte floor, {label(shares[0])}")
-            ax.legend(fontsize=8, loc="lower right", frameon=False)
+            ax.set_title(f"{title}; dotted: byte floor {label(shares[0])}", loc="left", fontsize=10)
     finish(figure, "Score, exact selection and mask", rows, out)
 
 
@@ -176,8 +176,7 @@ def step(rows: Sequence[Row], out: Path) -> None:
 
 
 def finish(figure: plt.Figure, title: str, rows: Sequence[Row], out: Path) -> None:
-    figure.suptitle(f"{title}\n", fontsize=12, x=0.01, ha="left")
-    figure.text(0.01, 0.985 - 0.28 / figure.get_figheight(), about(rows), fontsize=6.5, va="top")
+    figure.suptitle(f"{title}\n{about(rows)}", fontsize=7.5, x=0.01, ha="left")
     figure.savefig(out, dpi=130)
     plt.close(figure)
     print(out)
