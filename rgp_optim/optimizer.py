@@ -129,7 +129,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
         refresh_every: Select anew in every n-th step only, n >= 1, and keep the masks in between.
             `needs_scores` tells a loop when the scoring passes are wanted; `backward` asks it by
-            itself. Checkpoints contain the masks that are kept. The paper's is 1.
+            itself. ``state_dict()`` contains the masks that are kept; after a checkpoint without
+            them (``torch.distributed.checkpoint`` drops them) the next step selects anew. The
+            paper's is 1.
 
     Raises:
         TypeError: ``optimizer`` is a class, no optimizer, LBFGS, or wrapped already; an argument
