@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from common import disk, make_batch, make_net
+from common import disk, leave_group, make_batch, make_net
 from torch import nn
 
 from rgp_optim import ConsistencyReviser
@@ -299,8 +299,7 @@ def shard_and_update(rank, file):
             got = got.full_tensor() if hasattr(got, "full_tensor") else got
             assert torch.equal(got, expected), name
         reviser.load_state_dict(state)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
