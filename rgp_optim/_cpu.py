@@ -202,7 +202,7 @@ class _Pool:
 
     def prepare(self) -> None:
         """Find the bracket; a small pool is done here."""
-        if self.k == 0 or self.k == self.size == 0:
+        if self.k == 0:
             for mark in self.marks:
                 mark.fill(False)
         elif self.size < SMALL:

@@ -1159,41 +1159,27 @@ class Selection:
 
     def apply_(self, targets: Column, weights: Column, saved: Column) -> None:
         """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``."""
-        ours = [
-            (self._fits(i, target), self._fits(i, weight, copy))
-            for i, (target, weight, copy) in enumerate(zip(targets, weights, saved, strict=True))
-        ]
-        columns = (
-            [target if fits else None for target, (fits, _) in zip(targets, ours, strict=True)],
-            [weight if fits else None for weight, (_, fits) in zip(weights, ours, strict=True)],
-            [copy if fits else None for copy, (_, fits) in zip(saved, ours, strict=True)],
-        )
+        masked = [self._fits(i, target) for i, target in enumerate(targets)]
+        kept = [self._fits(i, *pair) for i, pair in enumerate(zip(weights, saved, strict=True))]
+        columns = _only(targets, masked), _only(weights, kept), _only(saved, kept)
         if self._gradients is not None:
             self._finish(*columns)
         else:
             self._use_bits(1, *columns)
-        if not all(a and b for a, b in ours):  # in another memory order than their gradients
+        if not all(masked + kept):  # in another memory order than their gradients
             self._plainly().apply_(
-                [None if fits else target for target, (fits, _) in zip(targets, ours, strict=True)],
-                [None if fits else weight for weight, (_, fits) in zip(weights, ours, strict=True)],
-                [None if fits else copy for copy, (_, fits) in zip(saved, ours, strict=True)],
+                _only(targets, masked, False),
+                _only(weights, kept, False),
+                _only(saved, kept, False),
             )
 
     def conserve_(self, weights: Column, saved: Column) -> None:
         """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
         self._finish(self._none, self._none, self._none)
-        ours = [self._fits(i, *pair) for i, pair in enumerate(zip(weights, saved, strict=True))]
-        mine = [
-            [t if fits else None for t, fits in zip(column, ours, strict=True)]
-            for column in (weights, saved)
-        ]
-        self._use_bits(0, self._none, *mine)
-        if not all(ours):
-            others = [
-                [None if fits else t for t, fits in zip(column, ours, strict=True)]
-                for column in (weights, saved)
-            ]
-            self._plainly().conserve_(*others)
+        kept = [self._fits(i, *pair) for i, pair in enumerate(zip(weights, saved, strict=True))]
+        self._use_bits(0, self._none, _only(weights, kept), _only(saved, kept))
+        if not all(kept):
+            self._plainly().conserve_(_only(weights, kept, False), _only(saved, kept, False))
 
     def _plainly(self) -> _reference.Selection:
         return _reference.Selection(self.masks())
@@ -1241,6 +1227,11 @@ class Selection:
     def _guard(self) -> Any:
         device = self._plan.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _only(column: Column, flags: Sequence[bool], wanted: bool = True) -> list[Tensor | None]:
+    """Return the column with None where the flag is another."""
+    return [t if flag is wanted else None for t, flag in zip(column, flags, strict=True)]
 
 
 def _aligned(*columns: Column) -> bool:

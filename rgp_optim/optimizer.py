@@ -533,11 +533,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         rgp.stepping = True
         try:
             selection.apply_(targets, weights, saved)
-            rgp.inner.step()
-        finally:  # also when the inner optimizer stops half-way
+            try:
+                rgp.inner.step()
+            finally:  # also when the inner optimizer stops half-way
+                selection.conserve_(weights, saved)
+        finally:
             rgp.stepping = False
             rgp.slots.clear()
-            selection.conserve_(weights, saved)
 
     def _count(self, choice: _Choice) -> None:
         """Note that a step was taken."""

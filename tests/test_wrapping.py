@@ -1131,6 +1131,24 @@ def test_the_inner_optimizer_must_not_step_by_itself():
     inner.step()  # nothing is scored: the user's own affair
 
 
+def test_weights_stay_when_masking_fails(monkeypatch):
+    """What was saved by then is not put back: it may not have been saved yet."""
+    model = make_net()
+    opt = wrap(model, backend="torch")
+    loss, nat, adv = losses(model, *make_batch())
+    opt.backward(loss, natural=nat, adversarial=adv)
+    before = snapshot(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("rgp_optim._reference.Selection.apply_", fail)
+    with pytest.raises(MemoryError):
+        opt.step()
+    assert all(map(same_bits, snapshot(model), before))
+    assert opt._rgp.slots.empty
+
+
 def test_lazy_parameters_can_be_wrapped_before_the_first_forward():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
     opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
