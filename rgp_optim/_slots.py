@@ -2,7 +2,9 @@
 
 A *window* is what lies between two steps: one batch, or several micro-batches whose gradients add
 up. While a role ("natural" or "adversarial") is scored, each parameter's ``.grad`` is that role's
-slot, so that autograd adds to it in place; afterwards ``.grad`` is again what it was before.
+slot, so that autograd adds to it in place; afterwards ``.grad`` is again what it was before. Where
+backward passes would set off a reduction (DistributedDataParallel), the gradients are taken past
+``.grad`` instead, and are this process's own.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from rgp_optim._checks import check_choice, check_dense, error_text
+from rgp_optim._distributed import local, sharded, take
 
 ROLES = ("natural", "adversarial")
 Gradients = dict[Tensor, Tensor]
@@ -38,6 +42,7 @@ class Slots:
         self._watched: Tensor | None = None
         self._training_gradient: Tensor | None = None  # of the watched parameter, in this window
         self._hook: Any = None
+        self._factor: _Factor | None = None  # of the losses that were scored in this window
 
     def __reduce__(self) -> tuple[type[Slots], tuple[()]]:
         """Copy as empty: the copy of a parameter has no gradient either."""
@@ -63,6 +68,13 @@ class Slots:
         """Forget all gradients: the window is over."""
         self._taken.clear()
         self._training_gradient = None
+        self._factor = None
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that were taken in this window."""
+        self._notice_the_end()
+        return [role for role in ROLES if role in self._taken]
 
     def watch(self, candidates: Iterable[Tensor]) -> None:
         """Watch the first of ``candidates`` that can receive a gradient."""
@@ -94,27 +106,31 @@ class Slots:
             self._training_gradient = self._watched.grad
 
     @contextmanager
-    def filling(self, role: str, params: Sequence[Tensor], keep: Sequence[bool]) -> Iterator[None]:
+    def filling(
+        self, role: str, params: Sequence[Tensor], keep: Sequence[bool], past_grad: bool
+    ) -> Iterator[None]:
         """Let the backward passes inside add to the slots of ``role``.
 
         Args:
             role: "natural" or "adversarial".
             params: Every parameter of the optimizer.
             keep: Which of them are scored; the others' gradients from inside are dropped.
+            past_grad: Take the gradients without the hooks that reduce what comes to ``.grad``.
         """
         self._begin(role)
         start = self._taken.get(role, {})
-        with self._swapped(role, params, start) as taken:
+        wanted = [p for p, k in zip(params, keep, strict=True) if k] if past_grad else None
+        with self._swapped(role, params, start, wanted) as taken:
             yield
         self._store(
             role, {p: taken[p] for p, k in zip(params, keep, strict=True) if k and p in taken}
         )
 
     @contextmanager
-    def taking(self, role: str, params: Sequence[Tensor]) -> Iterator[Gradients]:
+    def taking(self, role: str, params: Sequence[Tensor], past_grad: bool) -> Iterator[Gradients]:
         """Yield a dict; at the end it holds what the backward passes inside computed."""
         self._begin(role)
-        with self._swapped(role, params, {}) as taken:
+        with self._swapped(role, params, {}, params if past_grad else None) as taken:
             yield taken
 
     def add(self, role: str, gradients: Gradients) -> None:
@@ -149,29 +165,47 @@ class Slots:
 
     @contextmanager
     def _swapped(
-        self, role: str, params: Sequence[Tensor], start: Mapping[Tensor, Tensor]
+        self,
+        role: str,
+        params: Sequence[Tensor],
+        start: Mapping[Tensor, Tensor],
+        wanted: Sequence[Tensor] | None,
     ) -> Iterator[Gradients]:
-        """Put ``start`` into ``.grad``; at the end take out what is there and undo the swap."""
+        """Put ``start`` into ``.grad``; at the end take out what is there and undo the swap.
+
+        With ``wanted``, ``.grad`` is empty inside, and only what the passes give to these is taken.
+        """
         outside = [p.grad for p in params]
         taken: Gradients = {}
+        passes = _Passes(self, {} if wanted is None else start, wanted)
         self._role = role
         try:
             for p in params:
-                p.grad = start.get(p)
-            before = {p: g._version for p, g in start.items()}
-            yield taken
+                p.grad = start.get(p) if wanted is None else None
+            before = {p: local(g)._version for p, g in start.items()}
+            with passes:
+                yield taken
             claimed = Claims(g for g in outside if g is not None)
             claimed.add(g for r, gs in self._taken.items() if r != role for g in gs.values())
+            if wanted is not None and any(p.grad is not None for p in params):
+                raise RuntimeError(
+                    f"score({role!r}): a gradient came to `.grad` past `Tensor.backward`, where it "
+                    "cannot be kept apart from the one that the processes reduce. Call "
+                    "`loss.backward()` inside the block."
+                )
             for p in params:
-                if p.grad is not None:
-                    g = p.grad
-                    taken[p] = g.clone() if _is_view_of_more(g) or claimed.claim(g) else g
-            if all(g is start.get(p) and g._version == before[p] for p, g in taken.items()):
+                g = passes.taken.get(p) if wanted is not None else p.grad
+                if g is not None:
+                    copied = _is_view_of_more(g) or claimed.claim(g)
+                    taken[p] = g.clone() if copied else g
+            if all(g is start.get(p) and local(g)._version == before[p] for p, g in taken.items()):
                 raise RuntimeError(
                     f"score({role!r}): no parameter received a gradient. Call `.backward()` inside "
                     "the block, on a loss that depends on the optimizer's parameters: not "
                     "`torch.autograd.grad`, not a detached loss, not with gradient "
-                    "synchronisation switched off."
+                    "synchronisation switched off (with FSDP2 reduce every micro-batch: "
+                    "`set_requires_gradient_sync(True)`; in Accelerate "
+                    "`GradientAccumulationPlugin(sync_each_batch=True)`)."
                 )
         except BaseException:
             self.clear()  # half a gradient would choose a wrong mask
@@ -180,6 +214,19 @@ class Slots:
             self._role = None
             for p, gradient in zip(params, outside, strict=True):
                 p.grad = gradient
+
+    def _check_factor(self, loss: Tensor) -> None:
+        """Refuse losses of one window that were multiplied by different scales."""
+        factor = _Factor.of(loss)
+        if self._factor is None:
+            self._factor = factor
+        elif not self._factor.is_same(factor):
+            found = f"a loss scaled by {factor.value():g}, and one by {self._factor.value():g}"
+            hint = (
+                "Give all losses that are scored to the same GradScaler, or none. To weigh one "
+                "against the other set `alpha`."
+            )
+            raise ValueError(error_text("score", "get losses on one scale", found, hint))
 
     def _store(self, role: str, slots: Gradients) -> None:
         try:
@@ -214,6 +261,77 @@ class Slots:
                 self.clear()
 
 
+class _Passes(TorchFunctionMode):
+    """Sees the backward passes of a scoring block, and runs them past ``.grad`` if it should."""
+
+    def __init__(
+        self, slots: Slots, start: Mapping[Tensor, Tensor], wanted: Sequence[Tensor] | None
+    ) -> None:
+        super().__init__()
+        self._slots = slots
+        self._wanted = wanted
+        self.taken: Gradients = dict(start)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.backward:
+            return func(*args, **(kwargs or {}))
+        return self._backward(*args, **(kwargs or {}))
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        self._slots._check_factor(loss)
+        options = {"retain_graph": retain_graph, "create_graph": create_graph}
+        if self._wanted is None:
+            loss.backward(gradient, inputs=inputs, **options)  # type: ignore[no-untyped-call]
+            return
+        listed = None if inputs is None else {inputs} if isinstance(inputs, Tensor) else set(inputs)
+        params = [p for p in self._wanted if p.requires_grad and (listed is None or p in listed)]
+        claimed = Claims(self.taken.values())
+        gradients = take(loss, params, gradient, **options)
+        with torch.no_grad():
+            for p, g in zip(params, gradients, strict=True):
+                if g is None:
+                    continue
+                if p in self.taken:
+                    self.taken[p].add_(g)
+                else:
+                    self.taken[p] = g.detach().clone() if claimed.claim(g) else g.detach()
+
+
+class _Factor:
+    """What a loss was multiplied by at last, as a gradient scaler does."""
+
+    def __init__(self, scale: Tensor | None) -> None:
+        self._scale = scale
+
+    @classmethod
+    def of(cls, loss: Tensor) -> _Factor:
+        node = loss.grad_fn
+        if node is None or node.name() != "MulBackward0":
+            return cls(None)
+        scale = node._saved_other  # type: ignore[attr-defined]
+        tensor = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
+        return cls(scale.detach() if tensor else None)
+
+    def value(self) -> float:
+        return 1.0 if self._scale is None else float(self._scale)
+
+    def is_same(self, other: _Factor) -> bool:
+        """Compare; wait for the device only where it is not the same tensor."""
+        mine, theirs = self._scale, other._scale
+        if mine is None or theirs is None:
+            return mine is theirs or self.value() == other.value()
+        return mine.data_ptr() == theirs.data_ptr() or self.value() == other.value()
+
+
 class Claims:
     """Which memory is taken. Autograd can give two parameters one gradient; so can a loop."""
 
@@ -228,6 +346,7 @@ class Claims:
 
     def claim(self, tensor: Tensor) -> bool:
         """Claim its memory; tell whether somebody has it already, or it overlaps itself."""
+        tensor = local(tensor)
         if tensor.layout != torch.strided or tensor.numel() == 0:
             return False
         steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -247,6 +366,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _is_view_of_more(gradient: Tensor) -> bool:
     """Tell whether a gradient lies in a larger buffer, which its owner may overwrite."""
-    if gradient.layout != torch.strided:
+    if gradient.layout != torch.strided or sharded(gradient):  # FSDP2 writes each buffer once
         return False
     return gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size()

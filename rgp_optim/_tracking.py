@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-Updated = Sequence[tuple[Tensor, Tensor | None]]  # parameter, mask; None: all of it was updated
+Counts = Mapping[Tensor, Tensor | int]  # by parameter: how many of its weights were updated
 
 
 class UpdateTracker:
@@ -22,7 +22,7 @@ class UpdateTracker:
     ):
         self._names = names
         self._stop = stop
-        self._last: dict[Tensor, Tensor | int] = {}
+        self._last: Counts = {}
         self._sum: dict[Tensor, Tensor | int] = {}
         self._steps = 0
 
@@ -45,14 +45,14 @@ class UpdateTracker:
         """Stop counting; what was counted can still be read."""
         self._stop(self)
 
-    def record(self, updated: Updated) -> None:
+    def record(self, updated: Counts) -> None:
         """Count one step of the optimizer."""
-        self._last = {p: p.numel() if mask is None else mask.sum() for p, mask in updated}
+        self._last = updated
         for p, count in self._last.items():
             self._sum[p] = self._sum.get(p, 0) + count
         self._steps += 1
 
-    def _fractions(self, counts: dict[Tensor, Tensor | int], steps: int) -> dict[str, float]:
+    def _fractions(self, counts: Counts, steps: int) -> dict[str, float]:
         on_device: dict[torch.device, dict[Tensor, Tensor]] = {}
         for p, count in counts.items():
             if isinstance(count, Tensor):

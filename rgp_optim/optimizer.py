@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._bits import pack_bits, unpack_bits
 from rgp_optim._checks import (
@@ -24,6 +25,7 @@ from rgp_optim._checks import (
     check_fraction,
     error_text,
 )
+from rgp_optim._distributed import Ranks, Wanted, local, sharded
 from rgp_optim._slots import ROLES, Claims, Slots
 from rgp_optim._tracking import UpdateTracker
 from rgp_optim.functional import SCOPES, Backend, Scope, Selection
@@ -33,7 +35,10 @@ from rgp_optim.scores import RULES, NothingScored, ScoreInputs, ScoreRule
 __all__ = ["RGPSelectiveOptimizer"]
 
 Conserve = Literal["weights", "gradients", "update"]
+CheckRanks = Literal["first", "always", "never"]
 CONSERVE = ("weights", "gradients", "update")
+CHECK_RANKS = ("first", "always", "never")
+FIRST = 3  # steps in which the processes compare what they have
 _KEPT = "rgp_kept"  # entry of a checkpoint: masks that are kept for more than one step
 
 
@@ -52,6 +57,9 @@ class _Rgp:
     seed: int
     backend: Backend
     refresh_every: int
+    ranks: Ranks
+    check_ranks: CheckRanks
+    checked: int = 0  # steps since the processes began to compare
     slots: Slots = field(default_factory=Slots)
     trackers: list[UpdateTracker] = field(default_factory=list)
     choice: _Choice | None = None  # kept for the next steps
@@ -132,11 +140,18 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             itself. ``state_dict()`` contains the masks that are kept; after a checkpoint without
             them (``torch.distributed.checkpoint`` drops them) the next step selects anew. The
             paper's is 1.
+        process_group: With ``torch.distributed``: the processes that train this model together.
+            None: all of them. Every one must score and step alike.
+        check_ranks: Compare weights, gradients and settings across these processes and raise where
+            replicas differ: in the ``"first"`` three steps, ``"always"`` (which waits for the
+            device), or ``"never"``.
 
     Raises:
-        TypeError: ``optimizer`` is a class, no optimizer, LBFGS, or wrapped already; an argument
-            has the wrong type.
+        TypeError: ``optimizer`` is a class, no optimizer, LBFGS, ZeroRedundancyOptimizer, or
+            wrapped already; an argument has the wrong type.
         ValueError: a number is out of its range, or a name unknown.
+        RuntimeError: the parameters are FSDP1's, or are sharded in another way than by
+            ``fully_shard``.
 
     Note:
         ``.grad`` is an ordinary gradient between backward and step: unscaling, clipping and logging
@@ -165,6 +180,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         backend: Backend = "auto",
         refresh_every: int = 1,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        check_ranks: CheckRanks = "first",
     ) -> None:
         if not callable(score):
             check_choice("score", score, RULES, "Or pass a callable: see rgp_optim.scores.")
@@ -185,9 +202,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             seed=check_count("seed", seed),
             backend=backend,
             refresh_every=check_count("refresh_every", refresh_every, minimum=1),
+            ranks=Ranks(process_group),
+            check_ranks=cast(CheckRanks, check_choice("check_ranks", check_ranks, CHECK_RANKS)),
         )
         for group in rgp.inner.param_groups:
             Settings.of({**rgp.defaults, **group})
+            for p in group["params"]:
+                distributed.check_parameter(p)
         # The base class's way to come back from a pickle: it adds the hook tables and leaves the
         # parameter groups, which are the inner optimizer's, alone.
         self.__setstate__({"_rgp": rgp})
@@ -244,6 +265,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):  # or let torch say that it should be one
             Settings.of({**self._rgp.defaults, **param_group})
         self._rgp.inner.add_param_group(param_group)
+        self._rgp.checked = 0
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,6 +300,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             for name, value in before.items():
                 group.setdefault(name, value)
         self._rgp.choice = self._unpack(kept) if kept else None
+        self._rgp.checked = 0
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -291,12 +314,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             "masks": {numbers[p]: pack_bits(mask) for p, mask in masks},
         }
 
-    def _unpack(self, kept: dict[str, Any]) -> _Choice:
-        """Undo `_pack`."""
+    def _unpack(self, kept: dict[str, Any]) -> _Choice | None:
+        """Undo `_pack`; None where the masks are of other shards: the next step selects anew."""
         params = self._parameters()
         chosen = [params[i] for i in kept["masks"]]
         packed = kept["masks"].values()
-        masks = [unpack_bits(bits, p) for p, bits in zip(chosen, packed, strict=True)]
+        pairs = [(bits, local(p.detach())) for p, bits in zip(chosen, packed, strict=True)]
+        if any(bits.numel() != -(-p.numel() // 8) for bits, p in pairs):
+            return None
+        masks = [unpack_bits(bits, p) for bits, p in pairs]
         settings = [(params[i], fraction, alpha) for i, fraction, alpha in kept["settings"]]
         return _Choice(chosen, functional.selection_of(masks), settings, kept["age"])
 
@@ -352,16 +378,18 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Returns:
             A context manager. Inside, ``.grad`` of each parameter is the gradient of this role, and
             its memory is the optimizer's: clone what you keep. Afterwards it is what it was before.
+            Under ``torch.distributed`` the gradients of whole parameters are taken past ``.grad``,
+            and averaged over the processes in `step`: DistributedDataParallel reduces the training
+            loss, as if these passes were not there.
 
         Raises:
-            ValueError: ``role`` is neither.
-            RuntimeError: inside another block; no parameter received a gradient; several processes.
+            ValueError: ``role`` is neither; a loss was scaled by another gradient scaler.
+            RuntimeError: inside another block; no parameter received a gradient.
             TypeError: a selected parameter received a sparse gradient.
         """
         check_choice("role", role, ROLES)
-        _refuse_processes()
         params, keep = self._scored_parameters()
-        return self._rgp.slots.filling(role, params, keep)
+        return self._rgp.slots.filling(role, params, keep, _past_grad(params))
 
     def backward(self, loss: Tensor | None = None, *, natural: Tensor, adversarial: Tensor) -> None:
         """Run the backward passes of a step: two for the score, one for the gradient in ``.grad``.
@@ -380,8 +408,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a loss is not a tensor.
             ValueError: a loss has more than one element, or carries no graph.
-            RuntimeError: no parameter received a gradient; inside a scoring block; several
-                processes.
+            RuntimeError: no parameter received a gradient; inside a scoring block.
         """
         losses = {"natural": natural, "adversarial": adversarial}
         for name, each in (losses if loss is None else {"loss": loss, **losses}).items():
@@ -401,21 +428,28 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def _backward_of_sum(self, natural: Tensor, adversarial: Tensor) -> None:
         """Take both gradients once, for the score and, added, for ``.grad``."""
-        _refuse_processes()
         slots = self._rgp.slots
         params, keep = self._scored_parameters()
-        with slots.taking("natural", params) as g_nats:
-            _backward(natural, adversarial)
-        with slots.taking("adversarial", params) as g_advs:
-            _backward(adversarial)
+        past_grad = _past_grad(params)
+        again = past_grad and not distributed.gives_back((natural, adversarial))
+        with slots.taking("natural", params, past_grad) as g_nats:
+            _backward(natural, adversarial, *[natural] * again)
+        with slots.taking("adversarial", params, past_grad) as g_advs:
+            _backward(adversarial, *[adversarial] * again)
+        if again:
+            _backward(natural + adversarial)
+        elif past_grad:
+            _accumulate(params, g_nats, g_advs)
+        else:
+            with torch.no_grad():
+                for p in params:
+                    for g in (g_nats.get(p), g_advs.get(p)):
+                        if g is not None:
+                            p.grad = g.clone() if p.grad is None else p.grad.add_(g)
         scored = {p for p, k in zip(params, keep, strict=True) if k}
         with torch.no_grad():
             for role, gradients in (("natural", g_nats), ("adversarial", g_advs)):
                 slots.add(role, {p: g for p, g in gradients.items() if p in scored})
-            for p in params:
-                for g in (g_nats.get(p), g_advs.get(p)):
-                    if g is not None:
-                        p.grad = g.clone() if p.grad is None else p.grad.add_(g)
         slots.note_training_gradient()
 
     # Select, step, conserve.
@@ -433,7 +467,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a selected parameter has a gradient but nothing was scored since the last
                 step, or the reverse. With all learning rates 0 the step is passed on instead:
-                checkpointing tools do that.
+                checkpointing tools do that. Or the processes differ (``check_ranks``).
             TypeError: a selected parameter has a sparse gradient, or a score has the wrong type.
             ValueError: a setting is out of its range, or a score has the wrong shape. Whatever is
                 raised before the inner step, no weight and no gradient has been changed.
@@ -446,6 +480,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 result = closure()
         self._complete_groups()
         at_rest = _at_rest(self.param_groups)
+        compare = not at_rest and self._compares()
+        if compare:  # before anything is reduced: it must be the same list everywhere
+            self._compare_settings()
         try:
             choice = self._choose()
         except NothingScored:
@@ -457,6 +494,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Run `loss.backward()` outside the scoring blocks, after `zero_grad()`."
             )
+        if compare:
+            self._compare_replicas(choice)
         with torch.no_grad():
             self._step_and_conserve(choice)
         if not at_rest:
@@ -494,20 +533,117 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Score and select in ``entries``, under the scope."""
         rgp = self._rgp
         inputs = [
-            ScoreInputs(e.p, e.gradient, e.settings.alpha, e.step, e.index, rgp.seed, rgp.slots)
+            ScoreInputs(
+                local(e.p.detach()),
+                local(e.gradient),
+                e.settings.alpha,
+                e.step,
+                e.index,
+                rgp.seed,
+                rgp.slots,
+                e.p,
+            )
             for e in entries
         ]
         fractions = [e.settings.update_fraction for e in entries]
         pools = list(range(len(entries)))
         if rgp.scope == "global":  # groups with different fractions cannot share a threshold
             pools = [fractions.index(fraction) for fraction in fractions]
+        ring = rgp.ranks.ring
+        rings = [_ring(e.p, e.gradient) for e in entries]
+        in_pieces = any(each is not None and each.size > 1 for each in rings)
         if rgp.score == "rgp":
             g_nats, g_advs = zip(*(s.rgp_gradients() for s in inputs), strict=True)
             alphas = [s.alpha for s in inputs]
-            return functional.select(g_nats, g_advs, alphas, fractions, pools, rgp.backend)
+            if not in_pieces and ring.size == 1:
+                return functional.select(g_nats, g_advs, alphas, fractions, pools, rgp.backend)
+            parts = zip(g_nats, g_advs, inputs, fractions, pools, rings, strict=True)
+            wanted = [
+                Wanted(nat, adv, s.weight, s.alpha, fraction, pool, s.size, each)
+                for nat, adv, s, fraction, pool, each in parts
+            ]
+            return functional.selection_of(distributed.select(wanted, ring))
         rule = RULES[rgp.score] if isinstance(rgp.score, str) else rgp.score
+        self._average_slots([e.p for e, each in zip(entries, rings, strict=True) if each is None])
         scores = [_check_score(rule(s), s.weight) for s in inputs]
-        return functional.selection_of(functional.topk_masks(scores, fractions, pools, rgp.backend))
+        if not in_pieces:
+            masks = functional.topk_masks(scores, fractions, pools, rgp.backend)
+        else:
+            parts = zip(scores, inputs, fractions, pools, rings, strict=True)
+            wanted = [
+                Wanted(None, None, s.weight, s.alpha, fraction, pool, s.size, each, score)
+                for score, s, fraction, pool, each in parts
+            ]
+            masks = distributed.select(wanted, ring)
+        return functional.selection_of(masks)
+
+    def _average_slots(self, params: Sequence[Tensor]) -> None:
+        """Average what was taken over the processes, for rules that look at whole tensors."""
+        rgp = self._rgp
+        ring = rgp.ranks.ring
+        if ring.size == 1:
+            return
+        for role in rgp.slots.roles:
+            slots = rgp.slots.gradients(role)
+            assert slots is not None
+            for p in params:
+                if p not in slots:
+                    slots[p] = torch.zeros_like(p)
+            distributed.average_([slots[p] for p in params], ring)
+
+    # Do the processes agree?
+
+    def _compares(self) -> bool:
+        rgp = self._rgp
+        if rgp.check_ranks == "never" or rgp.ranks.ring.size == 1:
+            return False
+        return rgp.check_ranks == "always" or rgp.checked < FIRST
+
+    def _compare_settings(self) -> None:
+        """Raise if the processes would not select in the same tensors in the same way."""
+        rgp = self._rgp
+        params = self._parameters()
+        ours = {
+            "the parameters": [(tuple(p.shape), p.dtype) for p in params],
+            "which parameters have a gradient": [p.grad is not None for p in params],
+            "the rgp_* settings of the param groups": [
+                [group[name] for name in rgp.defaults] for group in self.param_groups
+            ],
+            "the wrapper's options": (
+                *(rgp.scope, rgp.conserve, rgp.seed, rgp.refresh_every),
+                rgp.score if isinstance(rgp.score, str) else "a rule",
+            ),
+            "the roles that were scored": rgp.slots.roles,
+            "the masks that are kept": self._keeps(self._selected_settings()),
+        }
+        numbers = [distributed.digest(each) for each in ours.values()]
+        device = local(params[0].detach()).device if params else torch.device("cpu")
+        at = distributed.differing(torch.tensor(numbers, device=device), rgp.ranks.ring)
+        if at:
+            raise RuntimeError(_difference([list(ours)[i] for i in at]))
+
+    def _compare_replicas(self, choice: _Choice) -> None:
+        """Raise if processes that should hold the same weights, gradients and masks do not."""
+        rgp = self._rgp
+        masks = dict(zip(choice.params, choice.selection.masks(), strict=True))
+        names = self._names()
+        rings: dict[distributed.Ring, list[Tensor]] = {}
+        for p in self._parameters():
+            for ring in distributed.replicas_of(p, rgp.ranks.ring):
+                rings.setdefault(ring, []).append(p)
+        found: list[str] = []
+        for ring, params in rings.items():
+            device = local(params[0].detach()).device
+            held = [
+                (kind, p, tensor)
+                for p in params
+                for kind, tensor in (("weights", p), ("gradient", p.grad), ("mask", masks.get(p)))
+            ]
+            prints = torch.stack([distributed.fingerprint(t, device) for _, _, t in held])
+            at = distributed.differing(prints, ring) if ring.size > 1 else []
+            found += [f"the {held[i][0]} of {names[held[i][1]]}" for i in at]
+        if found:
+            raise RuntimeError(_difference(found))
 
     def _step_and_conserve(self, choice: _Choice) -> None:
         """Run the inner step; before and after it do what ``conserve`` asks for."""
@@ -515,21 +651,21 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         selection, chosen = choice.selection, set(choice.params)
         late = [p for p, *_ in choice.settings if p not in chosen and p.grad is not None]
         if late:  # their fraction is 0, or no gradient reached them when the masks were made
-            nothing = [torch.zeros_like(p, dtype=torch.bool) for p in late]
+            nothing = [torch.zeros_like(local(p.detach()), dtype=torch.bool) for p in late]
             selection = functional.selection_of([*selection.masks(), *nothing])
         params = [*choice.params, *late]
-        weights = [None if p.grad is None else p.detach() for p in params]
+        weights = [None if p.grad is None else local(p.detach()) for p in params]
         saved: list[Tensor | None] = [None] * len(params)
         if rgp.conserve != "gradients":
             spare = rgp.slots.spare(self._parameters())  # their work is done: no memory is added
             saved = [
-                None if w is None else spare[p] if p in spare else torch.empty_like(w)
+                None if w is None else local(spare[p]) if p in spare else torch.empty_like(w)
                 for p, w in zip(params, weights, strict=True)
             ]
         targets: list[Tensor | None] = [None] * len(params)
         if rgp.conserve != "update":
             _give_own_memory(params, self._parameters())
-            targets = [p.grad for p in params]
+            targets = [None if p.grad is None else local(p.grad) for p in params]
         rgp.stepping = True
         try:
             selection.apply_(targets, weights, saved)
@@ -545,19 +681,27 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Note that a step was taken."""
         rgp = self._rgp
         if rgp.trackers:
-            masks = dict(zip(choice.params, choice.selection.masks(), strict=True))
-            none = dict.fromkeys(p for p, *_ in choice.settings if p not in masks)
-            updated = [
-                (p, torch.zeros((), device=p.device) if p in none else masks.get(p))
-                for p in self._parameters()
-                if p.grad is not None
-            ]
+            updated = self._updated(choice)
             for tracker in rgp.trackers:
                 tracker.record(updated)
         for group in self.param_groups:
             group["rgp_step"] += 1
         choice.age += 1
+        rgp.checked += 1
         rgp.choice = choice if rgp.refresh_every > 1 else None
+
+    def _updated(self, choice: _Choice) -> dict[Tensor, Tensor | int]:
+        """Return how many weights of each parameter the step has updated."""
+        masks = dict(zip(choice.params, choice.selection.masks(), strict=True))
+        counts: dict[Tensor, Tensor | int] = {
+            p: p.numel() for p in self._parameters() if p.grad is not None
+        }
+        counts.update({p: 0 for p, *_ in choice.settings if p in counts})
+        counts.update({p: mask.sum() for p, mask in masks.items() if p in counts})
+        for p in masks:
+            if p in counts and sharded(p):
+                distributed.ring_of("weight", p).sum_(cast(Tensor, counts[p]))
+        return counts
 
     # Ask.
 
@@ -726,16 +870,47 @@ def _refuse_inner_step(rgp: _Rgp) -> Callable[..., None]:
     return hook
 
 
-def _refuse_processes() -> None:
-    """Refuse what this version cannot do right: each process would choose a mask of its own."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "RGPSelectiveOptimizer scores in one process only, in this version. Found "
-                f"`world_size = {distributed.get_world_size()}`: the processes would choose "
-                "different masks and drift apart. Train in one process."
-            )
+def _past_grad(params: Sequence[Tensor]) -> bool:
+    """Tell whether scores are taken past ``.grad``.
+
+    So wherever DistributedDataParallel may have hooks there. FSDP2 reduces in every pass, and only
+    in one that goes through ``.grad``.
+    """
+    return distributed.initialised() and not any(sharded(p) for p in params)
+
+
+def _accumulate(params: Sequence[Tensor], *parts: dict[Tensor, Tensor]) -> None:
+    """Add the sum of gradients to ``.grad`` through autograd, whose hooks reduce it."""
+    sums: dict[Tensor, Tensor] = {}
+    for p in params:
+        own = [part[p] for part in parts if p in part]
+        if own:
+            sums[p] = own[0].clone() if len(own) == 1 else own[0] + own[1]
+    torch.autograd.backward(list(sums), list(sums.values()))
+
+
+def _ring(p: Tensor, gradient: Tensor) -> distributed.Ring | None:
+    """Return who holds the pieces of a sharded parameter; None if each process has all of it."""
+    if not sharded(p):
+        return None
+    ring = distributed.ring_of("a parameter", p)
+    if not sharded(gradient) or distributed.ring_of("a gradient", gradient) != ring:
+        found = f"{getattr(gradient, 'placements', 'a plain tensor')}"
+        raise RuntimeError(error_text("a gradient", "be sharded as its parameter", found))
+    return ring
+
+
+def _difference(found: Sequence[str]) -> str:
+    """Say in what the processes differ, and why that can be."""
+    shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return (
+        f"step(): the processes do not agree on {shown}. Nothing was changed. Usual causes: the "
+        "model was not called through DistributedDataParallel (but as `ddp.module(x)`, or before "
+        "wrapping); two training losses had a backward pass each after one forward pass, of which "
+        "only the first is reduced (add them up, and call backward once); different starting "
+        "weights; a setting, a skipped loss or a loaded checkpoint on one process only. For "
+        "processes that train apart pass `process_group`, or check_ranks='never'."
+    )
 
 
 def _or(value: Any, otherwise: dict[str, Any]) -> dict[str, Any]:

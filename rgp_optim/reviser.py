@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgp_optim._checks import check_choice, check_count, check_fraction, check_real, error_text
+from rgp_optim._distributed import local
 from rgp_optim.losses import check_pair, kl_divergence
 
 __all__ = ["ConsistencyReviser"]
@@ -228,7 +229,7 @@ class ConsistencyReviser:
                 master = self._masters.get(name)
                 if master is None or _place(master) != _place(tensor):
                     master = tensor.detach().float()
-                ours, theirs = _local(master), _local(tensor)
+                ours, theirs = local(master), local(tensor)
                 ours.copy_(torch.where(ours.to(theirs.dtype) == theirs, ours, theirs.float()))
                 masters[name] = master
         self._masters = masters
@@ -236,9 +237,9 @@ class ConsistencyReviser:
 
     @torch.no_grad()
     def _average(self, mine: dict[str, Tensor], student: dict[str, Tensor], decay: float) -> None:
-        masters = {name: _local(tensor) for name, tensor in self._float32().items()}
-        mine = {name: _local(tensor) for name, tensor in mine.items()}
-        student = {name: _local(tensor) for name, tensor in student.items()}
+        masters = {name: local(tensor) for name, tensor in self._float32().items()}
+        mine = {name: local(tensor) for name, tensor in mine.items()}
+        student = {name: local(tensor) for name, tensor in student.items()}
         averaged: list[Tensor] = []
         towards: list[Tensor] = []
         parameters = {name for name, _ in self.model.named_parameters()}
@@ -313,17 +314,10 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's shard, or the tensor itself where it is not sharded."""
-    to_local = getattr(tensor, "to_local", None)
-    shard: Tensor = tensor if to_local is None else to_local()
-    return shard
-
-
 def _address(tensor: Tensor) -> int:
     """Return where the tensor's storage begins; 0 for an empty or meta tensor."""
     with torch.no_grad():
-        return _local(tensor).untyped_storage().data_ptr()
+        return local(tensor).untyped_storage().data_ptr()
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

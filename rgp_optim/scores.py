@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgp_optim._distributed import local, shard_of
 from rgp_optim._reference import rgp_score, score_dtype
 from rgp_optim._slots import Slots
 
@@ -50,6 +51,8 @@ class NothingScored(RuntimeError):
 class ScoreInputs:
     """What a score rule can look at, for one parameter; all tensors have the parameter's shape.
 
+    With FSDP2 they are this process's shard of it, and a rule must treat each weight by itself.
+
     Attributes:
         weight: The parameter, before the step.
         gradient: Its ``.grad``: of the loss that is minimised, after unscaling and clipping.
@@ -66,6 +69,12 @@ class ScoreInputs:
     index: int
     seed: int
     _slots: Slots
+    _parameter: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many weights the parameter has, over all its shards."""
+        return self._parameter.numel()
 
     @property
     def natural(self) -> Tensor:
@@ -87,7 +96,8 @@ class ScoreInputs:
         gradients = self._slots.gradients(role)
         if gradients is None:
             raise NothingScored(role)
-        return gradients.get(self.weight)
+        gradient = gradients.get(self._parameter)
+        return None if gradient is None else local(gradient)
 
     def _or_zeros(self, gradient: Tensor | None) -> Tensor:
         return torch.zeros_like(self.weight) if gradient is None else gradient
@@ -117,8 +127,9 @@ def _random(s: ScoreInputs) -> Tensor:
     device = s.weight.device
     mixed = s.seed * 0x9E3779B97F4A7C15 + s.step * 0xC2B2AE3D27D4EB4F + s.index * 0x165667B19E3779F9
     generator = torch.Generator(device).manual_seed(mixed % 2**63)
-    draws = torch.rand(s.weight.shape, generator=generator, device=device, dtype=torch.float32)
-    return 1.0 - draws  # in (0, 1]: a score of 0 would never be selected
+    shape = s._parameter.shape  # of the whole, so that shards draw what a single process would
+    draws = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+    return 1.0 - shard_of(draws, s._parameter)  # in (0, 1]: a score of 0 would never be selected
 
 
 RULES: dict[str, ScoreRule] = {

@@ -879,15 +879,6 @@ def test_refusals_of_score_rules(rule, error, message):
     assert_same_values(start, snapshot(model))
 
 
-def test_several_processes_are_refused(monkeypatch):
-    model = make_net()
-    opt = wrap(model)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="one process only, in this version"):
-        cure_step(model, opt)
-
-
 # Memory that two tensors share.
 
 

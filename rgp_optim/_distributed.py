@@ -1,0 +1,593 @@
+"""One mask on every rank, and the one that a single process would choose.
+
+Gradients of a score lie in *pieces*, one for each rank: the r-th is the r-th stretch of the whole
+in row-major order. FSDP2 keeps them like that. Where each rank has its own gradient of the whole
+(DDP), a reduce-scatter averages them into pieces: half the bytes of an all-reduce. The selection
+then counts, over all pieces, how many scores share their leading bits with the k-th highest, eight
+bits a round; only these counts travel. What was selected stays in its piece under FSDP2, and is
+gathered as bits for DDP, so that no two ranks can differ.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from rgp_optim._bits import pack_bits, unpack_bits
+from rgp_optim._checks import error_text
+from rgp_optim._reference import rgp_score, update_count
+
+BUCKET = 2**25  # weights that are reduced together: what is copied for it at a time
+BINS = 256  # eight bits of a score
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard, or the tensor itself where it is not sharded."""
+    to_local = getattr(tensor, "to_local", None)
+    shard: Tensor = tensor if to_local is None else to_local()
+    return shard
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Tell whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def initialised() -> bool:
+    """Tell whether this process is one of a group, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The processes that hold the pieces of a tensor.
+
+    Attributes:
+        group: Their process group.
+        rank: Which piece this process holds.
+        size: Number of pieces.
+    """
+
+    group: Any
+    rank: int
+    size: int
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+ALONE = Ring(None, 0, 1)
+
+
+class Ranks:
+    """The processes that train one model together, each with the whole of it or a shard."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        if group is not None:
+            if not initialised():
+                rule = "be given after `torch.distributed.init_process_group`"
+                raise RuntimeError(error_text("process_group", rule, f"{group}"))
+            if not isinstance(group, dist.ProcessGroup):
+                rule = "be a ProcessGroup that this process belongs to, or None (all processes)"
+                raise TypeError(error_text("process_group", rule, type(group).__name__))
+
+    def __deepcopy__(self, _: Any) -> Ranks:
+        return self
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        if self._group is not None:
+            raise TypeError(
+                "A process group cannot be pickled, and this optimizer has one. Save "
+                "`state_dict()` and build the optimizer anew."
+            )
+        return Ranks, ()
+
+    @property
+    def ring(self) -> Ring:
+        """All of them."""
+        if not initialised():
+            return ALONE
+        group = self._group if self._group is not None else dist.group.WORLD
+        return Ring(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def ring_of(name: str, tensor: Any) -> Ring:
+    """Return who holds the pieces of a DTensor.
+
+    Raises:
+        RuntimeError: it is not in pieces along its first dimension.
+    """
+    placements, mesh = tensor.placements, tensor.device_mesh
+    shards = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+    whole = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
+    if len(shards) + len(whole) < len(placements):
+        rule = "be whole or sharded, not partial sums on each process"
+        hint = "Tensor parallelism leaves them so and cannot be scored: use `fully_shard` alone."
+        raise RuntimeError(error_text(name, rule, _placements(tensor), hint))
+    if not shards:
+        return ALONE
+    if len(shards) > 1 or not placements[shards[0]].is_shard(0):
+        rule = "be sharded over one dimension of the mesh, along its own first dimension"
+        hint = "Use `fully_shard` alone: no tensor parallelism, no other `Shard(dim)`."
+        raise RuntimeError(error_text(name, rule, _placements(tensor), hint))
+    return _ring_over(mesh, shards[0])
+
+
+def replicas_of(tensor: Any, everyone: Ring) -> list[Ring]:
+    """Return the processes that should hold the same as this one: none, one or more rings."""
+    if not sharded(tensor):
+        return [everyone]
+    dims = enumerate(tensor.placements)
+    return [_ring_over(tensor.device_mesh, d) for d, place in dims if place.is_replicate()]
+
+
+def shard_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a tensor that is to be sharded like another."""
+    if not sharded(like):
+        return whole
+    ring = ring_of("weight", like)
+    rows = whole.chunk(ring.size)
+    return rows[ring.rank] if ring.rank < len(rows) else whole[:0]
+
+
+def _ring_over(mesh: Any, dim: int) -> Ring:
+    return Ring(mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim))
+
+
+def check_parameter(p: Tensor) -> None:
+    """Refuse parameters of which a process has an unknown part."""
+    if sharded(p):
+        ring_of("a parameter", p)
+    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+        raise RuntimeError(
+            error_text(
+                "optimizer",
+                "have parameters that keep their shape",
+                "a parameter of FullyShardedDataParallel (FSDP1)",
+                "Shard the model with `torch.distributed.fsdp.fully_shard` (FSDP2).",
+            )
+        )
+
+
+def _placements(tensor: Tensor) -> str:
+    return f"placements {tuple(tensor.placements)}"  # type: ignore[attr-defined]
+
+
+# Backward passes that leave DistributedDataParallel alone.
+
+
+def take(
+    loss: Tensor, params: Sequence[Tensor], gradient: Tensor | None, **options: Any
+) -> list[Tensor | None]:
+    """Return the gradients of this process's own batch; the next reduction stays what it was.
+
+    DistributedDataParallel reduces in the first ``backward`` after a forward pass, and only there.
+    `torch.autograd.grad` does not call its hooks, so that one is left to the loss that is
+    minimised. With ``static_graph`` the first pass would be recorded: that is put off.
+    """
+    waiting = [ddp for ddp in _parallel(loss) if _records(ddp)]
+    for ddp in waiting:
+        ddp._static_graph_delay_allreduce_enqueued = True
+    try:
+        return list(
+            torch.autograd.grad(loss, params, gradient, allow_unused=True, **options)
+            if params
+            else ()
+        )
+    finally:
+        for ddp in waiting:
+            ddp._static_graph_delay_allreduce_enqueued = False
+
+
+def gives_back(losses: Iterable[Tensor]) -> bool:
+    """Tell whether gradients that were taken can be put into ``.grad`` through the parameters.
+
+    Not in the first pass under ``static_graph``, which must go through the graph.
+    """
+    return not any(_records(ddp) for loss in losses for ddp in _parallel(loss))
+
+
+def _records(ddp: Any) -> bool:
+    return bool(ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued)
+
+
+def _parallel(loss: Tensor) -> list[Any]:
+    """Return the DistributedDataParallel modules that left a node in the graph of ``loss``."""
+    found: dict[int, Any] = {}
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reference = getattr(node, "ddp_weakref", None)
+        if reference is not None and reference() is not None:
+            found[id(reference())] = reference()
+        waiting.extend(upstream for upstream, _ in node.next_functions)
+    return list(found.values())
+
+
+# Gradients into pieces.
+
+
+@dataclass
+class Wanted:
+    """A tensor in which weights are selected.
+
+    Attributes:
+        natural, adversarial: Its gradients for the score, on this process; of a shard, or not yet
+            reduced. None counts as 0.
+        like: This process's part of the parameter.
+        alpha: Share of the natural gradient.
+        fraction: Share of the weights that is updated.
+        pool: Those with the same number share a threshold.
+        numel: Size of the whole tensor.
+        ring: Who holds its pieces; None: every process has the whole.
+        score: In place of the gradients: scores of this process's piece.
+    """
+
+    natural: Tensor | None
+    adversarial: Tensor | None
+    like: Tensor
+    alpha: float
+    fraction: float
+    pool: int
+    numel: int
+    ring: Ring | None
+    score: Tensor | None = None
+
+
+def select(wanted: Sequence[Wanted], everyone: Ring) -> list[Tensor]:
+    """Return one mask for each tensor, with the shape of what this process has of it.
+
+    Every process of ``everyone`` must call this with the same list.
+    """
+    scores: dict[int, Tensor] = {}
+    buckets = list(_buckets(wanted, everyone.size))
+    for bucket in buckets:
+        scores.update(bucket.reduce(wanted, everyone))
+    for i, each in enumerate(wanted):
+        if each.ring is not None:
+            score = each.score
+            if score is None:
+                score = rgp_score(*_present(each), each.alpha)
+            scores[i] = score.reshape(-1)
+    rings = [each.ring or everyone for each in wanted]
+    for i, ring in enumerate(rings):
+        if ring != rings[_first(wanted, i)]:
+            raise RuntimeError(
+                "scope='global' needs one threshold over parameters that different processes "
+                "hold: some are sharded over one mesh, some over another or not at all. Use "
+                "scope='tensor', or shard all of them alike."
+            )
+    pieces: dict[int, Tensor] = {}
+    for ring in dict.fromkeys(rings):
+        mine = [i for i, its in enumerate(rings) if its == ring]
+        pieces.update(
+            zip(
+                mine,
+                _select_in_pieces(
+                    [scores[i] for i in mine], *_settings(wanted, mine, everyone), ring
+                ),
+                strict=True,
+            )
+        )
+    masks = {i: pieces[i].view(w.like.shape) for i, w in enumerate(wanted) if w.ring is not None}
+    masks.update(_gather(buckets, pieces, wanted, everyone))
+    return [masks[i] for i in range(len(wanted))]
+
+
+def _first(wanted: Sequence[Wanted], i: int) -> int:
+    return next(j for j, each in enumerate(wanted) if each.pool == wanted[i].pool)
+
+
+def _settings(
+    wanted: Sequence[Wanted], mine: Sequence[int], everyone: Ring
+) -> tuple[list[int], list[float], list[int]]:
+    some = [wanted[i] for i in mine]
+    return [w.numel for w in some], [w.fraction for w in some], [w.pool for w in some]
+
+
+def _present(wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+    """Return both gradients, not both None."""
+    if wanted.natural is None and wanted.adversarial is None:
+        return torch.zeros_like(wanted.like), None
+    return wanted.natural, wanted.adversarial
+
+
+_Segment = tuple[int, int, int]  # which tensor, where it begins in the bucket, its size
+
+
+@dataclass
+class _Bucket:
+    """Tensors of one dtype and device that are reduced together, one after the other.
+
+    Attributes:
+        segments: Where each lies.
+        piece: Weights in the piece of one process: a multiple of 8, so that masks are whole bytes.
+        alphas: Whether the natural, and whether the adversarial gradient counts.
+    """
+
+    segments: list[_Segment]
+    piece: int
+    needs: tuple[bool, bool]
+
+    def mine(self, rank: int) -> Iterable[tuple[int, int, int]]:
+        """Yield tensor, first and last place (exclusive) of what lies in the piece of ``rank``."""
+        low = rank * self.piece
+        for index, start, numel in self.segments:
+            first = min(max(start - low, 0), self.piece)
+            last = min(max(start + numel - low, 0), self.piece)
+            yield index, first, last
+
+    def reduce(self, wanted: Sequence[Wanted], ring: Ring) -> dict[int, Tensor]:
+        """Average the gradients over the processes and return the scores of this one's piece."""
+        like = wanted[self.segments[0][0]].like
+        pieces: list[Tensor | None] = []
+        for role, needed in zip(("natural", "adversarial"), self.needs, strict=True):
+            if not needed:
+                pieces.append(None)
+                continue
+            whole = like.new_zeros(self.piece * ring.size)
+            for index, start, numel in self.segments:
+                gradient = getattr(wanted[index], role)
+                if gradient is not None:
+                    whole[start : start + numel].view(gradient.shape).copy_(gradient)
+            whole.div_(ring.size)  # before the sum, which may be in half precision
+            pieces.append(_reduce_scatter(whole, ring))
+        scores = {}
+        for index, first, last in self.mine(ring.rank):
+            g_nat, g_adv = (None if piece is None else piece[first:last] for piece in pieces)
+            scores[index] = rgp_score(g_nat, g_adv, wanted[index].alpha)
+        return scores
+
+
+def _buckets(wanted: Sequence[Wanted], size: int) -> Iterable[_Bucket]:
+    """Yield the tensors that every process has the whole of, in buckets."""
+    kinds: dict[Any, list[int]] = {}
+    for i, each in enumerate(wanted):
+        if each.ring is None:
+            needs = each.alpha > 0.0, each.alpha < 1.0
+            kinds.setdefault((each.like.dtype, each.like.device, needs), []).append(i)
+    for (*_, needs), indices in kinds.items():
+        segments: list[_Segment] = []
+        start = 0
+        for i in indices:
+            if segments and start + wanted[i].numel > BUCKET:
+                yield _bucket(segments, start, size, needs)
+                segments, start = [], 0
+            segments.append((i, start, wanted[i].numel))
+            start += wanted[i].numel
+        yield _bucket(segments, start, size, needs)
+
+
+def _bucket(segments: list[_Segment], numel: int, size: int, needs: tuple[bool, bool]) -> _Bucket:
+    return _Bucket(segments, -(-numel // (8 * size)) * 8, needs)
+
+
+def _reduce_scatter(whole: Tensor, ring: Ring) -> Tensor:
+    """Return the sum over the processes of this one's piece."""
+    piece = whole.numel() // ring.size
+    mine = whole.new_empty(piece)
+    try:
+        dist.reduce_scatter_tensor(mine, whole, group=ring.group)
+    except (RuntimeError, NotImplementedError) as error:
+        if "support" not in str(error):
+            raise
+        # an older gloo: twice the bytes
+        mine = ring.sum_(whole)[ring.rank * piece : (ring.rank + 1) * piece]
+    return mine
+
+
+def _gather(
+    buckets: Sequence[_Bucket], pieces: Mapping[int, Tensor], wanted: Sequence[Wanted], ring: Ring
+) -> dict[int, Tensor]:
+    """Return the masks of whole tensors from every process's piece of them, as bits."""
+    by_device: dict[torch.device, list[_Bucket]] = {}
+    for bucket in buckets:
+        by_device.setdefault(pieces[bucket.segments[0][0]].device, []).append(bucket)
+    masks: dict[int, Tensor] = {}
+    for device, mine in by_device.items():
+        packed = []
+        for bucket in mine:
+            mask = torch.zeros(bucket.piece, dtype=torch.bool, device=device)
+            for index, first, last in bucket.mine(ring.rank):
+                mask[first:last] = pieces[index]
+            packed.append(pack_bits(mask))
+        sent = torch.cat(packed)
+        got = sent.new_empty(ring.size * sent.numel())
+        dist.all_gather_into_tensor(got, sent, group=ring.group)
+        columns = torch.split(got.view(ring.size, -1), [bits.numel() for bits in packed], dim=1)
+        for bucket, bits in zip(mine, columns, strict=True):
+            like = torch.empty(bucket.piece * ring.size, dtype=torch.bool, device=device)
+            whole = unpack_bits(bits.reshape(-1), like)
+            for index, start, numel in bucket.segments:
+                masks[index] = whole[start : start + numel].view(wanted[index].like.shape)
+    return masks
+
+
+# Selection over pieces.
+
+
+def _select_in_pieces(
+    scores: Sequence[Tensor],
+    numels: Sequence[int],
+    fractions: Sequence[float],
+    pools: Sequence[int],
+    ring: Ring,
+) -> list[Tensor]:
+    """Return the masks of this process's pieces; the rule is `_reference.topk_masks`'s."""
+    numbers = {pool: number for number, pool in enumerate(dict.fromkeys(pools))}
+    numbered = [numbers[pool] for pool in pools]
+    sizes = [0] * len(numbers)
+    wide = [False] * len(numbers)
+    fraction_of = [0.0] * len(numbers)
+    for number, numel, fraction, score in zip(numbered, numels, fractions, scores, strict=True):
+        sizes[number] += numel
+        fraction_of[number] = fraction
+        wide[number] |= score.dtype == torch.float64
+    masks: dict[int, Tensor] = {}
+    for dtype in (torch.float32, torch.float64):
+        mine = [i for i, number in enumerate(numbered) if wide[number] == (dtype == torch.float64)]
+        if mine:
+            own = list(dict.fromkeys(numbered[i] for i in mine))
+            counts = [update_count(sizes[number], fraction_of[number]) for number in own]
+            keys = [_keys(scores[i], dtype) for i in mine]
+            chosen = _top(keys, [own.index(numbered[i]) for i in mine], counts, ring)
+            masks.update(zip(mine, chosen, strict=True))
+    return [masks[i] for i in range(len(scores))]
+
+
+def _keys(score: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return integers in the order of the scores: NaN on top, all NaN alike, 0 for 0 and -0."""
+    score = score.to(dtype) + 0.0
+    score = score.masked_fill(score.isnan(), torch.nan)
+    bits = score.view(torch.int32 if dtype == torch.float32 else torch.int64)
+    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _top(
+    keys: Sequence[Tensor], pools: Sequence[int], counts: Sequence[int], ring: Ring
+) -> list[Tensor]:
+    """Mark the ``counts[pool]`` highest keys of each pool, over all pieces, without keys of 0."""
+    device = keys[0].device
+    width = 8 * keys[0].element_size()
+    wanted = torch.tensor(counts, device=device)  # still to be found among those that match
+    prefix = torch.zeros(len(counts), dtype=torch.int64, device=device)
+    left = list(_chunks(keys, pools, device))
+    for shift in range(width - 8, -1, -8):
+        first = shift == width - 8
+        total = torch.zeros(len(counts) * BINS + 1, dtype=torch.int64, device=device)
+        for n, (key, pool) in enumerate(left):
+            match = None if first else (key >> (shift + 8)) == prefix[pool]
+            if match is not None and device.type == "cpu":  # elsewhere this would wait for a number
+                key, pool = key[match], pool[match] if isinstance(pool, Tensor) else pool
+                left[n], match = (key, pool), None
+            digit = (key >> shift) + BINS // 2 if first else (key >> shift) & (BINS - 1)
+            place = digit + pool * BINS
+            if match is not None:
+                place = torch.where(match, place, total.numel() - 1)
+            total += _histogram(place, total)
+        histogram = ring.sum_(total[:-1].view(len(counts), BINS))
+        reaching = histogram.flip(1).cumsum(1).flip(1)  # how many have this digit or a higher one
+        digit = (reaching >= wanted[:, None]).sum(1, keepdim=True).sub_(1).clamp_(min=0)
+        above = reaching.gather(1, digit) - histogram.gather(1, digit)
+        wanted = wanted - above.squeeze(1)
+        digit = digit.squeeze(1)
+        prefix = digit - BINS // 2 if first else (prefix << 8) + digit
+    return _resolve_ties(keys, pools, prefix, wanted, ring)
+
+
+def _chunks(
+    keys: Sequence[Tensor], pools: Sequence[int], device: torch.device
+) -> Iterable[tuple[Tensor, Tensor | int]]:
+    """Yield keys with their pools: large tensors as they are, small ones together."""
+    small = [i for i, key in enumerate(keys) if 0 < key.numel() <= 2**16]
+    for i, key in enumerate(keys):
+        if key.numel() > 2**16:
+            yield key, pools[i]
+    if small:
+        lengths = torch.tensor([keys[i].numel() for i in small], device=device)
+        its = torch.tensor([pools[i] for i in small], device=device)
+        total = sum(keys[i].numel() for i in small)
+        yield (
+            torch.cat([keys[i] for i in small]),
+            torch.repeat_interleave(its, lengths, output_size=total),
+        )
+
+
+def _histogram(place: Tensor, like: Tensor) -> Tensor:
+    """Count the places. On a GPU ``bincount`` would wait for the device."""
+    if place.device.type == "cpu":
+        return torch.bincount(place, minlength=like.numel())
+    place = place.to(torch.int64)
+    return torch.zeros_like(like).scatter_add_(0, place, torch.ones_like(place))
+
+
+def _resolve_ties(
+    keys: Sequence[Tensor],
+    pools: Sequence[int],
+    threshold: Tensor,
+    wanted: Tensor,
+    ring: Ring,
+) -> list[Tensor]:
+    """Mark what lies above the threshold, and of its equals the first ``wanted`` of each pool."""
+    ties = [key == threshold[pool] for key, pool in zip(keys, pools, strict=True)]
+    table = torch.zeros(ring.size, len(keys), dtype=torch.int64, device=threshold.device)
+    table[ring.rank] = torch.stack([tie.sum() for tie in ties])
+    ring.sum_(table)
+    lower = table[: ring.rank].sum(0)  # in earlier pieces of the same tensor
+    taken: dict[int, Tensor] = {}  # by pool: equals in the tensors before this one
+    masks = []
+    for i, (key, pool, tie) in enumerate(zip(keys, pools, ties, strict=True)):
+        before = taken.get(pool, torch.zeros_like(wanted[pool]))
+        taken[pool] = before + table[:, i].sum()
+        allowed = wanted[pool] - before - lower[i]
+        among = tie.cumsum(0) <= allowed
+        masks.append(((key > threshold[pool]) | (tie & among)) & (key != 0))
+    return masks
+
+
+def average_(tensors: Sequence[Tensor], ring: Ring) -> None:
+    """Average each tensor over the processes, in place, in buckets."""
+    if ring.size == 1:
+        return
+    kinds: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values():
+        while group:
+            bucket = [group.pop(0)]
+            while group and sum(t.numel() for t in bucket) + group[0].numel() <= BUCKET:
+                bucket.append(group.pop(0))
+            flat = torch.cat([t.reshape(-1) for t in bucket]).div_(ring.size)
+            dist.all_reduce(flat, group=ring.group)
+            for tensor, part in zip(
+                bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True
+            ):
+                tensor.copy_(part.view(tensor.shape))
+
+
+# Do the ranks agree?
+
+
+def find_difference(numbers: Sequence[int], ring: Ring, device: torch.device) -> list[int]:
+    """Return the positions at which the processes hold different numbers; waits for all."""
+    return differing(torch.tensor(numbers, dtype=torch.int64, device=device), ring)
+
+
+def differing(numbers: Tensor, ring: Ring) -> list[int]:
+    """Return the positions at which the processes hold different int64; waits for all."""
+    extremes = torch.stack([numbers, ~numbers])  # the complement turns the order round
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=ring.group)
+    found: list[int] = (extremes[0] != ~extremes[1]).nonzero().flatten().tolist()
+    return found
+
+
+def digest(thing: object) -> int:
+    """Return a number that is the same in every process for what prints the same."""
+    return zlib.crc32(repr(thing).encode())
+
+
+def fingerprint(tensor: Tensor | None, device: torch.device) -> Tensor:
+    """Return the sum of a tensor's bits, an int64 on ``device``; -1 for None."""
+    if tensor is None:
+        return torch.full((), -1, dtype=torch.int64, device=device)
+    tensor = local(tensor.detach())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(ints).sum(dtype=torch.int64).to(device)
