@@ -562,11 +562,6 @@ def average_(tensors: Sequence[Tensor], ring: Ring) -> None:
 # Do the ranks agree?
 
 
-def find_difference(numbers: Sequence[int], ring: Ring, device: torch.device) -> list[int]:
-    """Return the positions at which the processes hold different numbers; waits for all."""
-    return differing(torch.tensor(numbers, dtype=torch.int64, device=device), ring)
-
-
 def differing(numbers: Tensor, ring: Ring) -> list[int]:
     """Return the positions at which the processes hold different int64; waits for all."""
     extremes = torch.stack([numbers, ~numbers])  # the complement turns the order round
@@ -581,7 +576,7 @@ def digest(thing: object) -> int:
 
 
 def fingerprint(tensor: Tensor | None, device: torch.device) -> Tensor:
-    """Return the sum of a tensor's bits, an int64 on ``device``; -1 for None."""
+    """Return the sum of a tensor's bits, or of a mask's places, on ``device``; -1 for None."""
     if tensor is None:
         return torch.full((), -1, dtype=torch.int64, device=device)
     tensor = local(tensor.detach())
@@ -589,5 +584,8 @@ def fingerprint(tensor: Tensor | None, device: torch.device) -> Tensor:
         tensor = torch.view_as_real(tensor)
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
+    if tensor.dtype == torch.bool:  # masks have equal sums: k
+        places = torch.arange(1, tensor.numel() + 1, device=tensor.device)
+        return (tensor.reshape(-1) * places).sum().to(device)
     ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(ints).sum(dtype=torch.int64).to(device)

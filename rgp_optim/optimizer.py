@@ -550,7 +550,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if rgp.scope == "global":  # groups with different fractions cannot share a threshold
             pools = [fractions.index(fraction) for fraction in fractions]
         ring = rgp.ranks.ring
-        rings = [_ring(e.p, e.gradient) for e in entries]
+        taken = [rgp.slots.gradients(role) or {} for role in rgp.slots.roles]
+        rings = [_ring(e.p, [e.gradient, *(t[e.p] for t in taken if e.p in t)]) for e in entries]
         in_pieces = any(each is not None and each.size > 1 for each in rings)
         if rgp.score == "rgp":
             g_nats, g_advs = zip(*(s.rgp_gradients() for s in inputs), strict=True)
@@ -617,10 +618,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             "the masks that are kept": self._keeps(self._selected_settings()),
         }
         numbers = [distributed.digest(each) for each in ours.values()]
-        device = local(params[0].detach()).device if params else torch.device("cpu")
-        at = distributed.differing(torch.tensor(numbers, device=device), rgp.ranks.ring)
+        at = distributed.differing(torch.tensor(numbers, device=self._device()), rgp.ranks.ring)
         if at:
             raise RuntimeError(_difference([list(ours)[i] for i in at]))
+
+    def _device(self) -> torch.device:
+        """Return where the processes exchange small numbers."""
+        for p in self._parameters():
+            return local(p.detach()).device
+        return torch.device("cpu")
 
     def _compare_replicas(self, choice: _Choice) -> None:
         """Raise if processes that should hold the same weights, gradients and masks do not."""
@@ -632,8 +638,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             for ring in distributed.replicas_of(p, rgp.ranks.ring):
                 rings.setdefault(ring, []).append(p)
         found: list[str] = []
+        device = self._device()
         for ring, params in rings.items():
-            device = local(params[0].detach()).device
             held = [
                 (kind, p, tensor)
                 for p in params
@@ -642,6 +648,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             prints = torch.stack([distributed.fingerprint(t, device) for _, _, t in held])
             at = distributed.differing(prints, ring) if ring.size > 1 else []
             found += [f"the {held[i][0]} of {names[held[i][1]]}" for i in at]
+        everyone = rgp.ranks.ring
+        if any(ring != everyone for ring in rings):  # those who hold other shards must raise, too
+            count = torch.tensor(len(found), device=device)
+            if everyone.sum_(count).item() and not found:
+                found = ["what other processes hold"]
         if found:
             raise RuntimeError(_difference(found))
 
@@ -778,6 +789,14 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(error_text("optimizer", "be a torch.optim.Optimizer", found))
     if isinstance(optimizer, RGPSelectiveOptimizer):
         raise TypeError(error_text("optimizer", "not be wrapped already", "RGPSelectiveOptimizer"))
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":  # importing it takes a second
+        hint = (
+            "It steps with other weights on each process. To share out the optimizer's state, "
+            "shard the model with `torch.distributed.fsdp.fully_shard`."
+        )
+        raise TypeError(
+            error_text("optimizer", "hold its whole state", "ZeroRedundancyOptimizer", hint)
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         hint = (
             "LBFGS evaluates its closure several times within a step. Use a first-order optimizer."
@@ -889,14 +908,15 @@ def _accumulate(params: Sequence[Tensor], *parts: dict[Tensor, Tensor]) -> None:
     torch.autograd.backward(list(sums), list(sums.values()))
 
 
-def _ring(p: Tensor, gradient: Tensor) -> distributed.Ring | None:
+def _ring(p: Tensor, gradients: Sequence[Tensor]) -> distributed.Ring | None:
     """Return who holds the pieces of a sharded parameter; None if each process has all of it."""
     if not sharded(p):
         return None
     ring = distributed.ring_of("a parameter", p)
-    if not sharded(gradient) or distributed.ring_of("a gradient", gradient) != ring:
-        found = f"{getattr(gradient, 'placements', 'a plain tensor')}"
-        raise RuntimeError(error_text("a gradient", "be sharded as its parameter", found))
+    for g in gradients:
+        if not sharded(g) or distributed.ring_of("a gradient", g) != ring:
+            found = f"{getattr(g, 'placements', 'a plain tensor')}"
+            raise RuntimeError(error_text("a gradient", "be sharded as its parameter", found))
     return ring
 
 

@@ -1,15 +1,25 @@
 """Several processes: the weights of one process on the joined batch, and the same on every rank."""
 
+import copy
+import pickle
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import numpy_topk
+from ranks import RankFailed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from rgp_optim import RGPSelectiveOptimizer, kl_adv_loss
@@ -363,3 +373,435 @@ def test_selection_of_averaged_gradients_is_that_of_a_sort(two, four, size, kind
         for i, expected in enumerate(expected_masks([s.abs() for s in scores], fractions, pools)):
             for masks in per_rank:
                 np.testing.assert_array_equal(masks[i], expected)
+
+
+# Processes that differ are told so.
+
+
+def forget(rank, size, how, check_ranks="first", good_steps=0):
+    """Train right for some steps, then make a mistake; return the weights before and after it."""
+    model = small()
+    ddp = DistributedDataParallel(model)
+    opt = make_opt(
+        model, check_ranks=check_ranks, score="rgp" if how != "rule" else lop_sided(rank)
+    )
+    for step in range(good_steps):
+        take_step("call", ddp, opt, share(rank, size, batch(step)))
+    x, x_adv, y = share(rank, size, batch(99))
+    before = values(model)
+    opt.zero_grad()
+    called = model if how == "module" else ddp
+    loss, nat, adv = parts(called, x, x_adv, y)
+    if how == "weights" and rank == 1:
+        with torch.no_grad():
+            model.head.bias[0] += 1e-7
+        before = values(model)
+    if how == "setting":
+        opt.param_groups[0]["rgp_update_fraction"] = 0.5 + 0.1 * rank
+    if how == "role":
+        with opt.score("natural"):
+            nat.backward(retain_graph=True)
+        if rank == 0:
+            with opt.score("adversarial"):
+                adv.backward(retain_graph=True)
+        loss.backward()
+    elif how == "two backward passes":
+        with opt.score("natural"):
+            nat.backward(retain_graph=True)
+        with opt.score("adversarial"):
+            adv.backward(retain_graph=True)
+        nat.backward()
+        adv.backward()  # not reduced
+    else:
+        opt.backward(loss, natural=nat, adversarial=adv)
+    try:
+        opt.step()
+    except RuntimeError as error:
+        return str(error), before, values(model)
+    return None, before, values(model)
+
+
+def lop_sided(rank):
+    return lambda s: s.adversarial.abs() * (1.0 if rank == 0 else torch.rand_like(s.weight))
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("module", "the gradient of"),
+        ("two backward passes", "the gradient of"),
+        ("weights", "the weights of"),
+        ("rule", "the mask of"),
+        ("setting", "the rgp_* settings of the param groups"),
+        ("role", "the roles that were scored"),
+    ],
+)
+def test_a_forgotten_reduction_is_caught(two, how, named):
+    for message, before, after in two.run(forget, 2, how):
+        assert "the processes do not agree on" in message
+        assert named in message
+        assert "Nothing was changed" in message
+        assert all(map(np.array_equal, before, after))
+
+
+def test_ranks_are_compared_in_the_first_steps_or_always_or_never(two):
+    assert [each[0] for each in two.run(forget, 2, "module", "first", 3)] == [None, None]
+    assert [each[0] for each in two.run(forget, 2, "module", "never", 0)] == [None, None]
+    for message, *_ in two.run(forget, 2, "module", "always", 3):
+        assert "the gradient of" in message
+    for message, *_ in two.run(forget, 2, "module", "first", 2):
+        assert "the gradient of" in message
+
+
+def hsdp_drift(rank, size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = shard(small(), mesh=mesh)
+    opt = make_opt(model)
+    loss, nat, adv = parts(model, *share(rank, size, batch(0)))
+    opt.backward(loss, natural=nat, adversarial=adv)
+    if rank == 2:  # of the second replica
+        model.conv.weight.grad.to_local().add_(1e-9)
+    with pytest.raises(RuntimeError, match="the processes do not agree") as caught:
+        opt.step()
+    return str(caught.value)
+
+
+def test_replicas_of_shards_are_compared(four):
+    """The first and the third process hold the same shard; the others must stop with them."""
+    messages = four.run(hsdp_drift, 4)
+    for rank, message in enumerate(messages):
+        found = "the gradient of group0.param0" if rank % 2 == 0 else "what other processes hold"
+        assert found in message
+
+
+# Score rules.
+
+
+def halved(s):
+    return s.adversarial.abs() + 0.5 * s.natural.abs() + 0 * s.weight
+
+
+RULES = {"signed": "signed", "loss_gradient": "loss_gradient", "random": "random", "own": halved}
+
+
+def train_with_rules(rank, size, kind, scope):
+    found = []
+    for rule in RULES.values():
+        model = small()
+        called = DistributedDataParallel(model) if kind == "ddp" else shard(model)
+        opt = make_opt(model, score=rule, scope=scope, seed=3)
+        for step in range(3):
+            take_step("call", called, opt, share(rank, size, batch(step)))
+        found.append(values(model) if kind == "ddp" else whole(model))
+    return found
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_score_rules(two, kind, scope):
+    answers = two.run(train_with_rules, 2, kind, scope)
+    for rule, *per_rank in zip(RULES.values(), *answers, strict=True):
+        assert_same_bits(per_rank)
+        assert_close(per_rank[0], alone("call", 3, score=rule, scope=scope, seed=3))
+
+
+# Parameters that not every process uses; masks that are kept; counts; clipping; scalers.
+
+
+class Branches(nn.Module):
+    """The second branch is used by some inputs only."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, both):
+        return self.one(x) + self.two(x) if both else self.one(x)
+
+
+def train_branches(rank, size, steps):
+    torch.manual_seed(5)
+    model = Branches().double()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+    opt = make_opt(model)
+    for step in range(steps):
+        g = torch.Generator().manual_seed(step)
+        x = torch.rand(8, 4, generator=g, dtype=torch.float64)
+        y = torch.randint(0, 3, (8,), generator=g)
+        both = [step % 3 == 0, step % 3 == 1]  # on each rank; in every third step on none
+        rows = [(x[:4], y[:4], both[0]), (x[4:], y[4:], both[1])]
+        if size > 1:
+            rows = [rows[rank]]
+        nat = adv = 0.0
+        for a, b, use in rows:
+            nat = nat + F.cross_entropy(ddp(a, use), b) / len(rows)
+            adv = adv + F.cross_entropy(ddp(a + 0.1, use), b) / len(rows)
+        opt.zero_grad()
+        opt.backward(nat + adv, natural=nat, adversarial=adv)
+        opt.step()
+    return values(model)
+
+
+def test_parameters_that_some_processes_do_not_use(two):
+    answers = two.run(train_branches, 2, 6)
+    assert_same_bits(answers)
+    assert_close(answers[0], train_branches(0, 1, 6))
+
+
+def train_kept(rank, size, kind):
+    """Masks kept for three steps, clipped gradients, counts of updates."""
+    model = small()
+    called = {"ddp": DistributedDataParallel, "fsdp": shard, "alone": lambda m: m}[kind](model)
+    opt = make_opt(model, refresh_every=3)
+    tracker = opt.track_updates()
+    fractions = []
+    for step in range(5):
+        loss, nat, adv = parts(called, *share(rank, size, batch(step)))
+        opt.zero_grad()
+        opt.backward(loss, natural=nat, adversarial=adv)
+        nn.utils.clip_grad_norm_(called.parameters(), 0.05)
+        opt.step()
+        fractions.append(tracker.last())
+    return (whole(model) if kind == "fsdp" else values(model)), fractions, tracker.mean()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_kept_masks_clipping_and_counts(two, kind):
+    answers = two.run(train_kept, 2, kind)
+    weights, *counts = train_kept(0, 1, "alone")
+    assert_same_bits([each[0] for each in answers])
+    assert_close(answers[0][0], weights)
+    for _, *theirs in answers:
+        assert theirs == counts
+
+
+def train_scaled(rank, size, kind, overflow_at):
+    """A scaler; in one step the loss of rank 1 alone overflows."""
+    model = small(torch.float32)
+    called = DistributedDataParallel(model) if kind == "ddp" else shard(model)
+    opt = make_opt(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    found = []
+    for step in range(4):
+        x, x_adv, y = share(rank, size, batch(step, torch.float32))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, nat, adv = parts(called, x, x_adv, y)
+        if step == overflow_at and rank == 1:
+            loss = loss * torch.inf
+        opt.zero_grad()
+        for role, each in (("natural", nat), ("adversarial", adv)):
+            with opt.score(role):
+                scaler.scale(each).backward(retain_graph=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(called.parameters(), 1.0)
+        before = values(model) if kind == "ddp" else whole(model)
+        scaler.step(opt)
+        scaler.update()
+        after = values(model) if kind == "ddp" else whole(model)
+        found.append((all(map(np.array_equal, before, after)), scaler.get_scale()))
+    return found, after
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
+    answers = two.run(train_scaled, 2, kind, 1)
+    assert_same_bits([weights for _, weights in answers])
+    for found, _ in answers:
+        assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
+
+
+def train_half(rank, size, kind):
+    """Parameters in bfloat16, or FSDP2's mixed precision."""
+    model = small(torch.bfloat16 if kind != "policy" else torch.float32)
+    if kind == "ddp":
+        called = DistributedDataParallel(model)
+    elif kind == "fsdp":
+        called = shard(model)
+    else:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        called = shard(model, mp_policy=policy)
+    opt = make_opt(model)
+    data = torch.float32 if kind == "policy" else torch.bfloat16
+    moved = []
+    for step in range(5):
+        before = values(model) if kind == "ddp" else whole(model)
+        take_step("call", called, opt, share(rank, size, batch(step, data)))
+        after = values(model) if kind == "ddp" else whole(model)
+        pairs = zip(before, after, model.parameters(), strict=True)
+        moved.append([(a != b).mean() for a, b, p in pairs if p.dim() > 1])
+    return after, moved
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "policy"])
+def test_half_precision(two, kind):
+    answers = two.run(train_half, 2, kind)
+    assert_same_bits([weights for weights, _ in answers])
+    for _, moved in answers:
+        assert all(0.1 < fraction <= 0.45 for step in moved for fraction in step)
+
+
+# Accumulation under FSDP2.
+
+
+def accumulate_fsdp(rank, size, sync):
+    model = shard(small())
+    opt = make_opt(model)
+    for step in range(3):
+        opt.zero_grad()
+        for micro in range(2):
+            model.set_requires_gradient_sync(sync or micro == 1)
+            x, x_adv, y = share(rank, size, batch(10 * step + micro))
+            loss, nat, adv = parts(model, x, x_adv, y)
+            opt.backward(loss, natural=nat, adversarial=adv)
+        opt.step()
+    return whole(model)
+
+
+def test_fsdp2_micro_batches(two):
+    answers = two.run(accumulate_fsdp, 2, True)
+    assert_same_bits(answers)
+    assert_close(answers[0], accumulate_alone("call"))
+
+
+def test_fsdp2_without_gradient_synchronisation_is_refused(two):
+    with pytest.raises(RankFailed, match=r"no parameter received a gradient.*sync_each_batch"):
+        two.run(accumulate_fsdp, 2, False)
+
+
+# What is refused.
+
+
+def refused(rank, size, what):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    if what == "fsdp1":
+        for keep in (False, True):
+            old = FullyShardedDataParallel(
+                nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=keep
+            )
+            with pytest.raises(RuntimeError) as caught:
+                make_opt(old)
+        return str(caught.value)
+    if what == "zero":
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
+
+        inner = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(TypeError) as caught:
+            RGPSelectiveOptimizer(inner)
+        return str(caught.value)
+    mesh = init_device_mesh("cpu", (size,))
+    if what == "rowwise":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        with pytest.raises(RuntimeError) as caught:
+            make_opt(model)
+    if what == "partial":
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Replicate()]))
+        opt = make_opt(model[0], check_ranks="never")
+        model[0].bias.grad = torch.zeros(6)
+        for role in ("natural", "adversarial"):
+            with opt.score(role):
+                model[0].weight.grad = DTensor.from_local(torch.ones(6, 4), mesh, [Partial()])
+        model[0].weight.grad = DTensor.from_local(torch.ones(6, 4), mesh, [Replicate()])
+        with pytest.raises(RuntimeError) as caught:
+            opt.step()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("fsdp1", "`torch.distributed.fsdp.fully_shard` (FSDP2)"),
+        ("zero", "shard the model with `torch.distributed.fsdp.fully_shard`"),
+        ("rowwise", "no tensor parallelism"),
+        ("partial", "not partial sums on each process"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_other_ways_to_share_out_are_refused(two, what, words):
+    for message in two.run(refused, 2, what):
+        assert words in message
+
+
+# Groups of processes.
+
+
+def train_in_pairs(rank, size, steps):
+    """Two pairs, each with a model and data of its own."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = pairs[rank // 2]
+    model = small()
+    ddp = DistributedDataParallel(model, process_group=mine)
+    opt = make_opt(model, process_group=mine)
+    assert copy.deepcopy(opt)._rgp.ranks is opt._rgp.ranks
+    with pytest.raises(TypeError, match="Save `state_dict"):
+        pickle.dumps(opt)
+    for step in range(steps):
+        data = batch(step + 100 * (rank // 2))
+        take_step("call", ddp, opt, share(rank % 2, 2, data))
+    return values(model)
+
+
+def test_a_process_group_trains_by_itself(four):
+    answers = four.run(train_in_pairs, 4, 3)
+    assert_same_bits(answers[:2])
+    assert_same_bits(answers[2:])
+    assert_close(answers[0], alone("call", 3))
+    assert not np.array_equal(answers[0][0], answers[2][0])
+
+
+def test_process_group_must_be_one():
+    with pytest.raises(RuntimeError, match="after `torch"):
+        make_opt(small(), process_group=object())
+    with pytest.raises(ValueError, match="`check_ranks` should be one of 'first', 'always'"):
+        make_opt(small(), check_ranks="sometimes")
+
+
+def wrong_group(rank, size):
+    with pytest.raises(TypeError, match="a ProcessGroup that this process belongs to"):
+        make_opt(small(), process_group=dist.new_group([1 - rank]) and "the group")
+
+
+def test_a_group_of_others_is_refused(two):
+    two.run(wrong_group, 2)
+
+
+# The model changes after wrapping.
+
+
+def train_changed(rank, size, kind):
+    model = small()
+    extra = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        extra.weight.copy_(torch.eye(3))
+    net = nn.Sequential(model, extra)
+    called = {"ddp": DistributedDataParallel, "fsdp": shard, "alone": lambda m: m}[kind](net)
+    opt = make_opt(model)
+    take_step("call", called, opt, share(rank, size, batch(0)))
+    opt.add_param_group({"params": extra.parameters(), "rgp_update_fraction": 0.6})
+    for step in (1, 2):
+        take_step("call", called, opt, share(rank, size, batch(step)))
+    return whole(net) if kind == "fsdp" else values(net)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_group_that_is_added(two, kind):
+    answers = two.run(train_changed, 2, kind)
+    assert_same_bits(answers)
+    assert_close(answers[0], train_changed(0, 1, "alone"))
+
+
+def replace_by_shards(rank, size):
+    """As some trainers do: the optimizer is made first, and gets the shards later."""
+    model = small()
+    opt = make_opt(model)
+    shard(model)
+    opt.param_groups[0]["params"] = list(model.parameters())
+    for step in range(3):
+        take_step("call", model, opt, share(rank, size, batch(step)))
+    return whole(model)
+
+
+def test_parameters_that_are_replaced_by_shards(two):
+    answers = two.run(replace_by_shards, 2)
+    assert_same_bits(answers)
+    assert_close(answers[0], alone("call", 3))
