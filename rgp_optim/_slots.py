@@ -277,7 +277,16 @@ class _Passes(TorchFunctionMode):
     ) -> Any:
         if func is not Tensor.backward:
             return func(*args, **(kwargs or {}))
-        return self._backward(*args, **(kwargs or {}))
+        try:
+            return self._backward(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise RuntimeError(
+                "This loss shares a compiled graph with another, and the compiler was not told to "
+                "keep it. Set `torch._functorch.config.donated_buffer = False` before "
+                "`torch.compile`, or give each loss a forward pass of its own."
+            ) from error
 
     def _backward(
         self,

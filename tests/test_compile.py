@@ -1,0 +1,191 @@
+"""`torch.compile`: of the model, in every order of the passes, and of the step."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import torch._functorch.config as functorch
+import torch.nn.functional as F
+from common import make_batch, make_net, snapshot
+from torch.utils.checkpoint import checkpoint
+
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Shared graphs are kept, as the README says."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with functorch.patch(donated_buffer=False):
+        yield
+    torch._dynamo.reset()
+
+
+def wrap(model, **options):
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    return RGPSelectiveOptimizer(inner, update_fraction=0.4, **options)
+
+
+def losses(called, x, x_adv, y):
+    logits, logits_adv = called(x), called(x_adv)
+    nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+    return kl_adv_loss(logits, logits_adv, y, beta=2.0), nat, adv
+
+
+def passes(order, called, opt, data):
+    opt.zero_grad()
+    if order == "in turn":  # forward passes inside the blocks
+        x, x_adv, y = data
+        with opt.score("natural"):
+            F.cross_entropy(called(x), y).backward()
+        with opt.score("adversarial"):
+            F.cross_entropy(called(x_adv), y).backward()
+        losses(called, *data)[0].backward()
+        return
+    loss, nat, adv = losses(called, *data)
+    if order == "call":
+        opt.backward(loss, natural=nat, adversarial=adv)
+    elif order == "sum":
+        opt.backward(natural=nat, adversarial=adv)
+    else:
+        with opt.score("natural"):
+            nat.backward(retain_graph=True)
+        with opt.score("adversarial"):
+            adv.backward(retain_graph=True)
+        loss.backward()
+
+
+def train(order, compiler, steps=3):
+    model = make_net()
+    called = compiler(model)
+    opt = wrap(model)
+    for step in range(steps):
+        passes(order, called, opt, make_batch(step))
+        opt.step()
+    return snapshot(model)
+
+
+def same(a, b):
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)
+@pytest.mark.parametrize("order", ["call", "sum", "blocks", "in turn"])
+def test_a_compiled_model_trains_as_it_does_uncompiled(order, options):
+    compiler = lambda model: torch.compile(model, backend="aot_eager", **options)  # noqa: E731
+    assert same(train(order, compiler), train(order, lambda model: model))
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+@pytest.mark.skipif(os.name == "nt", reason="another compiler")
+def test_the_default_compiler():
+    compiled = train("call", torch.compile)
+    for p, q in zip(compiled, train("call", lambda model: model), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # fused sums: some units of rounding
+
+
+@pytest.mark.parametrize("donated", [True, False])
+def test_a_shared_graph_that_was_compiled_for_one_pass_says_what_to_do(donated):
+    """An ordinary backward pass, as of a warm-up, lets the compiler give its buffers away."""
+    with functorch.patch(donated_buffer=donated):
+        model = make_net()
+        called = torch.compile(model, backend="aot_eager")
+        opt = wrap(model)
+        x, _, y = data = make_batch(0)
+        F.cross_entropy(called(x), y).backward()
+        if donated:
+            with pytest.raises(RuntimeError, match=r"donated_buffer = False` before `torch.comp"):
+                passes("call", called, opt, data)
+            passes("in turn", called, opt, data)  # the other way out
+        else:
+            passes("call", called, opt, data)
+        opt.step()
+
+
+def test_model_and_losses_compiled_together():
+    found = []
+    for compiled in (True, False):
+        model = make_net()
+        opt = wrap(model)
+
+        def both(x, x_adv, y, model=model):
+            return losses(model, x, x_adv, y)
+
+        call = torch.compile(both, backend="aot_eager") if compiled else both
+        for step in range(3):
+            loss, nat, adv = call(*make_batch(step))
+            opt.zero_grad()
+            opt.backward(loss, natural=nat, adversarial=adv)
+            opt.step()
+        found.append(snapshot(model))
+    assert same(*found)
+
+
+def test_attack_and_reviser_with_a_compiled_model():
+    found = []
+    for compiled in (True, False):
+        model = make_net()
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        opt = wrap(model)
+        reviser = ConsistencyReviser(called, rate=0.5, decay=0.5)
+        for step in range(4):
+            x, _, y = make_batch(step)
+            x_adv = kl_attack(
+                called, x, eps=0.1, steps=2, generator=torch.Generator().manual_seed(step)
+            )
+            logits, logits_adv = called(x), called(x_adv)
+            loss = kl_adv_loss(logits, logits_adv, y) + reviser(x, x_adv, logits, logits_adv)
+            nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+            opt.zero_grad()
+            opt.backward(loss, natural=nat, adversarial=adv)
+            opt.step()
+            reviser.update()
+        found.append(snapshot(model) + snapshot(reviser.model))
+    assert same(*found)
+
+
+def test_a_compiled_step_with_a_scheduler():
+    found = []
+    for compiled in (True, False):
+        model = make_net()
+        opt = wrap(model)
+        scheduler = torch.optim.lr_scheduler.StepLR(opt, 2, gamma=0.5)
+        call = (lambda opt=opt: opt.step()) if not compiled else None
+        if compiled:
+            call = torch.compile(lambda opt=opt: opt.step(), backend="eager")
+        for step in range(5):
+            passes("call", model, opt, make_batch(step))
+            call()
+            scheduler.step()
+        assert opt.param_groups[0]["lr"] == 0.1 * 0.25
+        found.append(snapshot(model))
+    assert same(*found)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """In one process both kinds work: the gradients come to ``.grad`` by ordinary passes."""
+    found = []
+    for kept in (True, False):
+        model = make_net()
+        opt = wrap(model)
+
+        def called(x, model=model, kept=kept):
+            if kept:
+                return model(x)
+            x = x.detach().requires_grad_()  # the reentrant kind wants an input with a gradient
+            h = checkpoint(model.conv, x, use_reentrant=reentrant)
+            h = F.relu(model.norm(h))
+            return model.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+
+        for step in range(3):
+            passes("in turn" if reentrant else "call", called, opt, make_batch(step))
+            opt.step()
+        found.append(snapshot(model))
+    assert same(*found)
