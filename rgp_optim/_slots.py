@@ -327,8 +327,9 @@ class _Factor:
         if node is None or node.name() != "MulBackward0":
             return cls(None)
         scale = node._saved_other  # type: ignore[attr-defined]
-        tensor = isinstance(scale, Tensor) and scale.dim() == 0 and not scale.requires_grad
-        return cls(scale.detach() if tensor else None)
+        if not isinstance(scale, Tensor) or scale.dim() > 0 or scale.requires_grad:
+            return cls(None)
+        return cls(scale.detach() if scale.dtype == torch.float32 else None)  # or a Python number
 
     def value(self) -> float:
         return 1.0 if self._scale is None else float(self._scale)

@@ -540,51 +540,7 @@ def test_a_gradient_that_lives_in_a_bucket_is_copied():
     assert w.tolist() == [[-1.0, -1.0, 0.0, 0.0]]
 
 
-# Mixed precision.
-
-
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("name", ["SGD momentum wd", "SGD fused", "AdamW fused"])
-def test_grad_scaler(name, unscale):
-    """The weights are those of a run without a scaler, and a skipped step changes nothing."""
-    model, other = make_net(), make_net()
-    opt, reference = wrap(model, INNER[name]), wrap(other, INNER[name])
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
-    for seed in range(4):
-        state = copy.deepcopy(model.state_dict())
-        loss, nat, adv = losses(model, *make_batch(seed))
-        bad = seed == 1
-        opt.zero_grad()
-        total = scaler.scale(loss) * (float("inf") if bad else 1.0)
-        opt.backward(total, natural=scaler.scale(nat), adversarial=scaler.scale(adv))
-        if unscale:
-            scaler.unscale_(opt)
-            if not bad:
-                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-        before = snapshot(model)
-        scaler.step(opt)
-        scaler.update()
-        if bad:
-            assert_same_values(before, snapshot(model))
-            model.load_state_dict(state)
-        else:
-            cure_step(other, reference, seed)
-    assert scaler.get_scale() == 512.0
-    assert_same(model, other)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_autocast(dtype):
-    model = make_net()
-    opt = wrap(model)
-    x, x_adv, y = make_batch()
-    start = snapshot(model)
-    with torch.autocast("cpu", dtype):
-        nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
-    opt.backward(natural=nat, adversarial=adv)
-    opt.step()
-    moved = int((model.head.weight != start[4]).sum())
-    assert 0 < moved <= round(0.3 * model.head.weight.numel())
+# Clipping.
 
 
 def test_clipping_sees_the_whole_gradient():

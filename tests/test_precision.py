@@ -1,0 +1,241 @@
+"""Mixed precision: autocast, gradient scalers, weights in half precision, mixed dtypes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import INNER, cure_step, disk, losses, make_batch, make_net, numpy_topk, snapshot
+from torch import nn
+
+from rgp_optim import RGPSelectiveOptimizer
+
+POWERS = {"init_scale": 1024.0, "growth_interval": 1000}  # scaling by them rounds nothing
+
+
+def wrap(model, make=INNER["SGD momentum wd"], **options):
+    inner = make(model.parameters())
+    return RGPSelectiveOptimizer(inner, **{"update_fraction": 0.3, "alpha": 0.3, **options})
+
+
+def assert_same(model, other):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def scaled_blocks(opt, scaler, loss, nat, adv):
+    """As a loop that owns its backward calls."""
+    with opt.score("natural"):
+        scaler.scale(nat).backward(retain_graph=True)
+    with opt.score("adversarial"):
+        scaler.scale(adv).backward(retain_graph=True)
+    scaler.scale(loss).backward()
+
+
+def scaled_call(opt, scaler, loss, nat, adv):
+    opt.backward(scaler.scale(loss), natural=scaler.scale(nat), adversarial=scaler.scale(adv))
+
+
+# Gradient scalers.
+
+
+@pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("backward", [scaled_blocks, scaled_call])
+@pytest.mark.parametrize("name", ["SGD momentum wd", "SGD fused", "AdamW", "AdamW fused"])
+def test_grad_scaler(name, backward, unscale, conserve):
+    """The weights and the state are those of a run without; a skipped step leaves no trace."""
+    model, other = make_net(), make_net()
+    opt = wrap(model, INNER[name], conserve=conserve)
+    reference = wrap(other, INNER[name], conserve=conserve)
+    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    for seed in range(4):
+        buffers = copy.deepcopy(model.state_dict())
+        loss, nat, adv = losses(model, *make_batch(seed))
+        overflows = seed == 1
+        opt.zero_grad()
+        backward(opt, scaler, loss * torch.inf if overflows else loss, nat, adv)
+        if unscale:
+            scaler.unscale_(opt)
+            if not overflows:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        before = snapshot(model)
+        scaler.step(opt)
+        scaler.update()
+        if overflows:
+            assert all(map(torch.equal, before, snapshot(model)))
+            model.load_state_dict(buffers)  # of BatchNorm, which the reference does not see
+        else:
+            cure_step(other, reference, seed)
+    assert scaler.get_scale() == 512.0
+    assert [group["rgp_step"] for group in opt.param_groups] == [3]
+    assert_same(model, other)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        mine, theirs = opt.state[p], reference.state[q]
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key]))
+
+
+def test_scaler_and_optimizer_resume_together():
+    ends = []
+    for stop in (None, 2):
+        model = make_net()
+        opt = wrap(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for step in range(4):
+            if step == stop:
+                state = disk([model.state_dict(), opt.state_dict(), scaler.state_dict()])
+                model = make_net(seed=5)
+                opt = wrap(model)
+                scaler = torch.amp.GradScaler("cpu")
+                for each, its in zip((model, opt, scaler), state, strict=True):
+                    each.load_state_dict(its)
+            opt.zero_grad()
+            scaled_blocks(opt, scaler, *losses(model, *make_batch(step)))
+            scaler.step(opt)
+            scaler.update()
+        assert scaler.get_scale() == 4096.0
+        ends.append(snapshot(model))
+    assert all(map(torch.equal, *ends))
+
+
+TWO_SCALES = {
+    "two scalers": (1024.0, 8.0),
+    "natural without": (None, 8.0),
+    "adversarial without": (1024.0, None),
+}
+
+
+@pytest.mark.parametrize("scales", TWO_SCALES.values(), ids=TWO_SCALES)
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "score"])
+def test_roles_on_two_scales_are_refused(scales, backward):
+    model = make_net()
+    opt = wrap(model)
+    loss, nat, adv = losses(model, *make_batch())
+    nat, adv = (
+        each if scale is None else torch.amp.GradScaler("cpu", init_scale=scale).scale(each)
+        for each, scale in zip((nat, adv), scales, strict=True)
+    )
+    start = snapshot(model)
+    first, second = (1 if scale is None else int(scale) for scale in scales)
+    with pytest.raises(ValueError, match=f"a loss scaled by {second}, and one by {first}") as said:
+        if backward:
+            opt.backward(loss, natural=nat, adversarial=adv)
+        else:
+            with opt.score("natural"):
+                nat.backward(retain_graph=True)
+            with opt.score("adversarial"):
+                adv.backward(retain_graph=True)
+    assert "the same GradScaler, or none. To weigh one against the other set `alpha`" in str(
+        said.value
+    )
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, start, snapshot(model)))
+
+
+def test_the_scale_is_compared_within_a_window_only():
+    model = make_net()
+    opt = wrap(model)
+    for step, scale in enumerate((1024.0, 8.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        opt.zero_grad()
+        scaled_call(opt, scaler, *losses(model, *make_batch(step)))
+        scaler.step(opt)
+    weight = torch.tensor(0.5)  # the same for both: no scaler's, and no harm
+    for nat_weight, adv_weight in ((weight, weight.clone()), (0.25, 0.75)):
+        loss, nat, adv = losses(model, *make_batch())
+        opt.zero_grad()
+        opt.backward(loss, natural=nat * nat_weight, adversarial=adv * adv_weight)
+        opt.step()
+
+
+# Autocast and half precision.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = make_net()
+    opt = wrap(model)
+    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    for step in range(3):
+        x, x_adv, y = make_batch(step)
+        start = snapshot(model)
+        with torch.autocast("cpu", dtype):
+            nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+        params = [p for p in model.parameters() if p.dim() > 1]
+        g_nats, g_advs = (
+            torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv)
+        )
+        opt.zero_grad()
+        scaled_call(opt, scaler, nat + adv, nat, adv)
+        scaler.step(opt)
+        scaler.update()
+        olds = [p for p in start if p.dim() > 1]
+        for p, old, g_nat, g_adv in zip(params, olds, g_nats, g_advs, strict=True):
+            score = 0.3 * g_nat.abs().float() + (1 - 0.3) * g_adv.abs().float()
+            mask = numpy_topk(score.numpy(), round(0.3 * p.numel()))
+            assert np.array_equal((p != old).numpy() & ~mask, np.zeros_like(mask))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("conserve", ["weights", "update"])
+@pytest.mark.parametrize("name", ["SGD momentum wd", "AdamW", "AdamW fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision(dtype, name, conserve, scope):
+    """The mask is that of the same gradients in float64; what it leaves out keeps its bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
+    opt = wrap(model, INNER[name], conserve=conserve, scope=scope)
+    for step in range(3):
+        g = torch.Generator().manual_seed(step)
+        x = torch.rand(8, 6, generator=g).to(dtype)
+        y = torch.randint(0, 3, (8,), generator=g)
+        nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
+        params = [model[0].weight, model[2].weight]
+        g_nats, g_advs = (
+            torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv)
+        )
+        start = [p.detach().clone() for p in params]
+        opt.zero_grad()
+        opt.backward(nat + adv, natural=nat, adversarial=adv)
+        opt.step()
+        scores = [
+            0.3 * a.abs().double().numpy() + 0.7 * b.abs().double().numpy()
+            for a, b in zip(g_nats, g_advs, strict=True)
+        ]
+        joined = np.concatenate([each.reshape(-1) for each in scores])
+        if scope == "global":
+            both = numpy_topk(joined, round(0.3 * joined.size))
+            masks = [both[: params[0].numel()], both[params[0].numel() :]]
+        else:
+            masks = [numpy_topk(each, round(0.3 * each.size)) for each in scores]
+        moved = np.concatenate(
+            [(p != old).numpy().reshape(-1) for p, old in zip(params, start, strict=True)]
+        )
+        assert moved.any()
+        assert not (moved & ~np.concatenate([mask.reshape(-1) for mask in masks])).any()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_tensors_of_several_dtypes(scope):
+    """One threshold over float64, float32 and bfloat16 weights."""
+    torch.manual_seed(1)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    weights = [nn.Parameter(torch.ones(5, 6, dtype=dtype)) for dtype in dtypes]
+    grads = [(torch.randn(5, 6).to(d), torch.randn(5, 6).to(d)) for d in dtypes]
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD(weights, lr=1.0), update_fraction=0.3, alpha=0.5, scope=scope
+    )
+    nat = sum((w * g).sum().double() for w, (g, _) in zip(weights, grads, strict=True))
+    adv = sum((w * g).sum().double() for w, (_, g) in zip(weights, grads, strict=True))
+    opt.backward(natural=nat, adversarial=adv)
+    opt.step()
+    scores = [0.5 * a.double().abs().numpy() + 0.5 * b.double().abs().numpy() for a, b in grads]
+    if scope == "global":
+        masks = numpy_topk(np.stack(scores), round(0.3 * 90))
+    else:
+        masks = [numpy_topk(each, 9) for each in scores]
+    for w, mask in zip(weights, masks, strict=True):
+        assert np.array_equal((w != 1).numpy(), mask)
