@@ -174,6 +174,9 @@ def take(
     DistributedDataParallel reduces in the first ``backward`` after a forward pass, and only there.
     `torch.autograd.grad` does not call its hooks, so that one is left to the loss that is
     minimised. With ``static_graph`` the first pass would be recorded: that is put off.
+
+    Raises:
+        RuntimeError: activations are checkpointed in the reentrant way, which it passes by.
     """
     waiting = [ddp for ddp in _parallel(loss) if _records(ddp)]
     for ddp in waiting:
@@ -202,7 +205,10 @@ def _records(ddp: Any) -> bool:
 
 
 def _parallel(loss: Tensor) -> list[Any]:
-    """Return the DistributedDataParallel modules that left a node in the graph of ``loss``."""
+    """Return the DistributedDataParallel modules that left a node in the graph of ``loss``.
+
+    Refuse what `torch.autograd.grad` would leave out in silence.
+    """
     found: dict[int, Any] = {}
     seen: set[Any] = set()
     waiting = [loss.grad_fn]
@@ -211,6 +217,12 @@ def _parallel(loss: Tensor) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "Activations are checkpointed with `use_reentrant=True`, where gradients can only "
+                "come through `.grad`, and there DistributedDataParallel would reduce them in "
+                "place of the training loss. Set `use_reentrant=False`."
+            )
         reference = getattr(node, "ddp_weakref", None)
         if reference is not None and reference() is not None:
             found[id(reference())] = reference()
@@ -381,13 +393,18 @@ def _reduce_scatter(whole: Tensor, ring: Ring) -> Tensor:
     piece = whole.numel() // ring.size
     mine = whole.new_empty(piece)
     try:
-        dist.reduce_scatter_tensor(mine, whole, group=ring.group)
+        _named("reduce_scatter_single", "reduce_scatter_tensor")(mine, whole, group=ring.group)
     except (RuntimeError, NotImplementedError) as error:
         if "support" not in str(error):
             raise
         # an older gloo: twice the bytes
         mine = ring.sum_(whole)[ring.rank * piece : (ring.rank + 1) * piece]
     return mine
+
+
+def _named(name: str, before: str) -> Any:
+    """Return a collective by its name in this version of torch."""
+    return getattr(dist, name, None) or getattr(dist, before)
 
 
 def _gather(
@@ -407,7 +424,7 @@ def _gather(
             packed.append(pack_bits(mask))
         sent = torch.cat(packed)
         got = sent.new_empty(ring.size * sent.numel())
-        dist.all_gather_into_tensor(got, sent, group=ring.group)
+        _named("all_gather_single", "all_gather_into_tensor")(got, sent, group=ring.group)
         columns = torch.split(got.view(ring.size, -1), [bits.numel() for bits in packed], dim=1)
         for bucket, bits in zip(mine, columns, strict=True):
             like = torch.empty(bucket.piece * ring.size, dtype=torch.bool, device=device)

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _numbers = itertools.count()
 
 def _serve(rank, size, store, pipe):
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", category=FutureWarning, message=".*torch.distributed")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=str(size))
     dist.init_process_group(

@@ -3,10 +3,12 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config as functorch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import numpy_topk
@@ -21,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from rgp_optim import RGPSelectiveOptimizer, kl_adv_loss
 from rgp_optim import _distributed as distributed
@@ -373,6 +376,125 @@ def test_selection_of_averaged_gradients_is_that_of_a_sort(two, four, size, kind
         for i, expected in enumerate(expected_masks([s.abs() for s in scores], fractions, pools)):
             for masks in per_rank:
                 np.testing.assert_array_equal(masks[i], expected)
+
+
+def half_sums(rank, size):
+    """Gradients whose sum leaves float16; the mean does not."""
+    g_nat = torch.tensor([[6e4, 5e4, 1.0, 2.0]], dtype=torch.float16)
+    wanted = [Wanted(g_nat, g_nat, g_nat, 0.5, 0.25, 0, 4, None)]
+    return distributed.select(wanted, distributed.Ranks().ring)[0].tolist()
+
+
+def test_sums_do_not_overflow(two):
+    assert two.run(half_sums, 2) == [[[True, False, False, False]]] * 2
+
+
+def without_reduce_scatter(rank, size, kind):
+    """As with an older gloo."""
+
+    def missing(*_, **__):
+        raise RuntimeError("ProcessGroupGloo does not support _reduce_scatter_base")
+
+    with patch.object(distributed, "_named", scatterless(missing)):
+        return select_whole(rank, size, kind)
+
+
+def scatterless(missing):
+    named = distributed._named
+    return lambda name, before: missing if "scatter" in name else named(name, before)
+
+
+def test_backends_without_reduce_scatter(four):
+    for first, second in zip(
+        four.run(without_reduce_scatter, 4, "ties"), four.run(select_whole, 4, "ties"), strict=True
+    ):
+        for masks, expected in zip(first, second, strict=True):
+            assert all(map(np.array_equal, masks, expected))
+
+
+def small_buckets(rank, size, kind):
+    with patch.object(distributed, "BUCKET", 50):
+        return select_whole(rank, size, kind)
+
+
+def test_buckets_do_not_matter(two):
+    for first, second in zip(
+        two.run(small_buckets, 2, "normal"), two.run(select_whole, 2, "normal"), strict=True
+    ):
+        for masks, expected in zip(first, second, strict=True):
+            assert all(map(np.array_equal, masks, expected))
+
+
+# Compiled models, checkpointed activations, passes that go another way.
+
+
+def train_compiled(rank, size, inside, orders):
+    found = []
+    with functorch.patch(donated_buffer=False):
+        for order in orders:
+            torch._dynamo.reset()
+            model = small()
+            if inside:
+                ddp = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+            else:
+                ddp = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+            opt = make_opt(model)
+            for step in range(3):
+                take_step(order, ddp, opt, share(rank, size, batch(step)))
+            found.append(values(model))
+    return found
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["DDP(compile)", "compile(DDP)"])
+def test_compiled_ddp(two, inside):
+    orders = ("call", "sum", "in turn")
+    answers = two.run(train_compiled, 2, inside, orders)
+    for order, *per_rank in zip(orders, *answers, strict=True):
+        assert_same_bits(per_rank)
+        assert_close(per_rank[0], alone(order, 3))
+
+
+class Checkpointed(Small):
+    reentrant = False
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        h = F.relu(self.norm(checkpoint(self.conv, x, use_reentrant=self.reentrant)))
+        return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+
+
+def train_checkpointed(rank, size, reentrant):
+    torch.manual_seed(7)
+    model = Checkpointed().double()
+    model.reentrant = reentrant
+    ddp = DistributedDataParallel(model)
+    opt = make_opt(model)
+    for step in range(3):
+        take_step("call", ddp, opt, share(rank, size, batch(step)))
+    return values(model)
+
+
+def test_checkpointed_activations(two):
+    answers = two.run(train_checkpointed, 2, False)
+    assert_same_bits(answers)
+    assert_close(answers[0], alone("call", 3))
+    with pytest.raises(RankFailed, match="Set `use_reentrant=False`"):
+        two.run(train_checkpointed, 2, True)
+
+
+def go_past(rank, size):
+    model = small()
+    ddp = DistributedDataParallel(model)
+    opt = make_opt(model)
+    _, nat, _ = parts(ddp, *share(rank, size, batch(0)))
+    with pytest.raises(RuntimeError, match=r"past `Tensor.backward`.*Call `loss.backward\(\)`"):
+        with opt.score("natural"):
+            torch.autograd.backward(nat)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_passes_that_cannot_be_kept_apart_are_refused(two):
+    two.run(go_past, 2)
 
 
 # Processes that differ are told so.
