@@ -47,10 +47,11 @@ def main(epochs=3, **options):
     parts = setup(accelerator, epochs * len(batches), batches)
     for _ in range(epochs):
         train(accelerator, *parts)
-    model = accelerator.unwrap_model(parts[0])
-    return accuracy(model.cpu(), loader()), model
+    model = accelerator.unwrap_model(parts[0]).cpu()
+    result = accuracy(model, loader())
+    accelerator.print(f"natural accuracy {result:.1f} %")  # once
+    return result, model
 
 
 if __name__ == "__main__":
-    result, _ = main()
-    print(f"natural accuracy {result:.1f} %")
+    main()

@@ -9,7 +9,7 @@ EPS = 0.15  # of the attack, on pixels in [0, 1]
 
 
 def loader(batch_size=64, images=512, sampler=None):
-    """Images, [batch, 1, 8, 8] in [0, 1], and labels 0 to 9, in an order that is always the same."""
+    """Images, [batch, 1, 8, 8] in [0, 1], and labels 0 to 9, always in the same order."""
     data = load_digits()
     x = torch.from_numpy(data.images[:images]).float().unsqueeze(1) / 16
     dataset = TensorDataset(x, torch.from_numpy(data.target[:images]))

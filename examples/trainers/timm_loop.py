@@ -1,4 +1,4 @@
-"""CURE with timm's `NativeScaler`, which runs backward, unscaling, clipping and step in one call."""
+"""CURE with timm's `NativeScaler`: backward, unscaling, clipping and step in one call."""
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,7 @@ def main(epochs=3, device="cpu", dtype=torch.bfloat16, every=1):
     model = network().to(device)
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     opt = RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
-    reviser = ConsistencyReviser(
-        model, rate=0.5, horizon=0.5, total_steps=epochs * len(batches) // every
-    )
+    reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=epochs * len(batches))
     loss_scaler = NativeScaler(device=device)
     scaler = loss_scaler._scaler  # both scores on the scale of the loss
     for n in range(epochs):
