@@ -276,8 +276,9 @@ def select(wanted: Sequence[Wanted], everyone: Ring) -> list[Tensor]:
                 score = rgp_score(*_present(each), each.alpha)
             scores[i] = score.reshape(-1)
     rings = [each.ring or everyone for each in wanted]
-    for i, ring in enumerate(rings):
-        if ring != rings[_first(wanted, i)]:
+    of_pool: dict[int, Ring] = {}
+    for each, ring in zip(wanted, rings, strict=True):
+        if of_pool.setdefault(each.pool, ring) != ring:
             raise RuntimeError(
                 "scope='global' needs one threshold over parameters that different processes "
                 "hold: some are sharded over one mesh, some over another or not at all. Use "
@@ -286,29 +287,11 @@ def select(wanted: Sequence[Wanted], everyone: Ring) -> list[Tensor]:
     pieces: dict[int, Tensor] = {}
     for ring in dict.fromkeys(rings):
         mine = [i for i, its in enumerate(rings) if its == ring]
-        pieces.update(
-            zip(
-                mine,
-                _select_in_pieces(
-                    [scores[i] for i in mine], *_settings(wanted, mine, everyone), ring
-                ),
-                strict=True,
-            )
-        )
+        found = _select_in_pieces([scores[i] for i in mine], [wanted[i] for i in mine], ring)
+        pieces.update(zip(mine, found, strict=True))
     masks = {i: pieces[i].view(w.like.shape) for i, w in enumerate(wanted) if w.ring is not None}
     masks.update(_gather(buckets, pieces, wanted, everyone))
     return [masks[i] for i in range(len(wanted))]
-
-
-def _first(wanted: Sequence[Wanted], i: int) -> int:
-    return next(j for j, each in enumerate(wanted) if each.pool == wanted[i].pool)
-
-
-def _settings(
-    wanted: Sequence[Wanted], mine: Sequence[int], everyone: Ring
-) -> tuple[list[int], list[float], list[int]]:
-    some = [wanted[i] for i in mine]
-    return [w.numel for w in some], [w.fraction for w in some], [w.pool for w in some]
 
 
 def _present(wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
@@ -438,30 +421,23 @@ def _gather(
 
 
 def _select_in_pieces(
-    scores: Sequence[Tensor],
-    numels: Sequence[int],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    ring: Ring,
+    scores: Sequence[Tensor], wanted: Sequence[Wanted], ring: Ring
 ) -> list[Tensor]:
     """Return the masks of this process's pieces; the rule is `_reference.topk_masks`'s."""
-    numbers = {pool: number for number, pool in enumerate(dict.fromkeys(pools))}
-    numbered = [numbers[pool] for pool in pools]
-    sizes = [0] * len(numbers)
-    wide = [False] * len(numbers)
-    fraction_of = [0.0] * len(numbers)
-    for number, numel, fraction, score in zip(numbered, numels, fractions, scores, strict=True):
-        sizes[number] += numel
-        fraction_of[number] = fraction
-        wide[number] |= score.dtype == torch.float64
+    sizes: dict[int, int] = {}  # by pool
+    wide: dict[int, bool] = {}
+    for each, score in zip(wanted, scores, strict=True):
+        sizes[each.pool] = sizes.get(each.pool, 0) + each.numel
+        wide[each.pool] = wide.get(each.pool, False) or score.dtype == torch.float64
     masks: dict[int, Tensor] = {}
     for dtype in (torch.float32, torch.float64):
-        mine = [i for i, number in enumerate(numbered) if wide[number] == (dtype == torch.float64)]
+        mine = [i for i, w in enumerate(wanted) if wide[w.pool] == (dtype == torch.float64)]
         if mine:
-            own = list(dict.fromkeys(numbered[i] for i in mine))
-            counts = [update_count(sizes[number], fraction_of[number]) for number in own]
+            fractions = {wanted[i].pool: wanted[i].fraction for i in mine}
+            numbers = {pool: number for number, pool in enumerate(fractions)}
+            counts = [update_count(sizes[pool], each) for pool, each in fractions.items()]
             keys = [_keys(scores[i], dtype) for i in mine]
-            chosen = _top(keys, [own.index(numbered[i]) for i in mine], counts, ring)
+            chosen = _top(keys, [numbers[wanted[i].pool] for i in mine], counts, ring)
             masks.update(zip(mine, chosen, strict=True))
     return [masks[i] for i in range(len(scores))]
 

@@ -1,8 +1,6 @@
 """What several test files share: small networks, every inner optimizer, one training step."""
 
-import gc
 import io
-import os
 
 import numpy as np
 import torch
@@ -114,15 +112,3 @@ def numpy_topk(scores, k):
     mask = np.zeros(flat.size, dtype=bool)
     mask[order[:k]] = True
     return (mask & (flat != 0)).reshape(np.shape(scores))
-
-
-def leave_group():
-    """End a process of a group that has done its work, after the others.
-
-    Without the interpreter's own end, in which a thread of gloo that is still closing aborts now
-    and then.
-    """
-    torch.distributed.barrier()
-    gc.collect()
-    torch.distributed.destroy_process_group()
-    os._exit(0)

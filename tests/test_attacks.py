@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import leave_group, make_net
+from common import make_net
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -287,10 +287,8 @@ def test_dtypes_and_autocast(attack, dtype):
         assert attack(make_net(), x).dtype == torch.float32
 
 
-def attack_then_train(rank, file):
+def attack_then_train(rank):
     """Rank 1 of 2 keeps its statistics under attack; the ranks then still share gradients."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(make_net(), static_graph=True)
     x = torch.rand(3, 2, 5, 5, generator=torch.Generator().manual_seed(rank))
     model.module.norm.running_mean.fill_(rank)
@@ -305,13 +303,10 @@ def attack_then_train(rank, file):
     both = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
     assert torch.equal(*both)
-    del model, compiled, net
-    leave_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-def test_a_parallel_model_is_left_as_it_was(tmp_path):
-    torch.multiprocessing.spawn(attack_then_train, (tmp_path / "store",), nprocs=2)
+def test_a_parallel_model_is_left_as_it_was(two):
+    two.run(attack_then_train)
 
 
 X = torch.rand(2, 2, 5, 5)

@@ -428,27 +428,29 @@ def test_buckets_do_not_matter(two):
 # Compiled models, checkpointed activations, passes that go another way.
 
 
-def train_compiled(rank, size, inside, orders):
+def train_compiled(rank, size, how, orders):
     found = []
     with functorch.patch(donated_buffer=False):
         for order in orders:
             torch._dynamo.reset()
             model = small()
-            if inside:
-                ddp = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+            if how == "DDP(compile)":
+                called = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+            elif how == "compile(DDP)":
+                called = torch.compile(DistributedDataParallel(model), backend="aot_eager")
             else:
-                ddp = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+                called = torch.compile(shard(model), backend="aot_eager")
             opt = make_opt(model)
             for step in range(3):
-                take_step(order, ddp, opt, share(rank, size, batch(step)))
-            found.append(values(model))
+                take_step(order, called, opt, share(rank, size, batch(step)))
+            found.append(whole(model) if "fully" in how else values(model))
     return found
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["DDP(compile)", "compile(DDP)"])
-def test_compiled_ddp(two, inside):
+@pytest.mark.parametrize("how", ["DDP(compile)", "compile(DDP)", "compile(fully_shard)"])
+def test_compiled_models(two, how):
     orders = ("call", "sum", "in turn")
-    answers = two.run(train_compiled, 2, inside, orders)
+    answers = two.run(train_compiled, 2, how, orders)
     for order, *per_rank in zip(orders, *answers, strict=True):
         assert_same_bits(per_rank)
         assert_close(per_rank[0], alone(order, 3))
@@ -766,7 +768,7 @@ def test_half_precision(two, kind):
 # Accumulation under FSDP2.
 
 
-def accumulate_fsdp(rank, size, sync):
+def accumulate_fsdp(rank, size, sync, order="call"):
     model = shard(small())
     opt = make_opt(model)
     for step in range(3):
@@ -775,15 +777,16 @@ def accumulate_fsdp(rank, size, sync):
             model.set_requires_gradient_sync(sync or micro == 1)
             x, x_adv, y = share(rank, size, batch(10 * step + micro))
             loss, nat, adv = parts(model, x, x_adv, y)
-            opt.backward(loss, natural=nat, adversarial=adv)
+            opt.backward(None if order == "sum" else loss, natural=nat, adversarial=adv)
         opt.step()
     return whole(model)
 
 
-def test_fsdp2_micro_batches(two):
-    answers = two.run(accumulate_fsdp, 2, True)
+@pytest.mark.parametrize("order", ["call", "sum"])
+def test_fsdp2_micro_batches(two, order):
+    answers = two.run(accumulate_fsdp, 2, True, order)
     assert_same_bits(answers)
-    assert_close(answers[0], accumulate_alone("call"))
+    assert_close(answers[0], accumulate_alone(order))
 
 
 def test_fsdp2_without_gradient_synchronisation_is_refused(two):

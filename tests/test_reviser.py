@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-from common import disk, leave_group, make_batch, make_net
+from common import disk, make_batch, make_net
 from torch import nn
 
 from rgp_optim import ConsistencyReviser
@@ -266,13 +265,11 @@ def test_compiled_and_parallel_models_are_unwrapped():
     assert reviser.update()
 
 
-def shard_and_update(rank, file):
+def shard_and_update(rank):
     """FSDP2 on 2 ranks, uneven shards: as one process, also after a forward has gathered them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for dtype in (torch.float32, torch.bfloat16):
         plain, model = make_net(dtype=dtype), make_net(dtype=dtype)
@@ -299,12 +296,10 @@ def shard_and_update(rank, file):
             got = got.full_tensor() if hasattr(got, "full_tensor") else got
             assert torch.equal(got, expected), name
         reviser.load_state_dict(state)
-    leave_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-def test_a_sharded_model_is_averaged_as_a_whole_one(tmp_path):
-    torch.multiprocessing.spawn(shard_and_update, (tmp_path / "store",), nprocs=2)
+def test_a_sharded_model_is_averaged_as_a_whole_one(two):
+    two.run(shard_and_update)
 
 
 # Checkpoints and copies.
