@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_kernels  # noqa: E402
 import bench_step  # noqa: E402
+import collectives  # noqa: E402
 import measure  # noqa: E402
 
 
@@ -168,3 +169,22 @@ def test_what_the_compiler_makes_is_read():
     row = done.stdout.splitlines()[-1]
     assert row.startswith("_count")
     assert "x128" in row  # four float32 at once
+
+
+def test_what_is_sent_is_what_the_algorithm_says():
+    """A real step of two processes, counted."""
+    rows = collectives.rows_of("resnet8", 1, [2])
+    texts = [{key: str(value) for key, value in row.items()} for row in rows]
+    collectives.check(texts)
+    assert {row["collective"] for row in rows} == set(collectives.SENT)
+    trades, cure = (
+        sum(int(r["bytes"]) for r in texts if r["method"] == method and r["purpose"] == "passes")
+        for method in ("trades", "cure")
+    )
+    assert cure > trades  # two more backward passes of FSDP2
+    collectives.check(collectives.read(collectives.RESULTS))
+    texts[1]["bytes"] = str(int(texts[1]["bytes"]) + 1)
+    wrong = [row for row in texts if row["method"] == "cure" and row["purpose"] == "selection"]
+    wrong[0]["bytes"] += "1"
+    with pytest.raises(AssertionError):
+        collectives.check(wrong)

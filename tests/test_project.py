@@ -146,6 +146,37 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert table in text
 
 
+def compatibility():
+    """Rows of the README's table of what the library works with."""
+    text = (ROOT / "README.md").read_text()
+    part = text.split("## Works with")[1].split("## Several processes")[0]
+    return [line.split("|")[1:-1] for line in part.splitlines() if line.startswith("| ")][1:]
+
+
+def test_each_compatibility_row_has_tests_and_the_versions_they_run_with():
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    rows = compatibility()
+    assert len(rows) >= 10
+    for name, versions, _, _, tests in rows:
+        files = re.findall(r"`(test_\w+\.py)`", tests)
+        assert files, name
+        assert all((ROOT / "tests" / file).exists() for file in files)
+        for package, version in re.findall(r"(torch|lightning|accelerate) (\d[\d.]*\d)", versions):
+            assert pinned[package] == version, name
+
+
+def test_readme_bytes_are_those_of_the_committed_rows():
+    command = [sys.executable, ROOT / "benchmarks" / "collectives.py"]
+    command += ["--table", ROOT / "benchmarks" / "results" / "collectives.csv"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert printed.count("\n") == 11
+    assert printed in (ROOT / "README.md").read_text()
+
+
 def test_readme_speeds_are_those_of_the_committed_rows():
     pytest.importorskip("matplotlib")
     speed = ROOT / "benchmarks" / "results" / "speed.csv"
