@@ -183,7 +183,6 @@ def test_what_is_sent_is_what_the_algorithm_says():
     )
     assert cure > trades  # two more backward passes of FSDP2
     collectives.check(collectives.read(collectives.RESULTS))
-    texts[1]["bytes"] = str(int(texts[1]["bytes"]) + 1)
     wrong = [row for row in texts if row["method"] == "cure" and row["purpose"] == "selection"]
     wrong[0]["bytes"] += "1"
     with pytest.raises(AssertionError):
