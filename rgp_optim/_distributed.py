@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ class Wanted:
         pool: Those with the same number share a threshold.
         numel: Size of the whole tensor.
         ring: Who holds its pieces; None: every process has the whole.
-        score: In place of the gradients: scores of this process's piece.
+        score: In place of the gradients: scores of this process's piece; only with a ring.
     """
 
     natural: Tensor | None
@@ -311,7 +312,7 @@ class _Bucket:
     Attributes:
         segments: Where each lies.
         piece: Weights in the piece of one process: a multiple of 8, so that masks are whole bytes.
-        alphas: Whether the natural, and whether the adversarial gradient counts.
+        needs: Whether the natural, and whether the adversarial gradient counts.
     """
 
     segments: list[_Segment]
@@ -456,7 +457,7 @@ def _top(
     """Mark the ``counts[pool]`` highest keys of each pool, over all pieces, without keys of 0."""
     device = keys[0].device
     width = 8 * keys[0].element_size()
-    wanted = torch.tensor(counts, device=device)  # still to be found among those that match
+    wanted = _constant(tuple(counts), device)  # still to be found among those that match
     prefix = torch.zeros(len(counts), dtype=torch.int64, device=device)
     left = list(_chunks(keys, pools, device))
     for shift in range(width - 8, -1, -8):
@@ -491,13 +492,19 @@ def _chunks(
         if key.numel() > 2**16:
             yield key, pools[i]
     if small:
-        lengths = torch.tensor([keys[i].numel() for i in small], device=device)
-        its = torch.tensor([pools[i] for i in small], device=device)
+        lengths = _constant(tuple(keys[i].numel() for i in small), device)
+        its = _constant(tuple(pools[i] for i in small), device)
         total = sum(keys[i].numel() for i in small)
         yield (
             torch.cat([keys[i] for i in small]),
             torch.repeat_interleave(its, lengths, output_size=total),
         )
+
+
+@lru_cache(maxsize=64)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers on a device; sending them there waits for it, so it is done once."""
+    return torch.tensor(numbers, device=device)
 
 
 def _histogram(place: Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rgp_optim._checks import (
     check_fraction,
     error_text,
 )
-from rgp_optim._distributed import Ranks, Wanted, local, sharded
+from rgp_optim._distributed import ALONE, Ranks, Wanted, local, sharded
 from rgp_optim._slots import ROLES, Claims, Slots
 from rgp_optim._tracking import UpdateTracker
 from rgp_optim.functional import SCOPES, Backend, Scope, Selection
@@ -572,7 +572,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         else:
             parts = zip(scores, inputs, fractions, pools, rings, strict=True)
             wanted = [
-                Wanted(None, None, s.weight, s.alpha, fraction, pool, s.size, each, score)
+                Wanted(None, None, s.weight, s.alpha, fraction, pool, s.size, each or ALONE, score)
                 for score, s, fraction, pool, each in parts
             ]
             masks = distributed.select(wanted, ring)

@@ -306,7 +306,7 @@ def cases(kind):
     g = torch.Generator().manual_seed(KINDS.index(kind))
     for n in range(30):
         shapes = [tuple(torch.randint(1, 9, (2,), generator=g).tolist()) for _ in range(3)]
-        shapes.append((2 ** (n % 18) + 1, 1))  # also larger than what is taken together
+        shapes.append((2 ** (17 if n == 20 else n % 9) + 1, 1))  # once more than goes together
         pools = [[0, 1, 2, 3], [0, 0, 0, 0], [0, 1, 0, 1]][n % 3]
         fractions = [[0.5, 0.3, 0.9, 0.7], [0.4] * 4, [0.01, 0.6, 0.01, 0.6]][n % 3]
         yield [draw(kind, g, shape) for shape in shapes], fractions, pools
@@ -765,6 +765,44 @@ def test_half_precision(two, kind):
         assert all(0.1 < fraction <= 0.45 for step in moved for fraction in step)
 
 
+# Sharded and whole parameters in one model.
+
+
+def train_mixed(rank, size, rule, scope):
+    """The head is left out of the sharding; its gradients are reduced by hand."""
+    model = small()
+    whole_ones = set(model.head.parameters())
+    called = fully_shard(model, ignored_params=whole_ones) if size > 1 else model
+    opt = make_opt(model, score=rule, scope=scope)
+    for step in range(3):
+        loss, nat, adv = parts(called, *share(rank, size, batch(step)))
+        opt.zero_grad()
+        opt.backward(loss, natural=nat, adversarial=adv)
+        if size > 1:
+            for p in whole_ones:
+                dist.all_reduce(p.grad.div_(size))
+        opt.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def train_mixed_values(*args):
+    return [p.detach().numpy().copy() for p in train_mixed(*args)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "scope"), [("rgp", "tensor"), ("rgp", "global"), (halved, "tensor")]
+)
+def test_sharded_and_whole_parameters(two, rule, scope):
+    answers = two.run(train_mixed_values, 2, rule, scope)
+    assert_same_bits(answers)
+    assert_close(answers[0], train_mixed_values(0, 1, rule, scope))
+
+
+def test_one_threshold_over_sharded_and_whole_scores_is_refused(two):
+    with pytest.raises(RankFailed, match="Use scope='tensor', or shard all of them alike"):
+        two.run(train_mixed_values, 2, halved, "global")
+
+
 # Accumulation under FSDP2.
 
 
@@ -882,8 +920,12 @@ def test_process_group_must_be_one():
 
 
 def wrong_group(rank, size):
-    with pytest.raises(TypeError, match="a ProcessGroup that this process belongs to"):
-        make_opt(small(), process_group=dist.new_group([1 - rank]) and "the group")
+    group = dist.new_group([0])
+    if rank == 0:
+        make_opt(small(), process_group=group)
+    else:
+        with pytest.raises(TypeError, match="a ProcessGroup that this process belongs to"):
+            make_opt(small(), process_group=group)
 
 
 def test_a_group_of_others_is_refused(two):
