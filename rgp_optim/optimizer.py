@@ -920,16 +920,26 @@ def _ring(p: Tensor, gradients: Sequence[Tensor]) -> distributed.Ring | None:
     return ring
 
 
+_CAUSES = {
+    "the gradient of": "A gradient differs where it was not reduced: the model was not called "
+    "through DistributedDataParallel (but as `ddp.module(x)`, or before wrapping), or two training "
+    "losses had a backward pass each after one forward pass, of which only the first is reduced: "
+    "add them up, and call backward once.",
+    "the weights of": "Weights differ if the processes started or loaded a checkpoint differently.",
+    "the mask of": "Masks differ if the score rule draws at random, or looks at what one process "
+    "alone has.",
+    "": "Give every process the same model and settings, and run the same passes on each.",
+}
+
+
 def _difference(found: Sequence[str]) -> str:
     """Say in what the processes differ, and why that can be."""
     shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    kinds = [kind for kind in _CAUSES if kind and any(each.startswith(kind) for each in found)]
+    causes = " ".join(_CAUSES[kind] for kind in kinds or [""])
     return (
-        f"step(): the processes do not agree on {shown}. Nothing was changed. Usual causes: the "
-        "model was not called through DistributedDataParallel (but as `ddp.module(x)`, or before "
-        "wrapping); two training losses had a backward pass each after one forward pass, of which "
-        "only the first is reduced (add them up, and call backward once); different starting "
-        "weights; a setting, a skipped loss or a loaded checkpoint on one process only. For "
-        "processes that train apart pass `process_group`, or check_ranks='never'."
+        f"step(): the processes do not agree on {shown}. Nothing was changed. {causes} Processes "
+        "that train apart need a `process_group` each, or check_ranks='never'."
     )
 
 
