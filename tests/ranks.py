@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 90  # seconds for one function
+PATIENCE = 300  # seconds for one function; machines can be busy
 _numbers = itertools.count()
 
 
