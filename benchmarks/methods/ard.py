@@ -1,0 +1,36 @@
+"""Adversarially robust distillation (Goldblum et al., AAAI 2020): imitate a robust teacher."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .act import soft_kl
+from .base import Method, Setting
+
+
+class ARD(Method):
+    title = "ARD"
+    paper = "Goldblum et al., AAAI 2020"
+    official: ClassVar = {"a": 1.0, "temperature": 30.0}
+    published: ClassVar = {
+        "wrn34-10": (85.18, 53.79, None, None, None),
+        "resnet18": (82.84, 51.41, None, None, None),
+    }
+
+    def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
+        super().__init__(model, setting, **options)
+        self.teacher = setting.teacher()
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.pgd(x, y)
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = self.teacher(x)
+        a, temperature = self.options["a"], self.options["temperature"]
+        loss = a * temperature**2 * soft_kl(taught, self.model(x_adv), temperature)
+        if a < 1:
+            loss = loss + (1 - a) * F.cross_entropy(self.model(x), y)
+        return loss

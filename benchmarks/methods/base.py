@@ -1,0 +1,156 @@
+"""What a method of the table is: how it attacks while training, what it minimises, what it carries.
+
+A method is a subclass of `Method` in a file of its own in this folder, named in `__init__.METHODS`.
+The trainer gives it the network, the optimizer and what the run has decided, and calls `step` for
+each batch and `begin_epoch` for each epoch. Most methods only say `perturb` and `loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rgp_optim import pgd_attack
+
+Published = tuple[float | None, ...]  # natural, PGD-20, AutoAttack, C&W, NRR
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the run has decided, the same for every method.
+
+    Attributes:
+        eps: Radius of the training attack, in units of the pixels.
+        attack_steps: Its steps.
+        step_size: Their length, for methods that do not insist on one of their own.
+        epochs: Epochs of the method.
+        total_steps: Its steps.
+        seed: Of what a method draws apart from ``generator``.
+        generator: Of attacks, on the device.
+        classes: Number of classes.
+        new_network: Builds another network of the same kind.
+        new_optimizer: Builds the run's inner optimizer and schedule's start for parameters.
+        teacher: Returns a network trained by AT from the same start, in eval mode.
+    """
+
+    eps: float
+    attack_steps: int
+    step_size: float
+    epochs: int
+    total_steps: int
+    seed: int
+    classes: int
+    generator: torch.Generator
+    new_network: Callable[[], nn.Module]
+    new_optimizer: Callable[[Any], torch.optim.Optimizer]
+    teacher: Callable[[], nn.Module]
+
+    @property
+    def scale(self) -> float:
+        """Radius in units of the published 8/255; step sizes in papers are for that radius."""
+        return self.eps / (8 / 255)
+
+
+def start(x: Tensor, setting: Setting, *, noise: float | None = None) -> Tensor:
+    """Return where an attack begins: a uniform draw in the ball, or ``x`` with normal noise."""
+    how = {"generator": setting.generator, "device": x.device, "dtype": x.dtype}
+    if noise is not None:
+        return (x + noise * torch.randn(x.shape, **how)).clamp(0, 1)
+    return (x + setting.eps * (2 * torch.rand(x.shape, **how) - 1)).clamp(0, 1)
+
+
+def uphill(goal: Callable[[Tensor], Tensor], x_adv: Tensor) -> Tensor:
+    """Return the sign of the gradient of ``goal``, a scalar function of images."""
+    x_adv = x_adv.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(goal(x_adv), x_adv)
+    return gradient.sign()
+
+
+def within(x_adv: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
+    """Put images back into the ball around ``x`` and into [0, 1]."""
+    return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put networks into eval mode for an attack."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def per_image(numbers: Tensor, x: Tensor) -> Tensor:
+    """Give one number for each image the dimensions of the images."""
+    return numbers.view(-1, *[1] * (x.dim() - 1))
+
+
+class Method:
+    """A row of the table; this one is the interface.
+
+    Attributes:
+        title: The row's name.
+        paper: Where the method is from.
+        warm: Whether it starts from the natural warm-up, not from the same random weights.
+        official: Settings of its paper, which `options` of a run replace.
+        published: Published results, CIFAR-10, by network.
+    """
+
+    title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    warm: ClassVar[bool] = False
+    official: ClassVar[dict[str, Any]] = {}
+    published: ClassVar[dict[str, Published]] = {}
+
+    def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
+        unknown = set(options) - set(self.official)
+        if unknown:
+            raise ValueError(f"{self.title} has no option {', '.join(sorted(unknown))}.")
+        self.model, self.setting = model, setting
+        self.options = {**self.official, **options}
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return what updates the network; the trainer schedules its learning rate."""
+        return self.setting.new_optimizer(self.model.parameters())
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Hear that ``epoch``, counted from 0, begins."""
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the attacked batch."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """Return what is minimised, a mean over the batch."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Take one step of the optimizer; return what is logged, detached."""
+        x_adv = self.perturb(x, y)
+        self.model.train()
+        loss = self.loss(x, x_adv, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+    def carried(self) -> dict[str, Any]:
+        """Return what has a ``state_dict`` besides network and optimizer, by name."""
+        return {}
+
+    def pgd(self, x: Tensor, y: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Return the run's PGD on the cross-entropy, from a uniform start."""
+        s = self.setting
+        how = {"eps": s.eps, "step_size": s.step_size, "steps": s.attack_steps}
+        target = self.model if model is None else model
+        return pgd_attack(target, x, y, generator=s.generator, **how)

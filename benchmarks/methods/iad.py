@@ -1,0 +1,64 @@
+"""Introspective adversarial distillation, IAD-I (Zhu et al., ICLR 2022).
+
+Trust the teacher as far as it is right about the attacked image, and oneself for the rest.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .act import soft_kl
+from .base import Method, Setting
+
+
+class IAD(Method):
+    title = "IAD"
+    paper = "Zhu et al., ICLR 2022"
+    official: ClassVar = {"temperature": 1.0, "b": 0.1}
+    published: ClassVar = {
+        "wrn34-10": (83.06, 56.17, 52.68, 53.99, 65.44),
+        "resnet18": (80.63, 53.84, 50.17, 51.60, 62.92),
+    }
+
+    def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
+        super().__init__(model, setting, **options)
+        self.teacher = setting.teacher()
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.pgd(x, y)
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught, taught_adv = self.teacher(x), self.teacher(x_adv)
+        return iad_loss(
+            self.model(x),
+            self.model(x_adv),
+            taught,
+            taught_adv,
+            y,
+            self.options["temperature"],
+            self.options["b"],
+        )
+
+
+def iad_loss(
+    logits: Tensor,
+    logits_adv: Tensor,
+    taught: Tensor,
+    taught_adv: Tensor,
+    y: Tensor,
+    temperature: float,
+    b: float,
+) -> Tensor:
+    """Return T^2 KL(t(x) || s(x_adv)) + mean[(1 - q^b) KL(s(x) || s(x_adv))].
+
+    q is the teacher's probability of the true class on the attacked image.
+    """
+    q = F.softmax(taught_adv, 1).gather(1, y[:, None]).squeeze(1)
+    own = F.kl_div(
+        F.log_softmax(logits_adv, 1), F.log_softmax(logits, 1), reduction="none", log_target=True
+    ).sum(1)
+    guided = temperature**2 * soft_kl(taught, logits_adv, temperature)
+    return guided + ((1 - q**b) * own).mean()

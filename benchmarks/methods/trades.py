@@ -1,0 +1,41 @@
+"""TRADES (Zhang et al., ICML 2019): the natural cross-entropy and a divergence under attack."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from rgp_optim import kl_adv_loss, kl_attack
+
+from .base import Method
+
+
+class TRADES(Method):
+    title = "TRADES"
+    paper = "Zhang et al., ICML 2019"
+    official: ClassVar = {"beta": 6.0}
+    published: ClassVar = {
+        "wrn34-10": (84.73, 56.82, 52.95, 54.29, 66.17),
+        "resnet18": (82.41, 52.76, 48.37, 50.43, 62.57),
+    }
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        s = self.setting
+        return kl_attack(
+            self.model,
+            x,
+            eps=s.eps,
+            step_size=s.step_size,
+            steps=s.attack_steps,
+            generator=s.generator,
+        )
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        return kl_adv_loss(self.model(x), self.model(x_adv), y, beta=self.options["beta"])
+
+
+class PretrainedTRADES(TRADES):
+    """The control: TRADES from the start that CURE has."""
+
+    title = "TRADES, pre-trained"
+    warm = True
+    published: ClassVar = {}

@@ -1,0 +1,168 @@
+"""Train and evaluate every method of the paper's table, and print it.
+
+    python benchmarks/robustness.py                                   # digits, all, three seeds
+    python benchmarks/robustness.py --methods cure,trades --seeds 0   # some of it
+    python benchmarks/robustness.py --compare cure trades-pre         # is one better?
+
+Every run has the same data, network, schedule and evaluation. What is finished is skipped, what was
+interrupted goes on from its last epoch: the same command, started again, loses nothing. Each run
+leaves a JSON under benchmarks/results/robustness/PRESET; the table is made of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import measure
+import summary
+import torch
+import training
+from methods import METHODS
+from training import PRESETS, Place, Preset, Trainer, needs
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="digits")
+    add("--methods", default="all", help=f"some of {', '.join(METHODS)}, by commas; or all")
+    add("--seeds", default="0,1,2", help="by commas (0,1,2)")
+    add("--network", help="another of the examples' networks")
+    add("--epochs", type=int, help="of each method")
+    add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
+    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
+    add("--data-label", help="name of the data beside results, when the files are not originals")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
+    add("--results", type=Path, help="folder of the JSON files")
+    add("--report", action="store_true", help="print the table of what is there, and train nothing")
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
+    add("--quiet", action="store_true", help="say only what is finished")
+    add("--no-table", action="store_true", help="print no table at the end")
+    args = parser.parse_args(argv)
+    args.methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
+    unknown = [name for name in [*args.methods, *(args.compare or ())] if name not in METHODS]
+    if unknown:
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")
+    try:
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds should be integers by commas, not {args.seeds!r}.")
+    name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
+    args.runs = args.runs or Path("runs") / "robustness" / name
+    args.results = args.results or measure.ROOT / "benchmarks" / "results" / "robustness" / name
+    return args
+
+
+def preset_of(args: argparse.Namespace) -> Preset:
+    changes = {key: getattr(args, key) for key in ("network", "epochs") if getattr(args, key)}
+    return replace(PRESETS[args.preset], **changes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.compare:
+        print(summary.comparison(summary.read(args.results), *args.compare))
+        return
+    if not args.report:
+        names = args.methods if args.no_table else ordered(args.methods)
+        wanted = [(name, seed) for seed in args.seeds for name in names]
+        try:
+            run_all(wanted, args)
+        except training.DataError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("\nstopped; the same command goes on")
+    if not args.no_table:
+        print(summary.report(summary.read(args.results)))
+
+
+def ordered(methods: list[str]) -> list[str]:
+    """Return the methods and what they need, those needed first."""
+    found: list[str] = []
+    for name in methods:
+        found += [each for each in (*needs(name), name) if each not in found]
+    return found
+
+
+def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
+    """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
+    place = Place(args.runs, args.results, args.data_dir, args.data_label, args.device)
+
+    def done(name: str, seed: int) -> bool:
+        return (place.results / f"{name}-seed{seed}.json").exists()
+
+    todo = [run for run in wanted if not done(*run)]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done already")
+    began, finished = time.perf_counter(), 0
+    if args.jobs == 1:
+        for name, seed in todo:
+            say = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
+            Trainer(name, seed, preset_of(args), place).run(say)
+            finished += 1
+            if not args.no_table:
+                print(progress(f"{name}-seed{seed}", finished, len(todo), began), flush=True)
+        return
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    try:
+        while todo or running:
+            for run, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                    if process.returncode:
+                        raise training.DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
+                    finished += 1
+                    total = finished + len(todo) + len(running)
+                    print(progress(f"{run[0]}-seed{run[1]}", finished, total, began), flush=True)
+            # The first run of a seed leaves what the others begin with.
+            ready = [
+                run
+                for run in todo
+                if all(done(other, run[1]) for other in needs(run[0]))
+                and not (warm_needed(run, place) and any(s == run[1] for _, s in running))
+            ]
+            while ready and len(running) < args.jobs:
+                run = ready.pop(0)
+                todo.remove(run)
+                running[run] = subprocess.Popen(command(run, args))
+                if warm_needed(run, place):
+                    break
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def warm_needed(run: tuple[str, int], place: Place) -> bool:
+    """Tell whether this run would make the warm-up of its seed."""
+    return METHODS[run[0]].warm and not (place.runs / f"warmup-seed{run[1]}.pt").exists()
+
+
+def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
+    """Return the command that makes one run in a process of its own."""
+    words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
+    words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
+    words += ["--runs", str(args.runs), "--results", str(args.results), "--quiet", "--no-table"]
+    for flag in ("network", "epochs", "data_label"):
+        if getattr(args, flag):
+            words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    return words
+
+
+def progress(what: str, finished: int, total: int, began: float) -> str:
+    """Return a line that says what is done and how long the rest will take."""
+    spent = time.perf_counter() - began
+    left = spent / finished * (total - finished)
+    return f"[{finished}/{total}] {what} done; {spent / 60:.1f} min, about {left / 60:.1f} min left"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""The methods of the table against their formulas, computed by hand; the runner; the report."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("sklearn")
+
+import evaluation  # noqa: E402
+import robustness  # noqa: E402
+import summary  # noqa: E402
+import training  # noqa: E402
+from methods import METHODS, TABLE, Setting  # noqa: E402
+from methods.act import act_losses, soft_kl  # noqa: E402
+from methods.fat import friendly_pgd  # noqa: E402
+from methods.iad import iad_loss  # noqa: E402
+from methods.las_at import LENGTHS, RADII, STEPS, smoothed_loss  # noqa: E402
+from methods.mart import mart_loss  # noqa: E402
+from methods.st_at import gap, squeeze_loss  # noqa: E402
+
+Y = torch.tensor([0, 2, 1, 1])
+
+
+def logits(seed):
+    g = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(4, 3, generator=g, dtype=torch.float64)
+
+
+def p(z, temperature=1.0):
+    """Softmax of each row, by hand."""
+    e = np.exp(z.numpy() / temperature)
+    return e / e.sum(1, keepdims=True)
+
+
+def kl(a, b):
+    return (a * np.log(a / b)).sum(1)
+
+
+def ce(z):
+    return -np.log(p(z)[np.arange(4), Y])
+
+
+def close(a, b):
+    assert math.isclose(float(a), float(b), rel_tol=1e-9), (a, b)
+
+
+def test_mart():
+    z, za = logits(0), logits(1)
+    pa = p(za)
+    wrong = [max(pa[i, j] for j in range(3) if j != Y[i]) for i in range(4)]
+    true = p(z)[np.arange(4), Y]
+    expected = ce(za).mean() - np.log(1.0001 - np.array(wrong)).mean()
+    expected += 5 * (kl(p(z), pa) * (1.0000001 - true)).mean()
+    close(mart_loss(z, za, Y, 5.0), expected)
+
+
+def test_act():
+    z, zn = logits(0), logits(1)
+    robust, natural = act_losses(z, zn, Y, 0.9, 4.0)
+    close(robust, 0.1 * ce(z).mean() + 0.9 * 16 * kl(p(zn, 4), p(z, 4)).mean())
+    close(natural, 0.1 * ce(zn).mean() + 0.9 * 16 * kl(p(z, 4), p(zn, 4)).mean())
+    z.requires_grad_()
+    assert not act_losses(z, zn, Y, 0.9, 4.0)[1].requires_grad  # nothing goes into the other
+
+
+def test_ard():
+    teacher, student = logits(0), logits(1)
+    close(soft_kl(teacher, student, 30.0), kl(p(teacher, 30), p(student, 30)).mean())
+
+
+def test_iad():
+    z, za, t, ta = (logits(seed) for seed in range(4))
+    q = p(ta)[np.arange(4), Y]
+    expected = kl(p(t), p(za)).mean() + ((1 - q**0.1) * kl(p(z), p(za))).mean()
+    close(iad_loss(z, za, t, ta, Y, 1.0, 0.1), expected)
+
+
+def test_st_at():
+    three = [logits(seed) for seed in range(3)]
+    expected = 0.0
+    for i in range(4):
+        predictions = [p(z)[i] for z in three]
+        low = min(predictions, key=lambda each: each[Y[i]])
+        high = max(predictions, key=lambda each: each[Y[i]])
+        there, back = (float((a * np.log(a / b)).sum()) for a, b in ((high, low), (low, high)))
+        expected += (there + back) / 2 / 4
+    close(gap(three, Y), expected)
+    close(squeeze_loss(three, Y, 6.0), ce(three[0]).mean() + 6 * expected)
+
+
+def test_las_at():
+    z = logits(0)
+    target = np.full((4, 3), 0.15)
+    target[np.arange(4), Y] = 0.7
+    close(smoothed_loss(z, Y, 0.7), -(target * np.log(p(z))).sum(1).mean())
+
+
+@pytest.mark.parametrize("tau", [0, 1, 2])
+def test_fat_stops_some_steps_after_the_first_mistake(tau):
+    """One weight: each step moves by the step size, and the class changes at a known place."""
+
+    def model(x):  # class 0 up to 0.5, class 1 beyond
+        return torch.cat([0.5 - x, x - 0.5], 1) * 10
+
+    x = torch.tensor([[0.42], [0.1]], dtype=torch.float64)
+    y = torch.tensor([0, 0])
+    out = friendly_pgd(model, x, y, x.clone(), 0.3, 0.05, 10, tau)
+    close(out[0], min(0.42 + 0.05 * (2 + tau), 0.72))  # wrong after two steps
+    close(out[1], 0.4)  # never wrong: to the end of the ball
+
+
+def setting(**changes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    build = lambda: nn.Sequential(  # noqa: E731
+        nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).double()
+    values = dict(
+        eps=0.1,
+        attack_steps=3,
+        step_size=0.04,
+        epochs=10,
+        total_steps=100,
+        seed=0,
+        classes=3,
+        generator=torch.Generator().manual_seed(0),
+        new_network=build,
+        new_optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        teacher=lambda: build().eval(),
+    )
+    return model, Setting(**{**values, **changes})
+
+
+def data(n=12):
+    g = torch.Generator().manual_seed(3)
+    return torch.rand(n, 1, 4, 4, generator=g, dtype=torch.float64), torch.arange(n) % 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_stays_in_the_ball(name):
+    model, s = setting()
+    method = METHODS[name](model, s)
+    method.begin_epoch(0)
+    x, y = data()
+    if name not in ("st-at", "las-at"):
+        x_adv = method.perturb(x, y)
+        assert float((x_adv - x).abs().max()) <= 0.1 + 1e-12
+        assert float(x_adv.min()) >= 0
+        assert float(x_adv.max()) <= 1
+        assert not x_adv.requires_grad
+    losses = [float(method.step(x, y)["loss"]) for _ in range(60)]
+    assert np.mean(losses[-5:]) < losses[0]
+    assert set(method.official) >= set(method.options)
+
+
+def test_attacks_of_single_methods():
+    x, y = data()
+    for name in ("st-at", "las-at"):
+        model, s = setting()
+        method = METHODS[name](model, s)
+        model.train()
+        if name == "st-at":
+            images, radius = method.extremes(x, y), 0.1
+        else:
+            choice, log_p = method.strategy.double().sample(x, s.generator)
+            assert log_p.shape == (12,)
+            for column, allowed in zip(choice.T, (RADII, STEPS, LENGTHS), strict=True):
+                assert set(column.tolist()) <= set(allowed)
+            images = [method.attack(x, y, choice)]
+            radius = choice[:, 0] / 255 * s.scale
+        assert model.training
+        for each in images:
+            far = (each - x).abs().flatten(1).amax(1)
+            assert bool((far <= radius + 1e-12).all())
+    natural = F.cross_entropy(model(x), y)
+    assert F.cross_entropy(model(images[0]), y).item() > natural.item()
+
+
+def test_controls_differ_from_cure_in_one_thing():
+    cure = METHODS["cure"]
+    for name in list(METHODS)[11:]:
+        changed = {k for k, v in METHODS[name].official.items() if cure.official[k] != v}
+        assert len(changed) == 1, name
+        assert METHODS[name].warm
+        assert METHODS[name].official["beta"] == cure.official["beta"]
+    assert len(TABLE) == 10
+
+
+def test_released_rules_select_where_the_released_code_does():
+    from networks import NETWORKS
+
+    network = NETWORKS["resnet8"](channels=1)
+    names = dict(network.named_modules())
+    for name, allowed in (("cure-signed", {"conv1"}), ("cure-loss", None)):
+        _, s = setting()
+        method = METHODS[name](network, s)
+        left = method.left_out()
+        chosen = {
+            n.split(".")[-1]
+            for n, m in names.items()
+            if isinstance(m, nn.Conv2d | nn.Linear) and n not in left
+        }
+        assert chosen == allowed if allowed else left == ["fc"]
+
+
+def test_an_unknown_option_is_refused():
+    model, s = setting()
+    with pytest.raises(ValueError, match="AT has no option beta"):
+        METHODS["at"](model, s, beta=1.0)
+
+
+# Evaluation.
+
+
+class Line(nn.Module):
+    """Class 1 right of a half: what fools it is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = x.flatten(1).mean(1, keepdim=True) * self.w
+        return torch.cat([0.5 - x, x - 0.5], 1)
+
+
+def test_accuracy_under_attack_is_that_of_the_margin():
+    x = torch.linspace(0.05, 0.95, 19).view(-1, 1, 1, 1)
+    y = (x.flatten() > 0.5).long()
+    eps = 0.12
+    expected = 100 * float(((x.flatten() - 0.5).abs() > eps).float().mean())
+    batches = lambda: [(x[:9], y[:9]), (x[9:], y[9:])]  # noqa: E731
+    for loss in ("cross_entropy", "margin"):
+        got = evaluation.accuracy(Line(), batches, loss=loss, **evaluation.pgd20(eps))
+        assert abs(got - expected) <= 100 / 19  # the point on the line
+    row = evaluation.masking(Line(), batches, eps, surrogate=Line())
+    assert evaluation.is_masked(row) == []
+    assert row["large_eps"] < 6.0
+
+
+def test_masked_gradients_are_noticed():
+    assert evaluation.is_masked({"pgd20": 50, "pgd100": 40, "large_eps": 0, "transfer": 60})
+    assert evaluation.is_masked({"pgd20": 50, "pgd100": 50, "large_eps": 20, "transfer": 60})
+    assert evaluation.is_masked({"pgd20": 50, "pgd100": 50, "large_eps": 0, "transfer": 40})
+    assert not evaluation.is_masked({"pgd20": 50, "pgd100": 49, "large_eps": 0, "transfer": 60})
+
+
+def test_auto_attack_leaves_the_network_as_it_was():
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
+    x, y = data(6)
+    got = evaluation.auto_attack(model, x.float(), y, 0.05, whole=False)
+    pgd = evaluation.accuracy(model, lambda: [(x.float(), y)], **evaluation.pgd20(0.05))
+    assert 0 <= got <= pgd  # two of its attacks cannot be weaker than one of them
+    assert all(q.requires_grad and q.grad is None for q in model.parameters())
+
+
+# The runner.
+
+
+def run(tmp_path, *words):
+    common = [
+        "--preset",
+        "test",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    robustness.main([*common, "--device", "cpu", *words])
+
+
+@pytest.fixture
+def one_thread():
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread):
+    run(tmp_path, "--methods", "cure,trades-pre", "--seeds", "0")
+    out = capsys.readouterr().out
+    assert "at-seed0 done" in out  # needed by the others
+    assert "| CURE | natural |" in out
+    assert "*TRADES, pre-trained*" in out
+    before = {file: file.read_bytes() for file in (tmp_path / "r").iterdir()}
+    run(tmp_path, "--methods", "cure,trades-pre", "--seeds", "0")
+    assert "3 of 3 runs are done already" in capsys.readouterr().out
+    assert before == {file: file.read_bytes() for file in (tmp_path / "r").iterdir()}
+    content = json.loads((tmp_path / "r" / "cure-seed0.json").read_text())
+    assert content["start"] == "natural warm-up"
+    assert content["options"]["beta"] == METHODS["cure"].official["beta"]
+    assert set(content["results"]["last"]) >= {"natural", "pgd20", "cw", "nrr"}
+    run(tmp_path, "--compare", "cure", "trades-pre")
+    assert "With 1 seeds p cannot be below 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name, one_thread):
+    preset = replace(training.PRESETS["test"], epochs=3)
+    place = training.Place(tmp_path / "a", tmp_path / "ra")
+    training.Trainer("at", 0, preset, place).run(lambda text: None)
+    training.Trainer(name, 0, preset, place).run(lambda text: None)
+    whole = torch.load(tmp_path / "a" / f"{name}-seed0-last.pt", weights_only=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(text):
+        if "epoch 2/3" in text:
+            raise Stop
+
+    other = training.Place(tmp_path / "b", tmp_path / "rb")
+    training.Trainer("at", 0, preset, other).run(lambda text: None)
+    with pytest.raises(Stop):
+        training.Trainer(name, 0, preset, other).run(stop)
+    torch.manual_seed(99)
+    training.Trainer(name, 0, preset, other).run(lambda text: None)
+    resumed = torch.load(tmp_path / "b" / f"{name}-seed0-last.pt", weights_only=True)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_jobs_at_the_same_time(tmp_path, capsys):
+    run(tmp_path, "--methods", "at,trades", "--seeds", "0", "--jobs", "2")
+    assert "[2/2]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--methods", "best"], "no method best"), (["--seeds", "a"], "integers by commas")],
+)
+def test_bad_flags_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        robustness.parse(words)
+    assert said in capsys.readouterr().err
+
+
+# The report.
+
+
+def test_paired_test_is_exact():
+    assert summary.paired([1.0], [0.0]) == 1.0
+    assert summary.paired([1, 2, 3], [0, 0, 0]) == 0.25
+    assert summary.paired([1, -1], [0, 0]) == 1.0
+    assert summary.paired([5, 4, 3, 2, 1], [0] * 5) == 2 / 32
+
+
+def test_spread():
+    assert summary.spread([]) == "-"
+    assert summary.spread([1.0]) == "1.0"
+    assert summary.spread([1.0, 3.0]) == "2.0 ± 1.4"
