@@ -789,6 +789,10 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(error_text("optimizer", "be a torch.optim.Optimizer", found))
     if isinstance(optimizer, RGPSelectiveOptimizer):
         raise TypeError(error_text("optimizer", "not be wrapped already", "RGPSelectiveOptimizer"))
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # Accelerate's prepared one
+        found = f"a {type(optimizer).__name__} that has no hooks"
+        hint = "Wrap your own optimizer, then prepare the wrapper."
+        raise TypeError(error_text("optimizer", "be a whole torch.optim.Optimizer", found, hint))
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":  # importing it takes a second
         hint = (
             "It steps with other weights on each process. To share out the optimizer's state, "

@@ -242,6 +242,14 @@ def test_the_prepared_optimizer_of_accelerate_has_no_score(accelerate):
     assert parts[2].optimizer is parts[1]
 
 
+def test_a_prepared_optimizer_cannot_be_wrapped(accelerate):
+    from accelerate import Accelerator
+
+    inner = torch.optim.SGD(digits.network().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="Wrap your own optimizer, then prepare the wrapper"):
+        RGPSelectiveOptimizer(Accelerator(cpu=True).prepare(inner))
+
+
 # Fabric.
 
 
