@@ -10,15 +10,18 @@ gathered as bits for DDP, so that no two ranks can differ.
 
 from __future__ import annotations
 
+import gc
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rgp_optim._bits import pack_bits, unpack_bits
 from rgp_optim._checks import error_text
@@ -26,6 +29,7 @@ from rgp_optim._reference import rgp_score, update_count
 
 BUCKET = 2**25  # weights that are reduced together: what is copied for it at a time
 BINS = 256  # eight bits of a score
+REENTRANT = "CheckpointFunctionBackward"
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -193,12 +197,20 @@ def take(
             ddp._static_graph_delay_allreduce_enqueued = False
 
 
-def gives_back(losses: Iterable[Tensor]) -> bool:
+def gives_back(losses: Iterable[Tensor], params: Iterable[Tensor]) -> bool:
     """Tell whether gradients that were taken can be put into ``.grad`` through the parameters.
 
-    Not in the first pass under ``static_graph``, which must go through the graph.
+    Not in the first pass under ``static_graph``, which must go through the graph, and not where
+    others wait for a gradient: parameters of another optimizer, images.
     """
-    return not any(_records(ddp) for loss in losses for ddp in _parallel(loss))
+    mine = set(params)
+    for loss in losses:
+        if any(_records(ddp) for ddp in _parallel(loss)):
+            return False
+        leaves = (getattr(node, "variable", None) for node in _nodes(loss))
+        if any(leaf is not None and leaf not in mine for leaf in leaves):
+            return False
+    return True
 
 
 def _records(ddp: Any) -> bool:
@@ -211,14 +223,8 @@ def _parallel(loss: Tensor) -> list[Any]:
     Refuse what `torch.autograd.grad` would leave out in silence.
     """
     found: dict[int, Any] = {}
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
+    for node in _nodes(loss):
+        if node.name() == REENTRANT:
             raise RuntimeError(
                 "Activations are checkpointed with `use_reentrant=True`, where gradients can only "
                 "come through `.grad`, and there DistributedDataParallel would reduce them in "
@@ -227,8 +233,64 @@ def _parallel(loss: Tensor) -> list[Any]:
         reference = getattr(node, "ddp_weakref", None)
         if reference is not None and reference() is not None:
             found[id(reference())] = reference()
-        waiting.extend(upstream for upstream, _ in node.next_functions)
     return list(found.values())
+
+
+def is_reentrant(loss: Tensor) -> bool:
+    """Tell whether activations are checkpointed in the reentrant way."""
+    return any(node.name() == REENTRANT for node in _nodes(loss))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph of ``loss``."""
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(upstream for upstream, _ in node.next_functions)
+
+
+# What FSDP2 has of a parameter besides its shard.
+
+_shards: WeakSet[Any] = WeakSet()
+_looked_up = WeakTensorKeyDictionary()
+
+
+def shards_beside(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return FSDP2's parameters that are not among ``params``; refuse unreduced gradients.
+
+    Raises:
+        RuntimeError: a backward pass without gradient synchronisation has left gradients of
+            ``params`` that the next pass would add to its own.
+    """
+    mine = set(params)
+    new = [p for p in mine if sharded(p) and p not in _looked_up]
+    if new:
+        _find_shards()
+        _looked_up.update(dict.fromkeys(new))
+    for each in _shards:
+        whole = getattr(each, "_unsharded_param", None)
+        left = each.unsharded_accumulated_grad is not None
+        if each.sharded_param in mine and (left or (whole is not None and whole.grad is not None)):
+            raise RuntimeError(
+                "A backward pass without gradient synchronisation has left gradients that are not "
+                "reduced yet, and they would be added to the score. Reduce every micro-batch: "
+                "leave `set_requires_gradient_sync(True)`; in Accelerate "
+                "`GradientAccumulationPlugin(sync_each_batch=True)`."
+            )
+    return [each.sharded_param for each in _shards if each.sharded_param not in mine]
+
+
+def _find_shards() -> None:
+    """Look for what `fully_shard` has made; a DTensor does not know it."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    except ImportError:  # another version of torch keeps it elsewhere
+        return
+    _shards.update(thing for thing in gc.get_objects() if type(thing) is FSDPParam)
 
 
 # Gradients into pieces.

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from rgp_optim._checks import check_choice, check_dense, error_text
-from rgp_optim._distributed import local, sharded, take
+from rgp_optim._distributed import is_reentrant, local, sharded, shards_beside, take
 
 ROLES = ("natural", "adversarial")
 Gradients = dict[Tensor, Tensor]
@@ -119,8 +119,8 @@ class Slots:
         """
         self._begin(role)
         start = self._taken.get(role, {})
-        wanted = [p for p, k in zip(params, keep, strict=True) if k] if past_grad else None
-        with self._swapped(role, params, start, wanted) as taken:
+        wanted = [p for p, k in zip(params, keep, strict=True) if k]
+        with self._swapped(role, params, start, wanted, past_grad) as taken:
             yield
         self._store(
             role, {p: taken[p] for p, k in zip(params, keep, strict=True) if k and p in taken}
@@ -130,7 +130,7 @@ class Slots:
     def taking(self, role: str, params: Sequence[Tensor], past_grad: bool) -> Iterator[Gradients]:
         """Yield a dict; at the end it holds what the backward passes inside computed."""
         self._begin(role)
-        with self._swapped(role, params, {}, params if past_grad else None) as taken:
+        with self._swapped(role, params, {}, params if past_grad else None, past_grad) as taken:
             yield taken
 
     def add(self, role: str, gradients: Gradients) -> None:
@@ -170,31 +170,35 @@ class Slots:
         params: Sequence[Tensor],
         start: Mapping[Tensor, Tensor],
         wanted: Sequence[Tensor] | None,
+        past_grad: bool,
     ) -> Iterator[Gradients]:
         """Put ``start`` into ``.grad``; at the end take out what is there and undo the swap.
 
-        With ``wanted``, ``.grad`` is empty inside, and only what the passes give to these is taken.
+        With ``wanted``, passes give to these parameters and to nobody else. With ``past_grad``,
+        ``.grad`` is empty inside, and what they give is taken before it comes there.
         """
-        outside = [p.grad for p in params]
+        own = set(params)
+        beside = shards_beside(params) if any(sharded(p) for p in params) else []
+        outside = [p.grad for p in (*params, *beside)]
         taken: Gradients = {}
-        passes = _Passes(self, {} if wanted is None else start, wanted)
+        passes = _Passes(self, start if past_grad else {}, wanted, past_grad)
         self._role = role
         try:
-            for p in params:
-                p.grad = start.get(p) if wanted is None else None
+            for p in (*params, *([] if wanted is None else beside)):
+                p.grad = None if past_grad else start.get(p)
             before = {p: local(g)._version for p, g in start.items()}
             with passes:
                 yield taken
             claimed = Claims(g for g in outside if g is not None)
             claimed.add(g for r, gs in self._taken.items() if r != role for g in gs.values())
-            if wanted is not None and any(p.grad is not None for p in params):
+            if past_grad and any(p.grad is not None for p in params):
                 raise RuntimeError(
                     f"score({role!r}): a gradient came to `.grad` past `Tensor.backward`, where it "
                     "cannot be kept apart from the one that the processes reduce. Call "
                     "`loss.backward()` inside the block."
                 )
             for p in params:
-                g = passes.taken.get(p) if wanted is not None else p.grad
+                g = passes.taken.get(p) if past_grad else p.grad
                 if g is not None:
                     copied = _is_view_of_more(g) or claimed.claim(g)
                     taken[p] = g.clone() if copied else g
@@ -212,8 +216,9 @@ class Slots:
             raise
         finally:
             self._role = None
-            for p, gradient in zip(params, outside, strict=True):
-                p.grad = gradient
+            for p, gradient in zip((*params, *beside), outside, strict=True):
+                if p in own or wanted is not None:
+                    p.grad = gradient
 
     def _check_factor(self, loss: Tensor) -> None:
         """Refuse losses of one window that were multiplied by different scales."""
@@ -262,14 +267,23 @@ class Slots:
 
 
 class _Passes(TorchFunctionMode):
-    """Sees the backward passes of a scoring block, and runs them past ``.grad`` if it should."""
+    """Sees the backward passes of a scoring block, and says where their gradients go.
+
+    A compiled model that is called inside is compiled once more for it, not for each block: what
+    its handler does for other functions must stay this plain.
+    """
 
     def __init__(
-        self, slots: Slots, start: Mapping[Tensor, Tensor], wanted: Sequence[Tensor] | None
+        self,
+        slots: Slots,
+        start: Mapping[Tensor, Tensor],
+        wanted: Sequence[Tensor] | None,
+        past_grad: bool,
     ) -> None:
         super().__init__()
         self._slots = slots
         self._wanted = wanted
+        self._past_grad = past_grad
         self.taken: Gradients = dict(start)
 
     def __torch_function__(
@@ -298,15 +312,27 @@ class _Passes(TorchFunctionMode):
     ) -> None:
         self._slots._check_factor(loss)
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
-        if self._wanted is None:
+        wanted = [p for p in self._wanted or () if p.requires_grad]
+        if not self._past_grad:
+            # Not FSDP2's shards, which are no leaves of the graph; nor what autograd cannot choose.
+            choose = wanted and not any(sharded(p) for p in wanted) and not is_reentrant(loss)
+            if inputs is None and choose:
+                inputs = wanted
             loss.backward(gradient, inputs=inputs, **options)  # type: ignore[no-untyped-call]
             return
-        listed = None if inputs is None else {inputs} if isinstance(inputs, Tensor) else set(inputs)
-        params = [p for p in self._wanted if p.requires_grad and (listed is None or p in listed)]
+        if inputs is not None:
+            asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+            others = [each for each in asked if each not in set(wanted)]
+            wanted = [p for p in wanted if p in set(asked)]
+            if others:  # an attack
+                keep = {**options, "retain_graph": retain_graph or bool(wanted) or create_graph}
+                loss.backward(gradient, inputs=others, **keep)  # type: ignore[no-untyped-call]
+            if not wanted:
+                return
         claimed = Claims(self.taken.values())
-        gradients = take(loss, params, gradient, **options)
+        gradients = take(loss, wanted, gradient, **options)
         with torch.no_grad():
-            for p, g in zip(params, gradients, strict=True):
+            for p, g in zip(wanted, gradients, strict=True):
                 if g is None:
                     continue
                 if p in self.taken:

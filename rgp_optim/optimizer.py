@@ -378,6 +378,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Returns:
             A context manager. Inside, ``.grad`` of each parameter is the gradient of this role, and
             its memory is the optimizer's: clone what you keep. Afterwards it is what it was before.
+            No other ``.grad`` is touched: not that of another optimizer's parameters, or images.
             Under ``torch.distributed`` the gradients of whole parameters are taken past ``.grad``,
             and averaged over the processes in `step`: DistributedDataParallel reduces the training
             loss, as if these passes were not there.
@@ -431,7 +432,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         slots = self._rgp.slots
         params, keep = self._scored_parameters()
         past_grad = _past_grad(params)
-        again = past_grad and not distributed.gives_back((natural, adversarial))
+        again = past_grad and not distributed.gives_back((natural, adversarial), params)
         with slots.taking("natural", params, past_grad) as g_nats:
             _backward(natural, adversarial, *[natural] * again)
         with slots.taking("adversarial", params, past_grad) as g_advs:

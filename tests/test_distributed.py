@@ -972,3 +972,108 @@ def test_parameters_that_are_replaced_by_shards(two):
     answers = two.run(replace_by_shards, 2)
     assert_same_bits(answers)
     assert_close(answers[0], alone("call", 3))
+
+
+# Others who wait for gradients: another optimizer, images, an attack inside a block.
+
+
+def train_with_another_optimizer(rank, size, kind, order):
+    """The head belongs to a plain optimizer; scoring must not touch its gradients."""
+    model = small()
+    called = {"ddp": DistributedDataParallel, "fsdp": shard, "alone": lambda m: m}[kind](model)
+    mine = [*model.conv.parameters(), *model.norm.parameters()]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(mine, lr=0.1), update_fraction=0.4, alpha=0.3)
+    other = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    for step in range(4):
+        other.zero_grad()
+        take_step(order, called, opt, share(rank, size, batch(step)))
+        other.step()
+    return whole(model) if kind == "fsdp" else values(model)
+
+
+def plain_head(order):
+    """The head's first step, without any wrapper."""
+    model = small()
+    x, x_adv, y = batch(0)
+    loss, nat, adv = parts(model, x, x_adv, y)
+    (nat + adv if order == "sum" else loss).backward()
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p -= 0.1 * p.grad
+    return [p.detach().numpy() for p in model.head.parameters()]
+
+
+@pytest.mark.parametrize("order", ["call", "sum", "blocks", "loss first"])
+def test_parameters_of_another_optimizer(two, order):
+    reference = train_with_another_optimizer(0, 1, "alone", order)
+    for kind in ("ddp", "fsdp"):
+        answers = two.run(train_with_another_optimizer, 2, kind, order)
+        assert_same_bits(answers)
+        assert_close(answers[0], reference)
+    model = small()
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD(model.conv.parameters(), lr=0.1), update_fraction=0.4, alpha=0.3
+    )
+    other = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    take_step(order, model, opt, batch(0))
+    other.step()
+    assert_close(values(model.head), plain_head(order))
+
+
+def gradients_of_images(rank, size, how):
+    model = small()
+    called = DistributedDataParallel(model) if size > 1 else model
+    opt = make_opt(model)
+    x, x_adv, y = share(rank, size, batch(0))
+    if how == "attack in a block":
+        with opt.score("adversarial"):
+            delta = torch.zeros_like(x, requires_grad=True)
+            F.cross_entropy(called(x + delta), y).backward(inputs=[delta])
+            found = delta.grad.clone()
+            F.cross_entropy(called(x + 0.1 * delta.grad.sign()), y).backward()
+        assert model.conv.weight.grad is None
+        return found.numpy()
+    x.requires_grad_()
+    _, nat, adv = parts(called, x, x_adv, y)
+    opt.backward(None if how == "sum" else nat, natural=nat, adversarial=adv)
+    return x.grad.numpy()
+
+
+@pytest.mark.parametrize("how", ["attack in a block", "sum", "call"])
+def test_gradients_of_images(two, how):
+    """Once from the training loss, never from a score."""
+    model = small()
+    x, _, y = batch(0)
+    x.requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    np.testing.assert_allclose(gradients_of_images(0, 1, how), x.grad.numpy(), atol=1e-15)
+    joined = np.concatenate(two.run(gradients_of_images, 2, how))
+    np.testing.assert_allclose(joined, 2 * x.grad.numpy(), atol=1e-15)  # each a mean over half
+
+
+def leave_unreduced(rank, size, how):
+    """The training passes of a window are reduced at its end, but not the scoring passes."""
+    model = shard(small())
+    opt = make_opt(model)
+    for micro in range(2):
+        loss, nat, adv = parts(model, *share(rank, size, batch(micro)))
+        if how == "all scored":
+            model.set_requires_gradient_sync(True)
+            with opt.score("natural"):
+                nat.backward(retain_graph=True)
+            with opt.score("adversarial"):
+                adv.backward(retain_graph=True)
+            model.set_requires_gradient_sync(micro == 1)
+            loss.backward()
+        else:
+            model.set_requires_gradient_sync(micro == 1)
+            if micro == 0:
+                loss.backward()
+            else:
+                opt.backward(loss, natural=nat, adversarial=adv)
+
+
+@pytest.mark.parametrize("how", ["all scored", "the last scored"])
+def test_fsdp2_gradients_that_are_not_reduced_yet_never_reach_a_score(two, how):
+    with pytest.raises(RankFailed, match="left gradients that are not reduced yet"):
+        two.run(leave_unreduced, 2, how)
