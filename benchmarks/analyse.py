@@ -1,0 +1,266 @@
+"""Look at what finished runs have learnt: figures, and the numbers they are drawn from.
+
+    python benchmarks/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
+
+Reads the weights that `robustness.py` has left, and writes ``analysis.json`` and pictures beside
+the runs' JSON files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import evaluation
+import measure
+import summary
+import torch
+import training
+from analysis import blocks, corruptions, layers, smallest
+from methods import METHODS
+from training import PRESETS, Place, Trainer
+
+sys.path.insert(0, str(measure.ROOT / "examples"))
+from report import write_json, write_whole
+
+from rgp_optim import pgd_attack
+
+IMAGES = 256  # for what costs many passes
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+
+
+def collect(
+    methods: Sequence[str], seed: int, preset: training.Preset, place: Place, study: int
+) -> dict[str, Any]:
+    """Return everything that the figures show, as plain numbers."""
+    found: dict[str, Any] = {"preset": preset.data, "seed": seed, "methods": {}}
+    runs = summary.read(place.results)
+    for name in methods:
+        trainer = Trainer(name, seed, preset, place)
+        model = trainer.other(name).requires_grad_(True)
+        some = trainer.test[:IMAGES]
+        x, y = some.floats(), some.labels
+        generator = torch.Generator(x.device).manual_seed(seed)
+        x_adv = pgd_attack(model, x, y, generator=generator, **evaluation.pgd20(preset.eps))
+        most = 4 * preset.eps
+        radius, _ = smallest.smallest_radius(model, x, y, most=most, seed=seed)
+        stages = [f"stages.{i}" for i in range(len(model.stages))]
+        history = runs[name][seed]["history"]
+        found["methods"][name] = {
+            "title": METHODS[name].title,
+            "corruptions": corruptions.accuracies(model, x, y),
+            "smallest": {
+                "most": most,
+                "radii": sorted(float(r) if torch.isfinite(r) else most for r in radius),
+            },
+            "cka": layers.cka(
+                model, zip(x.split(64), x_adv.split(64), strict=True), ["conv", *stages]
+            ),
+            "gradients": layers.gradient_sizes(model, x, x_adv, y),
+            "updated": layers.updated_early_and_late(history),
+            "curves": {key: [row[key] for row in history] for key in ("loss", "natural", "robust")},
+        }
+        print(f"{name} looked at", flush=True)
+    if study:
+        found["blocks"] = block_study(seed, preset, place, study)
+    return found
+
+
+def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -> dict[str, Any]:
+    """Train natural weights by AT in each single block, in none, and in all."""
+    trainer = Trainer("cure", seed, preset, place)
+    names = list(blocks.blocks_of(trainer.network()))
+    rows = {}
+    for learn in [[], *([name] for name in names), names]:
+        model = trainer.network()
+        model.load_state_dict(trainer.weights(place.runs / f"warmup-seed{seed}.pt"))
+        generator = torch.Generator(trainer.device).manual_seed(seed)
+        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": preset.eps / 4}
+        if learn:
+            blocks.train(
+                model,
+                blocks.blocks_of(model),
+                learn,
+                lambda generator=generator: trainer.train.batches(preset.batch_size, generator),
+                epochs=epochs,
+                lr=preset.lr,
+                attack={**attack, "generator": generator},
+            )
+        label = "all" if learn == names else "none" if not learn else learn[0]
+        rows[label] = evaluation.columns(model, trainer.batches(trainer.test), preset.eps)
+        print(f"U-{label}: {rows[label]}", flush=True)
+    return {"epochs": epochs, "rows": rows}
+
+
+# Figures.
+
+
+def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=size, layout="constrained")
+        draw(figure)
+        write_whole(path, lambda p: figure.savefig(p, dpi=120, format="png"))
+        plt.close(figure)
+
+
+def _each(found: dict[str, Any]) -> Any:
+    return [
+        (entry["title"], COLORS[i % len(COLORS)], entry)
+        for i, entry in enumerate(found["methods"].values())
+    ]
+
+
+def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
+    names = list(corruptions.CORRUPTIONS)
+    axes = figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True).flat
+    for axis, name in zip(axes, names, strict=False):
+        for title, color, entry in _each(found):
+            values = entry["corruptions"][name]
+            axis.plot(range(1, 6), values, "o-", ms=3, color=color, label=title)
+        axis.set_title(name, fontsize=10)
+        axis.grid(axis="y", alpha=0.25)
+    figure.supxlabel("severity")
+    figure.supylabel("accuracy in %")
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def draw_smallest(figure: Any, found: dict[str, Any]) -> None:
+    axis = figure.subplots()
+    for title, color, entry in _each(found):
+        radii = entry["smallest"]["radii"]
+        share = [100 * (1 - i / len(radii)) for i in range(len(radii))]
+        axis.step(radii, share, where="post", color=color, label=title)
+    axis.set(xlabel="radius of PGD-20", ylabel="images still classified right, %", ylim=(0, 101))
+    axis.axvline(PRESETS[found["name"]].eps, color="black", alpha=0.3, lw=1, ls=":")
+    axis.legend(frameon=False)
+
+
+def draw_layers(figure: Any, found: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    for title, color, entry in _each(found):
+        left.plot(*zip(*entry["cka"].items(), strict=True), "o-", ms=4, color=color, label=title)
+        sizes = entry["gradients"]
+        right.plot([b for _, b in sizes.values()], "o-", ms=3, color=color)
+        right.plot([a for a, _ in sizes.values()], "o--", ms=3, color=color, alpha=0.5)
+    left.set(ylabel="CKA of natural and attacked features", ylim=(None, 1.01))
+    right.set(yscale="log", ylabel="mean |gradient| per weight", xlabel="layer, in order")
+    right.set_title("attacked (solid), natural (dashed) images", fontsize=10)
+    left.legend(frameon=False, fontsize=9)
+
+
+def draw_updated(figure: Any, found: dict[str, Any]) -> None:
+    axis = figure.subplots()
+    shown = [each for each in _each(found) if each[2]["updated"]]
+    for title, color, entry in shown:
+        pairs = {n: v for n, v in entry["updated"].items() if n.endswith("weight")}
+        axis.plot([100 * a for a, _ in pairs.values()], "o--", ms=3, color=color, alpha=0.5)
+        axis.plot([100 * b for _, b in pairs.values()], "o-", ms=3, color=color, label=title)
+        axis.set_xticks(range(len(pairs)), list(pairs), rotation=60, ha="right", fontsize=7)
+    axis.set(ylabel="weights updated, %", ylim=(0, 102))
+    axis.set_title("first fifth of the epochs (dashed), last fifth (solid)", fontsize=10)
+    if shown:
+        axis.legend(frameon=False)
+
+
+def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
+    axis = figure.subplots()
+    for label, row in found["blocks"]["rows"].items():
+        axis.plot(row["natural"], row["pgd20"], "o", color=COLORS[0])
+        place = {"xytext": (5, 4), "textcoords": "offset points"}
+        axis.annotate(f"U-{label}", (row["natural"], row["pgd20"]), **place)
+    axis.set(xlabel="natural accuracy, %", ylabel="PGD-20 accuracy, %")
+    axis.grid(alpha=0.25)
+
+
+def draw_curves(figure: Any, found: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    for title, color, entry in _each(found):
+        epochs = range(1, len(entry["curves"]["loss"]) + 1)
+        left.plot(epochs, entry["curves"]["natural"], "--", color=color, alpha=0.5)
+        left.plot(epochs, entry["curves"]["robust"], color=color, label=title)
+        right.plot(epochs, entry["curves"]["loss"], color=color)
+    left.set(xlabel="epoch", ylabel="validation accuracy, %")
+    left.set_title("under attack (solid), natural (dashed)", fontsize=10)
+    right.set(xlabel="epoch", ylabel="training loss (each method's own)")
+    left.legend(frameon=False, fontsize=9)
+
+
+def draw_perturbations(
+    figure: Any, methods: Sequence[str], seed: int, preset: training.Preset, place: Place
+) -> None:
+    """Show images, and the smallest perturbation of each network that was found, enlarged."""
+    columns = 8
+    axes = figure.subplots(1 + 2 * len(methods), columns)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, name in enumerate(methods):
+        trainer = Trainer(name, seed, preset, place)
+        model = trainer.other(name)
+        some = trainer.test[:columns]
+        x, y = some.floats(), some.labels
+        radius, fooled = smallest.smallest_radius(model, x, y, most=4 * preset.eps, seed=seed)
+        scale = max(float((fooled - x).abs().max()), 1e-6)
+        for j in range(columns):
+            difference = 0.5 + (fooled[j] - x[j]) / (2 * scale)
+            for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
+                picture = image.permute(1, 2, 0).clamp(0, 1)
+                axes[row, j].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axes[1 + 2 * i, j].set_title(f"{float(radius[j]):.3f}", fontsize=8)
+        first = axes[1 + 2 * i, 0]
+        where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}
+        first.text(-0.1, 0.5, METHODS[name].title, fontsize=8, **where)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="digits")
+    add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
+    add("--seed", type=int, default=0)
+    add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
+    add("--runs", type=Path)
+    add("--results", type=Path)
+    add("--data-dir", default="data")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    runs = args.runs or Path("runs") / "robustness" / args.preset
+    results = args.results or measure.ROOT / "benchmarks" / "results" / "robustness" / args.preset
+    place = Place(runs, results, args.data_dir, None, args.device)
+    preset, methods = PRESETS[args.preset], args.methods.split(",")
+    out = results / "analysis"
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
+    write_json(out / "analysis.json", json.loads(json.dumps(found)))
+    figures: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
+        "corruptions": (draw_corruptions, (13, 5.5)),
+        "smallest": (draw_smallest, (6, 4)),
+        "layers": (draw_layers, (11, 4)),
+        "updated": (draw_updated, (8, 4.5)),
+        "curves": (draw_curves, (11, 4)),
+        **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
+    }
+    for name, (draw, size) in figures.items():
+        _save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
+    some = methods[:4]
+    _save(
+        out / "perturbations.png",
+        lambda figure: draw_perturbations(figure, some, args.seed, preset, place),
+        (8, 1 + 2 * len(some)),
+    )
+    print(f"figures and analysis.json are in {out}")
+
+
+if __name__ == "__main__":
+    main()

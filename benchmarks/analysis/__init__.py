@@ -1,0 +1,1 @@
+"""What networks that were trained differently do differently: each module one question."""

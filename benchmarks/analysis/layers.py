@@ -1,0 +1,104 @@
+"""What happens layer by layer: gradients, features, and how many weights are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from methods.base import evaluating
+from torch import Tensor, nn
+
+
+def gradient_sizes(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor
+) -> dict[str, tuple[float, float]]:
+    """Return, for each tensor with two or more dimensions, the mean absolute gradient.
+
+    Of the cross-entropy of natural, then of attacked images, per weight.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    sizes = []
+    with evaluating(model):
+        for images in (x, x_adv):
+            loss = F.cross_entropy(model(images), y)
+            gradients = torch.autograd.grad(loss, list(named.values()))
+            sizes.append([float(g.abs().mean()) for g in gradients])
+    return {name: (a, b) for name, a, b in zip(named, *sizes, strict=True)}
+
+
+def updated_early_and_late(
+    history: Sequence[dict[str, Any]], share: float = 0.2
+) -> dict[str, tuple[float, float]]:
+    """Return the fraction of each layer's weights that was updated, early and late.
+
+    Constant under ``scope="tensor"``; look at runs with the global scope.
+
+    Args:
+        history: Of a run, with the counts of `track_updates` in each epoch.
+        share: Which part of the epochs counts as early, and as late.
+    """
+    rows = [row["updated"] for row in history if "updated" in row]
+    some = max(1, round(share * len(rows)))
+    return {
+        name: tuple(sum(row[name] for row in part) / some for part in (rows[:some], rows[-some:]))
+        for name in (rows[0] if rows else ())
+    }
+
+
+@contextmanager
+def _features(model: nn.Module, names: Iterable[str]) -> Any:
+    """Collect the outputs of modules by name, [batch, features]."""
+    kept: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+            kept[name] = out.detach().flatten(1).double()
+
+        return hook
+
+    hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def hsic(k: Tensor, m: Tensor) -> Tensor:
+    """Return the unbiased estimate of HSIC from two Gram matrices of a minibatch, n > 3.
+
+    Song et al., JMLR 2012; for CKA over minibatches Nguyen et al., ICLR 2021.
+    """
+    n = len(k)
+    k, m = k - torch.diag(k.diag()), m - torch.diag(m.diag())
+    whole = (k @ m).trace() + k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return (whole - 2 / (n - 2) * (k.sum(0) @ m.sum(1))) / (n * (n - 3))
+
+
+@torch.no_grad()
+def cka(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Return the linear CKA between features of natural and of attacked images, by layer.
+
+    Args:
+        model: In eval mode meanwhile.
+        batches: Yields natural images and the attacked ones, of more than three.
+        names: Of modules, as in ``named_modules``.
+    """
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+    with evaluating(model), _features(model, names) as kept:
+        for x, x_adv in batches:
+            model(x)
+            natural = dict(kept)
+            model(x_adv)
+            for name in names:
+                k, m = (f @ f.T for f in (natural[name], kept[name]))
+                sums[name] += torch.stack([hsic(k, m), hsic(k, k), hsic(m, m)]).cpu()
+    return {name: float(s[0] / (s[1] * s[2]).sqrt()) for name, s in sums.items()}

@@ -1,0 +1,244 @@
+"""The analyses against closed forms, plain loops and known networks."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+pytest.importorskip("sklearn")
+
+from analysis import blocks, corruptions, layers, smallest  # noqa: E402
+
+
+def images(n=3, channels=3, size=32):
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(n, channels, size, size, generator=g)
+
+
+# Corruptions.
+
+
+@pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_corruptions_are_images_and_get_worse(name, channels):
+    if name == "JPEG":
+        pytest.importorskip("PIL")
+    x = images(channels=channels)
+    x = F.avg_pool2d(F.pad(x, [2] * 4, mode="replicate"), 5, 1)  # with structure to lose
+    far = []
+    for severity in range(1, 6):
+        out = corruptions.corrupt(x, name, severity)
+        assert out.shape == x.shape
+        assert out.dtype == x.dtype
+        assert float(out.min()) >= 0
+        assert float(out.max()) <= 1
+        assert torch.equal(out, corruptions.corrupt(x, name, severity))
+        far.append(float((out - x).square().mean()))
+    assert far[0] > 0
+    assert far[4] > far[0]
+
+
+def test_noise_has_its_size():
+    x = torch.full((4, 3, 64, 64), 0.5)
+    g = torch.Generator().manual_seed(0)
+    assert math.isclose(
+        float((corruptions.gaussian_noise(x, 0.08, g) - x).std()), 0.08, rel_tol=0.02
+    )
+    speckle = corruptions.speckle_noise(x, 0.12, g) - x
+    assert math.isclose(float(speckle.std()), 0.06, rel_tol=0.02)
+    shot = corruptions.shot_noise(x, 100, g)
+    assert math.isclose(float(shot.var()), 0.5 / 100, rel_tol=0.05)
+    hit = corruptions.impulse_noise(x, 0.05, g)
+    assert math.isclose(float((hit != 0.5).float().mean()), 0.05, rel_tol=0.05)
+    assert set(hit.unique().tolist()) == {0.0, 0.5, 1.0}
+
+
+def test_contrast_brightness_and_pixels():
+    x = images()
+    g = torch.Generator()
+    mean = x.mean((2, 3), keepdim=True)
+    out = corruptions.contrast(x, 0.4, g)
+    torch.testing.assert_close(out - mean, 0.4 * (x - mean))
+    bright = corruptions.brightness(x, 0.1, g)
+    torch.testing.assert_close(bright.amax(1), (x.amax(1) + 0.1).clamp(max=1))
+    torch.testing.assert_close(bright / bright.amax(1, keepdim=True), x / x.amax(1, keepdim=True))
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    for name in ("pixelate", "gaussian blur", "zoom blur"):
+        torch.testing.assert_close(corruptions.corrupt(flat, name, 5), flat)
+
+
+def test_blur_is_a_convolution_with_a_gaussian():
+    x = torch.zeros(1, 1, 21, 21)
+    x[0, 0, 10, 10] = 1
+    out = corruptions.gaussian_blur(x, 1.0, torch.Generator())[0, 0]
+    at = torch.arange(21) - 10
+    weights = torch.exp(-(at.double() ** 2) / 2) * (at.abs() <= 4)
+    expected = torch.outer(weights, weights) / weights.sum() ** 2
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_accuracies_of_a_network_that_sees_brightness_only():
+    class Mean(nn.Module):
+        def forward(self, x):
+            m = x.mean((1, 2, 3))[:, None]
+            return torch.cat([0.5 - m, m - 0.5], 1)
+
+    x = torch.stack([torch.full((3, 8, 8), v) for v in (0.1, 0.45, 0.9)])
+    y = torch.tensor([0, 0, 1])
+    out = corruptions.accuracies(Mean(), x, y, ["contrast", "brightness"], [1, 5])
+    assert out["contrast"] == [100.0, 100.0]
+    assert out["brightness"] == [100.0, pytest.approx(200 / 3)]  # 0.45 + 0.3 is the other class
+
+
+# The smallest perturbation.
+
+
+class Line(nn.Module):
+    def forward(self, x):
+        m = x.flatten(1).mean(1, keepdim=True)
+        return torch.cat([0.5 - m, m - 0.5], 1) * 10
+
+
+def test_smallest_radius_is_the_distance_to_the_line():
+    values = torch.tensor([0.5 - d for d in (0.05, 0.02, 0.11, 0.4)] + [0.6])
+    x = values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone()
+    y = torch.zeros(5, dtype=torch.int64)
+    most = 0.2
+    radius, fooled = smallest.smallest_radius(Line(), x, y, most=most)
+    for found, distance in zip(radius[:3].tolist(), (0.05, 0.02, 0.11), strict=True):
+        assert distance <= found <= distance + 2 * most / 2**7
+    assert radius[3] == torch.inf  # out of reach
+    assert radius[4] == 0  # wrong already
+    assert bool((Line()(fooled[:3]).argmax(1) != 0).all())
+    far = (fooled - x).abs().flatten(1).amax(1)
+    assert bool((far[:3] <= radius[:3] + 1e-6).all())
+    assert torch.equal(fooled[4], x[4])
+
+
+# Layers.
+
+
+def test_cka_of_the_same_of_turned_and_of_unrelated_features():
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(64, 10, generator=g, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(10, 10, generator=g, dtype=torch.float64))
+    other = torch.randn(64, 10, generator=g, dtype=torch.float64)
+
+    def cka(a, b):
+        k, m = a @ a.T, b @ b.T
+        return float(layers.hsic(k, m) / (layers.hsic(k, k) * layers.hsic(m, m)).sqrt())
+
+    assert math.isclose(cka(f, f), 1)
+    assert math.isclose(cka(f, 3 * f @ turn), 1)
+    assert abs(cka(f, other)) < 0.1  # unbiased: near 0, and may be below
+
+
+def test_hsic_is_the_sum_over_distinct_indices():
+    """The estimator's definition, by a loop over quadruples."""
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    k, m = (a @ a.T).numpy(), (b @ b.T).numpy()
+    n = 6
+    total = count = 0.0
+    for i in range(n):
+        for j in range(n):
+            for q in range(n):
+                for r in range(n):
+                    if len({i, j, q, r}) == 4:
+                        total += k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])
+                        count += 1
+    assert math.isclose(float(layers.hsic(a @ a.T, b @ b.T)), total / count, rel_tol=1e-9)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_cka_by_layer():
+    x = images(8, 3, 2)
+    out = layers.cka(network(), [(x, x)], ["1", "3"])
+    assert all(math.isclose(value, 1) for value in out.values())
+    moved = layers.cka(network(), [(x, x.flip(0))], ["1", "3"])
+    assert all(value < 0.9 for value in moved.values())
+
+
+def test_gradient_sizes():
+    model = network()
+    x, y = images(8, 3, 2), torch.arange(8) % 3
+    out = layers.gradient_sizes(model, x, x + 0.1, y)
+    F.cross_entropy(model(x + 0.1), y).backward()
+    assert list(out) == ["1.weight", "3.weight"]
+    assert math.isclose(out["1.weight"][1], float(model[1].weight.grad.abs().mean()), rel_tol=1e-6)
+
+
+def test_updated_early_and_late():
+    history = [{"updated": {"a": i / 10, "b": 0.7}} for i in range(10)]
+    out = layers.updated_early_and_late(history, 0.2)
+    assert out["a"] == pytest.approx((0.05, 0.85))
+    assert out["b"] == pytest.approx((0.7, 0.7))
+    assert layers.updated_early_and_late([{}]) == {}
+
+
+# Blocks.
+
+
+def test_only_the_blocks_that_learn_change():
+    sys.path.insert(0, str(ROOT / "examples"))
+    from networks import NETWORKS
+
+    torch.manual_seed(0)
+    model = NETWORKS["resnet8"](channels=1)
+    parts = blocks.blocks_of(model)
+    inside = {id(p) for part in parts.values() for p in part.parameters()}
+    assert inside == {id(p) for p in model.parameters()}
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.rand(8, 1, 8, 8, generator=g), torch.arange(8)) for _ in range(2)]
+    blocks.train(
+        model,
+        parts,
+        ["stage 2"],
+        lambda: data,
+        epochs=1,
+        lr=0.1,
+        attack={"eps": 0.1, "steps": 1, "step_size": 0.1},
+    )
+    for name, now in model.state_dict().items():
+        same = torch.equal(before[name], now)
+        assert same != name.startswith("stages.1."), name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_learning_blocks_begin_anew():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        model[1].weight.fill_(3)
+    before = model[0].weight.clone()
+    blocks.prepare(model, {"a": model[0], "b": model[1]}, ["b"])
+    assert bool((model[1].weight == 1).all())
+    assert torch.equal(model[0].weight, before)
+    assert not model[0].weight.requires_grad
+
+
+def test_analyse_draws_what_was_run(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import analyse
+    import robustness
+
+    where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
+    common = ["--preset", "test", *where, "--device", "cpu"]
+    robustness.main([*common, "--methods", "at,cure-global", "--seeds", "0", "--quiet"])
+    analyse.main([*common, "--methods", "at,cure-global", "--blocks", "1"])
+    out = tmp_path / "r" / "analysis"
+    drawn = {file.name for file in out.iterdir()}
+    names = ("corruptions", "smallest", "layers", "updated", "curves", "blocks", "perturbations")
+    assert drawn == {"analysis.json", *(f"{name}.png" for name in names)}
+    assert np.all([(out / f"{name}.png").stat().st_size > 5000 for name in names])
