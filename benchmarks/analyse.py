@@ -214,7 +214,7 @@ def draw_perturbations(
             difference = 0.5 + (fooled[j] - x[j]) / (2 * scale)
             for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
                 picture = image.permute(1, 2, 0).clamp(0, 1)
-                axes[row, j].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+                axes[row, j].imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes[1 + 2 * i, j].set_title(f"{float(radius[j]):.3f}", fontsize=8)
         first = axes[1 + 2 * i, 0]
         where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}
