@@ -200,12 +200,15 @@ def take(
 def gives_back(losses: Iterable[Tensor], params: Iterable[Tensor]) -> bool:
     """Tell whether gradients that were taken can be put into ``.grad`` through the parameters.
 
-    Not in the first pass under ``static_graph``, which must go through the graph, and not where
-    others wait for a gradient: parameters of another optimizer, images.
+    Not where the pass must go through the graph: DistributedDataParallel has left a node there
+    (``static_graph``, ``find_unused_parameters``), hooks of the parameters would run twice, or
+    others wait for a gradient (parameters of another optimizer, images).
     """
     mine = set(params)
+    if any(p._backward_hooks for p in mine):
+        return False
     for loss in losses:
-        if any(_records(ddp) for ddp in _parallel(loss)):
+        if _parallel(loss):
             return False
         leaves = (getattr(node, "variable", None) for node in _nodes(loss))
         if any(leaf is not None and leaf not in mine for leaf in leaves):

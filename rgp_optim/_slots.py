@@ -119,8 +119,7 @@ class Slots:
         """
         self._begin(role)
         start = self._taken.get(role, {})
-        wanted = [p for p, k in zip(params, keep, strict=True) if k]
-        with self._swapped(role, params, start, wanted, past_grad) as taken:
+        with self._swapped(role, params, start, params, past_grad) as taken:
             yield
         self._store(
             role, {p: taken[p] for p, k in zip(params, keep, strict=True) if k and p in taken}
@@ -179,6 +178,8 @@ class Slots:
         """
         own = set(params)
         beside = shards_beside(params) if any(sharded(p) for p in params) else []
+        open_ones = {p for each in _active for p in each._wanted or ()}
+        beside = [p for p in beside if p not in open_ones]
         outside = [p.grad for p in (*params, *beside)]
         taken: Gradients = {}
         passes = _Passes(self, start if past_grad else {}, wanted, past_grad)
@@ -286,6 +287,15 @@ class _Passes(TorchFunctionMode):
         self._past_grad = past_grad
         self.taken: Gradients = dict(start)
 
+    def __enter__(self) -> _Passes:
+        _active.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _active.remove(self)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -310,13 +320,15 @@ class _Passes(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        self._slots._check_factor(loss)
+        for each in _active:  # blocks of several optimizers, one inside the other
+            each._slots._check_factor(loss)
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
-        wanted = [p for p in self._wanted or () if p.requires_grad]
+        wanted = [p for each in _active for p in each._wanted or () if p.requires_grad]
         if not self._past_grad:
             # Not FSDP2's shards, which are no leaves of the graph; nor what autograd cannot choose.
-            choose = wanted and not any(sharded(p) for p in wanted) and not is_reentrant(loss)
-            if inputs is None and choose:
+            every = all(each._wanted is not None for each in _active)
+            choose = every and not any(sharded(p) for p in wanted) and not is_reentrant(loss)
+            if inputs is None and choose and wanted:
                 inputs = wanted
             loss.backward(gradient, inputs=inputs, **options)  # type: ignore[no-untyped-call]
             return
@@ -329,16 +341,25 @@ class _Passes(TorchFunctionMode):
                 loss.backward(gradient, inputs=others, **keep)  # type: ignore[no-untyped-call]
             if not wanted:
                 return
+        gradients = dict(zip(wanted, take(loss, wanted, gradient, **options), strict=True))
+        for each in _active:
+            each._add(gradients)
+
+    @torch.no_grad()
+    def _add(self, gradients: Mapping[Tensor, Tensor | None]) -> None:
+        """Add what a pass gave to this block's parameters."""
         claimed = Claims(self.taken.values())
-        gradients = take(loss, wanted, gradient, **options)
-        with torch.no_grad():
-            for p, g in zip(wanted, gradients, strict=True):
-                if g is None:
-                    continue
-                if p in self.taken:
-                    self.taken[p].add_(g)
-                else:
-                    self.taken[p] = g.detach().clone() if claimed.claim(g) else g.detach()
+        for p in self._wanted or ():
+            g = gradients.get(p)
+            if g is None:
+                continue
+            if p in self.taken:
+                self.taken[p].add_(g)
+            else:
+                self.taken[p] = g.detach().clone() if claimed.claim(g) else g.detach()
+
+
+_active: list[_Passes] = []  # the blocks that are open, the innermost last
 
 
 class _Factor:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from rgp_optim._distributed import local
+
 Counts = Mapping[Tensor, Tensor | int]  # by parameter: how many of its weights were updated
 
 
@@ -61,4 +63,5 @@ class UpdateTracker:
         for each in on_device.values():  # one wait for each device
             numbers.update(zip(each, torch.stack(list(each.values())).tolist(), strict=True))
         names = self._names()
-        return {name: numbers.get(p, 0) / (max(p.numel(), 1) * steps) for p, name in names.items()}
+        sizes = {p: max(local(p.detach()).numel(), 1) for p in names}
+        return {name: numbers.get(p, 0) / (sizes[p] * steps) for p, name in names.items()}

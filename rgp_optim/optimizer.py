@@ -402,7 +402,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
         Args:
             loss: What is minimised; a scalar tensor. None minimises ``natural + adversarial``,
-                which costs no third pass.
+                which costs no third pass. (With several processes it does where the parameters have
+                hooks, another optimizer waits for its gradients, or DistributedDataParallel was
+                given ``find_unused_parameters`` or ``static_graph``.)
             natural: Cross-entropy on the natural batch; a scalar tensor.
             adversarial: Cross-entropy on the adversarial batch; a scalar tensor.
 
@@ -706,13 +708,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Return how many weights of each parameter the step has updated."""
         masks = dict(zip(choice.params, choice.selection.masks(), strict=True))
         counts: dict[Tensor, Tensor | int] = {
-            p: p.numel() for p in self._parameters() if p.grad is not None
+            p: local(p.detach()).numel() for p in self._parameters() if p.grad is not None
         }
         counts.update({p: 0 for p, *_ in choice.settings if p in counts})
         counts.update({p: mask.sum() for p, mask in masks.items() if p in counts})
-        for p in masks:
-            if p in counts and sharded(p):
-                distributed.ring_of("weight", p).sum_(cast(Tensor, counts[p]))
         return counts
 
     # Ask.
@@ -724,7 +723,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             A tracker: ``last()`` and ``mean()`` give fractions in [0, 1] by parameter name,
             ``reset()`` begins a new window, ``stop()`` ends counting. Names are those of
             `rgp_param_groups` or of a ``named_parameters()`` given to the inner optimizer;
-            otherwise ``group0.param3``.
+            otherwise ``group0.param3``. Under FSDP2 the fractions are those of this process's
+            shards: no process waits for another.
         """
         trackers = self._rgp.trackers
 

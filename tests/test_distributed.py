@@ -677,7 +677,7 @@ def train_kept(rank, size, kind):
     model = small()
     called = {"ddp": DistributedDataParallel, "fsdp": shard, "alone": lambda m: m}[kind](model)
     opt = make_opt(model, refresh_every=3)
-    tracker = opt.track_updates()
+    tracker = opt.track_updates() if rank == 0 or kind == "ddp" else None  # as loggers do
     fractions = []
     for step in range(5):
         loss, nat, adv = parts(called, *share(rank, size, batch(step)))
@@ -685,8 +685,13 @@ def train_kept(rank, size, kind):
         opt.backward(loss, natural=nat, adversarial=adv)
         nn.utils.clip_grad_norm_(called.parameters(), 0.05)
         opt.step()
-        fractions.append(tracker.last())
-    return (whole(model) if kind == "fsdp" else values(model)), fractions, tracker.mean()
+        if tracker is not None:
+            fractions.append(tracker.last())
+    return (
+        whole(model) if kind == "fsdp" else values(model),
+        fractions,
+        tracker.mean() if tracker else None,
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -695,8 +700,109 @@ def test_kept_masks_clipping_and_counts(two, kind):
     weights, *counts = train_kept(0, 1, "alone")
     assert_same_bits([each[0] for each in answers])
     assert_close(answers[0][0], weights)
-    for _, *theirs in answers:
-        assert theirs == counts
+    if kind == "ddp":
+        for _, *theirs in answers:
+            assert theirs == counts
+    else:  # of the shards that one process has
+        mean = answers[0][2]
+        assert mean.keys() == counts[1].keys()
+        assert all(0 <= fraction <= 1 for fraction in mean.values())
+        assert mean["group0.param1"] == 1.0  # a bias
+        assert 0 < mean["group0.param0"] < 1
+        assert answers[1][2] is None
+
+
+def train_nested(rank, size, kind):
+    """Two wrapped optimizers, their scoring blocks one inside the other."""
+    model = small()
+    called = {"ddp": DistributedDataParallel, "fsdp": shard, "alone": lambda m: m}[kind](model)
+    halves = [[*model.conv.parameters(), *model.norm.parameters()], list(model.head.parameters())]
+    one, two = (
+        RGPSelectiveOptimizer(torch.optim.SGD(half, lr=0.1), update_fraction=0.4, alpha=0.3)
+        for half in halves
+    )
+    for step in range(3):
+        loss, nat, adv = parts(called, *share(rank, size, batch(step)))
+        one.zero_grad()
+        two.zero_grad()
+        with one.score("natural"), two.score("natural"):
+            nat.backward(retain_graph=True)
+        with one.score("adversarial"), two.score("adversarial"):
+            adv.backward(retain_graph=True)
+        loss.backward()
+        one.step()
+        two.step()
+    return whole(model) if kind == "fsdp" else values(model)
+
+
+def test_scoring_blocks_of_two_optimizers(two):
+    """As one optimizer with both halves, for each tensor is selected in by itself."""
+    model = small()
+    opt = RGPSelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), update_fraction=0.4, alpha=0.3
+    )
+    for step in range(3):
+        take_step("blocks", model, opt, batch(step))
+    assert_close(train_nested(0, 1, "alone"), values(model))
+    for kind in ("ddp", "fsdp"):
+        answers = two.run(train_nested, 2, kind)
+        assert_same_bits(answers)
+        assert_close(answers[0], values(model))
+
+
+class TwoHeads(nn.Module):
+    """The losses use the first output only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.used, self.unused = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = F.relu(self.body(x))
+        return self.used(h), self.unused(h)
+
+
+def train_special(rank, size, what, order, ddp_options):
+    """Hooks on parameters, outputs that no loss uses, nothing to select in."""
+    torch.manual_seed(3)
+    model = TwoHeads().double() if what == "outputs" else small()
+    if what == "hooks":
+        for p in model.parameters():
+            p.register_hook(lambda g: g * 0.5)
+    called = DistributedDataParallel(model, **ddp_options) if size > 1 else model
+    options = {"rgp_select": False} if what == "nothing selected" else {}
+    groups = [{"params": list(model.parameters()), **options}]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1), update_fraction=0.4)
+    for step in range(3):
+        if what == "outputs":
+            g = torch.Generator().manual_seed(step)
+            x = torch.rand(8, 4, generator=g, dtype=torch.float64)
+            x, y = share(rank, size, [x, torch.randint(0, 3, (8,), generator=g)])
+            nat = F.cross_entropy(called(x)[0], y)
+            adv = F.cross_entropy(called(x + 0.1)[0], y)
+        else:
+            _, nat, adv = parts(called, *share(rank, size, batch(step)))
+        opt.zero_grad()
+        opt.backward(None if order == "sum" else nat + adv, natural=nat, adversarial=adv)
+        opt.step()
+    return values(model)
+
+
+@pytest.mark.parametrize("order", ["call", "sum"])
+@pytest.mark.parametrize(
+    ("what", "ddp_options"),
+    [
+        ("hooks", DDP["plain"]),
+        ("hooks", DDP["static"]),
+        ("outputs", DDP["unused"]),
+        ("nothing selected", DDP["plain"]),
+    ],
+    ids=str,
+)
+def test_hooks_unused_outputs_and_nothing_to_select_in(two, what, order, ddp_options):
+    answers = two.run(train_special, 2, what, order, ddp_options)
+    assert_same_bits(answers)
+    assert_close(answers[0], train_special(0, 1, what, order, {}))
 
 
 def train_scaled(rank, size, kind, overflow_at):

@@ -27,7 +27,7 @@ ARROWS = {
     "functional": {"_reference"},
     "_slots": {"_distributed"},
     "_distributed": {"_reference", "_bits"},
-    "_tracking": set(),
+    "_tracking": {"_distributed"},
     "_reference": set(),
     "_cpu": {"_reference"},
     "_triton": {"_reference"},
