@@ -9,6 +9,7 @@ backward passes would set off a reduction (DistributedDataParallel), the gradien
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,7 +179,7 @@ class Slots:
         """
         own = set(params)
         beside = shards_beside(params) if any(sharded(p) for p in params) else []
-        open_ones = {p for each in _active for p in each._wanted or ()}
+        open_ones = {p for each in _open.blocks for p in each._wanted or ()}
         beside = [p for p in beside if p not in open_ones]
         outside = [p.grad for p in (*params, *beside)]
         taken: Gradients = {}
@@ -288,12 +289,12 @@ class _Passes(TorchFunctionMode):
         self.taken: Gradients = dict(start)
 
     def __enter__(self) -> _Passes:
-        _active.append(self)
+        _open.blocks.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _active.remove(self)
+        _open.blocks.remove(self)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -320,29 +321,33 @@ class _Passes(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        for each in _active:  # blocks of several optimizers, one inside the other
-            each._slots._check_factor(loss)
         options = {"retain_graph": retain_graph, "create_graph": create_graph}
-        wanted = [p for each in _active for p in each._wanted or () if p.requires_grad]
-        if not self._past_grad:
-            # Not FSDP2's shards, which are no leaves of the graph; nor what autograd cannot choose.
-            every = all(each._wanted is not None for each in _active)
-            choose = every and not any(sharded(p) for p in wanted) and not is_reentrant(loss)
-            if inputs is None and choose and wanted:
-                inputs = wanted
-            loss.backward(gradient, inputs=inputs, **options)  # type: ignore[no-untyped-call]
-            return
+        blocks = list(_open.blocks)  # those of several optimizers, one inside the other
+        wanted = [p for each in blocks for p in each._wanted or () if p.requires_grad]
+        asked = inputs
         if inputs is not None:
             asked = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        if asked is None or any(each in set(wanted) for each in asked):  # no attack
+            for each in blocks:
+                each._slots._check_factor(loss)
+        if not self._past_grad:
+            # Not FSDP2's shards, which are no leaves of the graph; nor what autograd cannot choose.
+            every = all(each._wanted is not None for each in blocks)
+            choose = every and not any(sharded(p) for p in wanted) and not is_reentrant(loss)
+            if asked is None and choose and wanted:
+                asked = wanted
+            loss.backward(gradient, inputs=asked, **options)  # type: ignore[no-untyped-call]
+            return
+        if asked is not None:
             others = [each for each in asked if each not in set(wanted)]
             wanted = [p for p in wanted if p in set(asked)]
-            if others:  # an attack
+            if others:
                 keep = {**options, "retain_graph": retain_graph or bool(wanted) or create_graph}
                 loss.backward(gradient, inputs=others, **keep)  # type: ignore[no-untyped-call]
             if not wanted:
                 return
         gradients = dict(zip(wanted, take(loss, wanted, gradient, **options), strict=True))
-        for each in _active:
+        for each in blocks:
             each._add(gradients)
 
     @torch.no_grad()
@@ -359,7 +364,14 @@ class _Passes(TorchFunctionMode):
                 self.taken[p] = g.detach().clone() if claimed.claim(g) else g.detach()
 
 
-_active: list[_Passes] = []  # the blocks that are open, the innermost last
+class _Open(threading.local):
+    """The blocks that are open in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Passes] = []
+
+
+_open = _Open()
 
 
 class _Factor:

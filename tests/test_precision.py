@@ -151,6 +151,20 @@ def test_the_scale_is_compared_within_a_window_only():
         opt.step()
 
 
+def test_an_attack_in_a_block_may_go_without_the_scaler():
+    model = make_net()
+    opt = wrap(model)
+    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    x, _, y = make_batch()
+    with opt.score("natural"):
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+    with opt.score("adversarial"):
+        delta = torch.zeros_like(x, requires_grad=True)
+        F.cross_entropy(model(x + delta), y).backward(inputs=[delta])
+        scaler.scale(F.cross_entropy(model(x + 0.1 * delta.grad.sign()), y)).backward()
+    assert delta.grad.abs().sum() > 0
+
+
 # Autocast and half precision.
 
 
