@@ -26,6 +26,15 @@ from rgp_optim._distributed import is_reentrant, local, sharded, shards_beside, 
 ROLES = ("natural", "adversarial")
 Gradients = dict[Tensor, Tensor]
 
+DONATED = (
+    "This loss shares a compiled graph with another, and its backward pass was compiled to write "
+    "over what it reads. At the start of the program, before anything is compiled, `import "
+    "torch._functorch.config`, set `torch._functorch.config.donated_buffer = False` and "
+    "`torch.compiler.config.cache_key_tag = 'kept graphs'`: without the second, PyTorch may take "
+    "such code from its cache on disk, and the gradients are wrong without an error. Or give each "
+    "loss a forward pass of its own."
+)
+
 
 class Slots:
     """The score gradients of the current window, by role and parameter.
@@ -307,11 +316,7 @@ class _Passes(TorchFunctionMode):
         except RuntimeError as error:
             if "donated buffers" not in str(error):
                 raise
-            raise RuntimeError(
-                "This loss shares a compiled graph with another, and the compiler was not told to "
-                "keep it. Set `torch._functorch.config.donated_buffer = False` before "
-                "`torch.compile`, or give each loss a forward pass of its own."
-            ) from error
+            raise RuntimeError(DONATED) from error  # torch's own advice leaves out the cache
 
     def _backward(
         self,

@@ -99,12 +99,55 @@ def test_a_shared_graph_that_was_compiled_for_one_pass_says_what_to_do(donated):
         x, _, y = data = make_batch(0)
         F.cross_entropy(called(x), y).backward()
         if donated:
-            with pytest.raises(RuntimeError, match=r"donated_buffer = False` before `torch.comp"):
+            with pytest.raises(RuntimeError, match=r"donated_buffer = False` and `torch.compiler"):
                 passes("call", called, opt, data)
             passes("in turn", called, opt, data)  # the other way out
         else:
             passes("call", called, opt, data)
         opt.step()
+
+
+class Waves(torch.nn.Module):
+    """Compiled for one pass, its backward writes over what it has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(16, 16, bias=False)
+        self.second = torch.nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).sin()).cos()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs g++")
+def test_code_that_was_compiled_for_one_pass_is_not_taken_from_the_cache():
+    """Inductor's cache does not know the setting; with a tag of its own it does."""
+    torch.manual_seed(0)
+    model = Waves()
+    x = torch.rand(32, 16)
+    tag = torch.compiler.config.patch
+    with functorch.patch(donated_buffer=True), tag(cache_key_tag="rgp-optim, freed"):
+        torch.compile(model)(x).square().mean().backward()
+    torch._dynamo.reset()
+    opt = wrap(model)
+    with functorch.patch(donated_buffer=False), tag(cache_key_tag="rgp-optim, kept"):
+        compiled = torch.compile(model)
+        for _ in range(2):
+            wanted, found = [], []
+            for called in (model, compiled):
+                out = called(x).square()
+                nat, adv = out[:16].mean(), out[16:].mean()
+                if called is model:
+                    params = list(model.parameters())
+                    for loss in (nat, adv, nat + adv.square()):
+                        wanted += torch.autograd.grad(loss, params, retain_graph=True)
+            opt.zero_grad()
+            opt.backward(nat + adv.square(), natural=nat, adversarial=adv)
+            for role in ("natural", "adversarial"):
+                found += opt._rgp.slots.gradients(role).values()
+            found += [p.grad for p in model.parameters()]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)  # rounding
+            opt.step()
 
 
 def test_model_and_losses_compiled_together():
