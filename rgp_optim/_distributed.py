@@ -30,6 +30,12 @@ from rgp_optim._reference import rgp_score, update_count
 BUCKET = 2**25  # weights that are reduced together: what is copied for it at a time
 BINS = 256  # eight bits of a score
 REENTRANT = "CheckpointFunctionBackward"
+UNREDUCED = (
+    "A backward pass without gradient synchronisation has left gradients that are not reduced yet, "
+    "and they would be added to the score. Reduce every micro-batch: leave "
+    "`set_requires_gradient_sync(True)` and `set_requires_all_reduce(True)`; in Accelerate "
+    "`GradientAccumulationPlugin(sync_each_batch=True)`."
+)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -259,6 +265,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 # What FSDP2 has of a parameter besides its shard.
 
 _shards: WeakSet[Any] = WeakSet()
+_groups: WeakSet[Any] = WeakSet()  # of shards that are reduced together
 _looked_up = WeakTensorKeyDictionary()
 
 
@@ -278,12 +285,11 @@ def shards_beside(params: Sequence[Tensor]) -> list[Tensor]:
         whole = getattr(each, "_unsharded_param", None)
         left = each.unsharded_accumulated_grad is not None
         if each.sharded_param in mine and (left or (whole is not None and whole.grad is not None)):
-            raise RuntimeError(
-                "A backward pass without gradient synchronisation has left gradients that are not "
-                "reduced yet, and they would be added to the score. Reduce every micro-batch: "
-                "leave `set_requires_gradient_sync(True)`; in Accelerate "
-                "`GradientAccumulationPlugin(sync_each_batch=True)`."
-            )
+            raise RuntimeError(UNREDUCED)
+    for group in _groups:
+        if getattr(group, "_partial_reduce_output", None) is not None:
+            if any(each.sharded_param in mine for each in group.fsdp_params):
+                raise RuntimeError(UNREDUCED)
     return [each.sharded_param for each in _shards if each.sharded_param not in mine]
 
 
@@ -291,9 +297,14 @@ def _find_shards() -> None:
     """Look for what `fully_shard` has made; a DTensor does not know it."""
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-    except ImportError:  # another version of torch keeps it elsewhere
+        from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    except ImportError:  # another version of torch keeps them elsewhere
         return
-    _shards.update(thing for thing in gc.get_objects() if type(thing) is FSDPParam)
+    for thing in gc.get_objects():
+        if type(thing) is FSDPParam:
+            _shards.add(thing)
+        elif type(thing) is FSDPParamGroup:
+            _groups.add(thing)
 
 
 # Gradients into pieces.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -264,6 +264,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Add a param group to the inner optimizer; missing ``rgp_*`` settings get the defaults."""
         if isinstance(param_group, dict):  # or let torch say that it should be one
             Settings.of({**self._rgp.defaults, **param_group})
+            params = param_group.get("params", ())
+            if isinstance(params, Iterator):  # it can be read once only
+                params = list(params)
+                param_group = {**param_group, "params": params}
+            for each in [params] if isinstance(params, Tensor) else params:
+                distributed.check_parameter(each[1] if isinstance(each, tuple) else each)
         self._rgp.inner.add_param_group(param_group)
         self._rgp.checked = 0
         self._complete_groups()

@@ -950,6 +950,10 @@ def refused(rank, size, what):
             )
             with pytest.raises(RuntimeError) as caught:
                 make_opt(old)
+            opt = make_opt(model)
+            with pytest.raises(RuntimeError, match="fully_shard"):
+                opt.add_param_group({"params": list(old.parameters())})
+            assert len(opt.param_groups) == 1
         return str(caught.value)
     if what == "zero":
         from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
@@ -1016,6 +1020,14 @@ def test_a_process_group_trains_by_itself(four):
     assert_same_bits(answers[2:])
     assert_close(answers[0], alone("call", 3))
     assert not np.array_equal(answers[0][0], answers[2][0])
+
+
+def test_a_group_of_an_iterator_is_added_whole():
+    model = small()
+    opt = make_opt(model.conv)
+    opt.add_param_group({"params": model.norm.parameters()})
+    opt.add_param_group({"params": model.head.weight})
+    assert [len(group["params"]) for group in opt.param_groups] == [2, 2, 1]
 
 
 def test_process_group_must_be_one():
@@ -1177,6 +1189,25 @@ def leave_unreduced(rank, size, how):
                 loss.backward()
             else:
                 opt.backward(loss, natural=nat, adversarial=adv)
+
+
+def leave_half_reduced(rank, size):
+    """HSDP: the first micro-batch is reduced over the shards, not over the replicas."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = shard(small(), mesh=mesh)
+    opt = make_opt(model)
+    for micro in range(2):
+        model.set_requires_all_reduce(micro == 1)
+        loss, nat, adv = parts(model, *share(rank, size, batch(micro)))
+        if micro == 0:
+            loss.backward()
+        else:
+            opt.backward(loss, natural=nat, adversarial=adv)
+
+
+def test_hsdp_gradients_that_are_not_reduced_yet_never_reach_a_score(four):
+    with pytest.raises(RankFailed, match="left gradients that are not reduced yet"):
+        four.run(leave_half_reduced, 4)
 
 
 @pytest.mark.parametrize("how", ["all scored", "the last scored"])
