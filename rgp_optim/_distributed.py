@@ -619,20 +619,22 @@ def average_(tensors: Sequence[Tensor], ring: Ring) -> None:
     """Average each tensor over the processes, in place, in buckets."""
     if ring.size == 1:
         return
-    kinds: dict[Any, list[Tensor]] = {}
+    buckets: dict[Any, list[list[Tensor]]] = {}
+    room: dict[Any, int] = {}  # left in the last bucket
     for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in kinds.values():
-        while group:
-            bucket = [group.pop(0)]
-            while group and sum(t.numel() for t in bucket) + group[0].numel() <= BUCKET:
-                bucket.append(group.pop(0))
-            flat = torch.cat([t.reshape(-1) for t in bucket]).div_(ring.size)
-            dist.all_reduce(flat, group=ring.group)
-            for tensor, part in zip(
-                bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True
-            ):
-                tensor.copy_(part.view(tensor.shape))
+        kind = tensor.dtype, tensor.device
+        if room.get(kind, 0) < tensor.numel():
+            buckets.setdefault(kind, []).append([])
+            room[kind] = BUCKET
+        buckets[kind][-1].append(tensor)
+        room[kind] -= tensor.numel()
+    for bucket in (each for same in buckets.values() for each in same):
+        flat = torch.cat([t.reshape(-1) for t in bucket]).div_(ring.size)
+        dist.all_reduce(flat, group=ring.group)
+        for tensor, part in zip(
+            bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True
+        ):
+            tensor.copy_(part.view(tensor.shape))
 
 
 # Do the ranks agree?

@@ -414,6 +414,19 @@ def test_backends_without_reduce_scatter(four):
 
 def small_buckets(rank, size, kind):
     with patch.object(distributed, "BUCKET", 50):
+        g = torch.Generator().manual_seed(rank)
+        sizes = (3, 60, 1, 0, 40, 9, 30)
+        tensors = [
+            torch.rand(n, generator=g, dtype=t)
+            for n in sizes
+            for t in (torch.float64, torch.float32)
+        ]
+        mine = [t.clone() for t in tensors]
+        distributed.average_(mine, distributed.Ranks().ring)
+        for t in tensors:
+            dist.all_reduce(t)
+        for a, b in zip(mine, tensors, strict=True):
+            torch.testing.assert_close(a, b / size)
         return select_whole(rank, size, kind)
 
 
