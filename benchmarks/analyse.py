@@ -131,7 +131,7 @@ def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
     figure.supxlabel("severity")
     figure.supylabel("accuracy in %")
     handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=6, frameon=False)
 
 
 def draw_smallest(figure: Any, found: dict[str, Any]) -> None:
@@ -154,6 +154,7 @@ def draw_layers(figure: Any, found: dict[str, Any]) -> None:
         right.plot([a for a, _ in sizes.values()], "o--", ms=3, color=color, alpha=0.5)
     left.set(ylabel="CKA of natural and attacked features", ylim=(None, 1.01))
     right.set(yscale="log", ylabel="mean |gradient| per weight", xlabel="layer, in order")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_title("attacked (solid), natural (dashed) images", fontsize=10)
     left.legend(frameon=False, fontsize=9)
 
@@ -162,21 +163,23 @@ def draw_updated(figure: Any, found: dict[str, Any]) -> None:
     axis = figure.subplots()
     shown = [each for each in _each(found) if each[2]["updated"]]
     for title, color, entry in shown:
-        pairs = {n: v for n, v in entry["updated"].items() if n.endswith("weight")}
+        pairs = {n: v for n, v in entry["updated"].items() if n in entry["gradients"]}
         axis.plot([100 * a for a, _ in pairs.values()], "o--", ms=3, color=color, alpha=0.5)
         axis.plot([100 * b for _, b in pairs.values()], "o-", ms=3, color=color, label=title)
         axis.set_xticks(range(len(pairs)), list(pairs), rotation=60, ha="right", fontsize=7)
     axis.set(ylabel="weights updated, %", ylim=(0, 102))
     axis.set_title("first fifth of the epochs (dashed), last fifth (solid)", fontsize=10)
+    axis.grid(axis="y", alpha=0.25)
     if shown:
         axis.legend(frameon=False)
 
 
 def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
     axis = figure.subplots()
-    for label, row in found["blocks"]["rows"].items():
+    for i, (label, row) in enumerate(found["blocks"]["rows"].items()):
         axis.plot(row["natural"], row["pgd20"], "o", color=COLORS[0])
-        place = {"xytext": (5, 4), "textcoords": "offset points"}
+        side = {"ha": "right"} if i % 2 else {"ha": "left"}  # neighbours apart
+        place = {"xytext": (-6 if i % 2 else 6, 4), "textcoords": "offset points", **side}
         axis.annotate(f"U-{label}", (row["natural"], row["pgd20"]), **place)
     axis.set(xlabel="natural accuracy, %", ylabel="PGD-20 accuracy, %")
     axis.grid(alpha=0.25)
