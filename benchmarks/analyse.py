@@ -30,7 +30,7 @@ from report import write_json, write_whole
 from rgp_optim import pgd_attack
 
 IMAGES = 256  # for what costs many passes
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#000000")
 
 
 def collect(
@@ -176,13 +176,11 @@ def draw_updated(figure: Any, found: dict[str, Any]) -> None:
 
 def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
     axis = figure.subplots()
-    for i, (label, row) in enumerate(found["blocks"]["rows"].items()):
-        axis.plot(row["natural"], row["pgd20"], "o", color=COLORS[0])
-        side = {"ha": "right"} if i % 2 else {"ha": "left"}  # neighbours apart
-        place = {"xytext": (-6 if i % 2 else 6, 4), "textcoords": "offset points", **side}
-        axis.annotate(f"U-{label}", (row["natural"], row["pgd20"]), **place)
+    for color, (label, row) in zip(COLORS, found["blocks"]["rows"].items(), strict=False):
+        axis.plot(row["natural"], row["pgd20"], "o", color=color, label=f"U-{label}")
     axis.set(xlabel="natural accuracy, %", ylabel="PGD-20 accuracy, %")
     axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
 
 
 def draw_curves(figure: Any, found: dict[str, Any]) -> None:
@@ -193,6 +191,8 @@ def draw_curves(figure: Any, found: dict[str, Any]) -> None:
         left.plot(epochs, entry["curves"]["robust"], color=color, label=title)
         right.plot(epochs, entry["curves"]["loss"], color=color)
     left.set(xlabel="epoch", ylabel="validation accuracy, %")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     left.set_title("under attack (solid), natural (dashed)", fontsize=10)
     right.set(xlabel="epoch", ylabel="training loss (each method's own)")
     left.legend(frameon=False, fontsize=9)
