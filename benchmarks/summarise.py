@@ -45,5 +45,5 @@ def summarise(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
     print("\n\n".join(summarise(folder) for folder in folders))
