@@ -146,6 +146,14 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert table in text
 
 
+def test_readme_table_of_all_methods_is_that_of_the_committed_runs():
+    command = [sys.executable, ROOT / "benchmarks" / "robustness.py", "--report"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    table = printed.split("Last epoch:\n\n")[1].split("\n\n")[0]
+    assert len(table.splitlines()) == 2 + 19
+    assert table in (ROOT / "README.md").read_text()
+
+
 def compatibility():
     """Rows of the README's table of what the library works with."""
     text = (ROOT / "README.md").read_text()
