@@ -13,6 +13,7 @@ import torch
 import rgp_optim
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "rgp_optim"
 
 # Each module may import those to its right. `_checks` is everyone's.
@@ -137,19 +138,22 @@ def test_readme_names_files_that_exist():
         assert (ROOT / path).exists(), path
 
 
+def printed_by(script, *words):
+    """What a script of the benchmarks prints."""
+    command = [sys.executable, ROOT / "benchmarks" / script, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_readme_tables_are_those_of_the_committed_results():
-    command = [sys.executable, ROOT / "benchmarks" / "summarise.py"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = printed_by("summarise.py")
     text = (ROOT / "README.md").read_text()
     assert printed.count("| cure |") == 2
-    for table in printed.strip().split("\n\n"):
+    for table in printed.split("\n\n"):
         assert table in text
 
 
 def test_readme_table_of_all_methods_is_that_of_the_committed_runs():
-    command = [sys.executable, ROOT / "benchmarks" / "robustness.py", "--report"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    table = printed.split("Last epoch:\n\n")[1].split("\n\n")[0]
+    table = printed_by("robustness.py", "--report").split("Last epoch:\n\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 19
     assert table in (ROOT / "README.md").read_text()
 
@@ -178,19 +182,15 @@ def test_each_compatibility_row_has_tests_and_the_versions_they_run_with():
 
 
 def test_readme_bytes_are_those_of_the_committed_rows():
-    command = [sys.executable, ROOT / "benchmarks" / "collectives.py"]
-    command += ["--table", ROOT / "benchmarks" / "results" / "collectives.csv"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    printed = printed_by("collectives.py", "--table", RESULTS / "collectives.csv")
     assert printed.count("\n") == 11
     assert printed in (ROOT / "README.md").read_text()
 
 
 def test_readme_speeds_are_those_of_the_committed_rows():
     pytest.importorskip("matplotlib")
-    speed = ROOT / "benchmarks" / "results" / "speed.csv"
-    command = [sys.executable, ROOT / "benchmarks" / "plot.py", speed, "--table"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = printed_by("plot.py", RESULTS / "speed.csv", "--table")
     text = (ROOT / "README.md").read_text()
     assert "| resnet18 |" in printed
-    for table in printed.strip().split("\n\n"):
+    for table in printed.split("\n\n"):
         assert table in text
