@@ -89,15 +89,15 @@ PRESETS = {
     "cpu": Preset(
         data="cifar10",
         network="resnet8",
-        epochs=18,
-        warmup_epochs=10,
+        epochs=12,
+        warmup_epochs=8,
         batch_size=128,
         lr=0.1,
         eps=8 / 255,
-        attack_steps=10,
+        attack_steps=5,
         train_size=5000,
-        val_size=500,
-        test_size=2000,
+        val_size=250,
+        test_size=1000,
         image_size=16,
         auto_attack=200,
         options={"*": {"beta": 5.0}},
@@ -224,6 +224,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.preset.bf16)
 
     @property
+    def step_size(self) -> float:
+        p = self.preset
+        return p.eps / 4 if p.step_size is None else p.step_size
+
+    @property
     def steps_an_epoch(self) -> int:
         return len(self.train) // self.preset.batch_size
 
@@ -269,7 +274,7 @@ class Trainer:
         setting = Setting(
             eps=p.eps,
             attack_steps=p.attack_steps,
-            step_size=p.eps / 4 if p.step_size is None else p.step_size,
+            step_size=self.step_size,
             epochs=p.epochs,
             total_steps=self.steps_an_epoch * p.epochs,
             seed=self.seed,
@@ -316,7 +321,7 @@ class Trainer:
                 for key, value in logged.items():
                     sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value
             row: dict[str, Any] = {k: float(v) / self.steps_an_epoch for k, v in sums.items()}
-            attack = {"eps": p.eps, "steps": p.attack_steps, "step_size": p.eps / 4}
+            attack = {"eps": p.eps, "steps": p.attack_steps, "step_size": self.step_size}
             with self.autocast():
                 row["natural"] = evaluation.accuracy(model, self.batches(self.val))
                 row["robust"] = evaluation.accuracy(model, self.batches(self.val), **attack)

@@ -2,7 +2,7 @@
 
 from .act import ACT
 from .ard import ARD
-from .at import AT
+from .at import AT, PretrainedAT
 from .base import Method, Setting
 from .cure import CONTROLS, CURE
 from .fat import FAT
@@ -33,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "iad": IAD,
     "las-at": LASAT,
     "cure": CURE,
+    "at-pre": PretrainedAT,
     "trades-pre": PretrainedTRADES,
     **dict(zip(_CONTROL_NAMES, CONTROLS, strict=True)),
 }

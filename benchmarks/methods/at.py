@@ -21,3 +21,11 @@ class AT(Method):
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.model(x_adv), y)
+
+
+class PretrainedAT(AT):
+    """The control: AT from the start that CURE has."""
+
+    title = "AT, pre-trained"
+    warm = True
+    published: ClassVar = {}
