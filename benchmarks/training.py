@@ -169,8 +169,9 @@ class Place:
 
 def options_of(preset: Preset, name: str) -> dict[str, Any]:
     """Return the settings of a method in a preset that are not its own."""
-    common = {k: v for k, v in preset.options.get("*", {}).items() if k in METHODS[name].official}
-    return {**common, **preset.options.get(name, {})}
+    kind = METHODS[name]
+    common = {k: v for k, v in preset.options.get("*", {}).items() if k in kind.official}
+    return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
 
 
 def needs(name: str) -> tuple[str, ...]:
@@ -284,7 +285,10 @@ class Trainer:
             new_optimizer=self.sgd,
             teacher=lambda: self.other("at"),
         )
-        return METHODS[self.name](model, setting, **options_of(p, self.name))
+        try:
+            return METHODS[self.name](model, setting, **options_of(p, self.name))
+        except ValueError as error:  # a run this short has no room for what the method wants
+            raise DataError(f"{self.stem}, {setting.total_steps} steps: {error}") from error
 
     def run(self, report: Callable[[str], None] = print) -> dict[str, Any]:
         """Train, evaluate and write the run's JSON; go on where an earlier attempt stopped."""

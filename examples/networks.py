@@ -1,8 +1,9 @@
 """The networks of the example: ResNets for small images, with normalisation inside.
 
 Inputs are images in [0, 1], [batch, channels, height, width]; outputs are logits, [batch, classes].
-Residual networks: He et al., CVPR 2016; with pre-activation: He et al., ECCV 2016. The stem for
-small images (a 3x3 convolution, no pooling) is the usual one for CIFAR.
+Residual networks: He et al., CVPR 2016; with pre-activation: He et al., ECCV 2016; wide: Zagoruyko
+and Komodakis, BMVC 2016. The stem for small images (a 3x3 convolution, no pooling) is the usual one
+for CIFAR.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of blocks; each stage after the first halves the image and doubles the channels."""
+    """Stages of blocks; each stage after the first halves the image and doubles the channels.
+
+    ``widen`` multiplies the channels of the stages, not those of the stem.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class ResNet(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         preact: bool = False,
+        widen: int = 1,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean or [0.0] * channels).view(1, -1, 1, 1))
@@ -76,7 +81,7 @@ class ResNet(nn.Module):
         self.norm = nn.Identity() if preact else nn.BatchNorm2d(width)
         stages, c_in = [], width
         for i, count in enumerate(blocks):
-            c_out = width * 2**i
+            c_out = width * widen * 2**i
             layers = [
                 block(c_in if j == 0 else c_out, c_out, 2 if i > 0 and j == 0 else 1)
                 for j in range(count)
@@ -101,5 +106,6 @@ class ResNet(nn.Module):
 NETWORKS = {
     "resnet18": lambda **o: ResNet([2, 2, 2, 2], 64, **o),  # 11.2 million weights
     "preactresnet18": lambda **o: ResNet([2, 2, 2, 2], 64, preact=True, **o),
+    "wrn34-10": lambda **o: ResNet([5, 5, 5], 16, preact=True, widen=10, **o),  # 46.2 million
     "resnet8": lambda **o: ResNet([1, 1, 1], 16, **o),  # 78 thousand weights, for a CPU
 }

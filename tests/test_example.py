@@ -240,7 +240,12 @@ def test_sizes_of_the_networks():
     sizes = {
         name: sum(p.numel() for p in make().parameters()) for name, make in example.NETWORKS.items()
     }
-    assert sizes == {"resnet18": 11_173_962, "preactresnet18": 11_172_170, "resnet8": 78_042}
+    assert sizes == {
+        "resnet18": 11_173_962,
+        "preactresnet18": 11_172_170,
+        "wrn34-10": 46_160_474,
+        "resnet8": 78_042,
+    }
 
 
 @pytest.mark.parametrize(

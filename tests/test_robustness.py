@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import rgp_optim
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("sklearn")
@@ -193,7 +195,37 @@ def test_controls_differ_from_cure_in_one_thing():
         assert len(changed) == 1, name
         assert METHODS[name].warm
         assert METHODS[name].official["beta"] == cure.official["beta"]
+        for network, of_cure in cure.networks.items():
+            left = {**METHODS[name].official, **METHODS[name].networks[network]}
+            assert {k for k, v in {**cure.official, **of_cure}.items() if left[k] != v} == changed
+    assert METHODS["trades-pre"].official["beta"] == cure.official["beta"]
+    assert METHODS["at-pre"].warm
     assert len(TABLE) == 10
+
+
+def test_published_settings_of_each_network():
+    """Table 9 of the paper; p there is the fraction that is conserved."""
+    published = {"resnet18": (30, 0.1, 1.0), "wrn34-10": (50, 0.3, 0.5)}
+    published["preactresnet18"] = (20, 0.2, 1.0)
+    for network, (conserved, alpha, gamma) in published.items():
+        preset = replace(training.PRESETS["paper"], network=network)
+        used = {**METHODS["cure"].official, **training.options_of(preset, "cure")}
+        assert used["update_fraction"] == 1 - conserved / 100
+        assert (used["alpha"], used["gamma"]) == (alpha, gamma)
+        assert (preset.epochs, preset.batch_size, preset.lr, preset.momentum) == (
+            200,
+            128,
+            0.1,
+            0.9,
+        )
+
+
+def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch, one_thread):
+    words = ["--preset", "digits", "--epochs", "1", "--methods", "cure", "--seeds", "0"]
+    monkeypatch.setattr(training.Trainer, "warm_up", lambda self, model: None)
+    place = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r"), "--no-table"]
+    with pytest.raises(SystemExit, match=r"error: cure-seed0, 35 steps: `horizon` should span"):
+        robustness.main([*words, *place, "--device", "cpu"])
 
 
 def test_released_rules_select_where_the_released_code_does():
@@ -264,6 +296,37 @@ def test_auto_attack_leaves_the_network_as_it_was():
     pgd = evaluation.accuracy(model, lambda: [(x.float(), y)], **evaluation.pgd20(0.05))
     assert 0 <= got <= pgd  # two of its attacks cannot be weaker than one of them
     assert all(q.requires_grad and q.grad is None for q in model.parameters())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_pgd_is_that_of_foolbox(loss, steps):
+    """The same start, radius and steps: the same images, pixel by pixel."""
+    foolbox = pytest.importorskip("foolbox")
+    eagerpy = pytest.importorskip("eagerpy")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+    model = model.double().eval()
+    x, y = data(40)
+
+    class Peer(foolbox.attacks.LinfProjectedGradientDescentAttack):
+        def get_loss_fn(self, model, labels):
+            def margin(images):
+                z = model(images).raw
+                true = F.one_hot(y, 3).bool()
+                best = z.masked_fill(true, -math.inf).amax(1)
+                return eagerpy.astensor((best - z[true]).sum())
+
+            return margin if loss == "margin" else super().get_loss_fn(model, labels)
+
+    attack = Peer(abs_stepsize=0.02, steps=steps, random_start=False)
+    peer = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    theirs = attack.run(peer, x, y, epsilon=0.1)
+    ours = rgp_optim.pgd_attack(
+        model, x, y, loss=loss, eps=0.1, step_size=0.02, steps=steps, random_start=False
+    )
+    assert float((ours - x).abs().max()) >= 0.02 - 1e-12
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 # The runner.

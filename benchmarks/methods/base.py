@@ -102,6 +102,7 @@ class Method:
         paper: Where the method is from.
         warm: Whether it starts from the natural warm-up, not from the same random weights.
         official: Settings of its paper, which `options` of a run replace.
+        networks: Settings that the paper has for some networks, instead of those.
         published: Published results, CIFAR-10, by network.
     """
 
@@ -109,6 +110,7 @@ class Method:
     paper: ClassVar[str] = ""
     warm: ClassVar[bool] = False
     official: ClassVar[dict[str, Any]] = {}
+    networks: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, Published]] = {}
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:

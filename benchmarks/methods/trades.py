@@ -34,8 +34,9 @@ class TRADES(Method):
 
 
 class PretrainedTRADES(TRADES):
-    """The control: TRADES from the start that CURE has."""
+    """The control: TRADES from the start and with the beta that CURE has."""
 
     title = "TRADES, pre-trained"
     warm = True
+    official: ClassVar = {"beta": 5.0}
     published: ClassVar = {}

@@ -1,0 +1,134 @@
+"""Our attacks beside those of others, on networks that robustness.py has trained.
+
+    python benchmarks/crosscheck.py --preset digits --json benchmarks/results/crosscheck.json
+
+PGD-20 from the clean image is taken by `pgd_attack` and by Foolbox (Rauber et al., JOSS 2020): the
+images should be the same. From a random start the draws differ, so only the accuracies are
+comparable. AutoAttack comes with its first two attacks, as in the table, and with all four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import evaluation
+import foolbox
+import torch
+from foolbox.attacks import LinfProjectedGradientDescentAttack
+from methods import METHODS
+from torch import Tensor, nn
+from training import PRESETS, DataError, Place, Trainer, versions, write_json
+
+from rgp_optim import pgd_attack
+
+SAME = 1e-6  # pixels that differ by less are equal but for rounding
+COLUMNS = {
+    "natural": "Natural",
+    "ours": "PGD-20",
+    "foolbox": "Foolbox",
+    "same": "same images",
+    "ours_random": "PGD-20, random start",
+    "foolbox_random": "Foolbox, random start",
+    "margin": "C&W",
+    "aa_two": "AA, two attacks",
+    "aa": "AA, all four",
+}
+
+
+def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, random_start: bool, **pgd: Any) -> Tensor:
+    """Return the images of Foolbox's PGD."""
+    attack = LinfProjectedGradientDescentAttack(
+        abs_stepsize=pgd["step_size"], steps=pgd["steps"], random_start=random_start
+    )
+    peer = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=x.device)
+    images: Tensor = attack.run(peer, x, y, epsilon=pgd["eps"])
+    return images.detach()
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
+    """Return accuracies in percent, and the percentage of images that both PGDs find alike."""
+    how = evaluation.pgd20(eps)
+
+    def right(images: Tensor) -> float:
+        return evaluation.accuracy(model, lambda: [(images, y)])
+
+    generator = torch.Generator(x.device).manual_seed(0)
+    torch.manual_seed(0)
+    ours = pgd_attack(model, x, y, random_start=False, **how)
+    theirs = by_foolbox(model, x, y, False, **how)
+    alike = (ours - theirs).abs().flatten(1).amax(1) <= SAME
+    return {
+        "natural": right(x),
+        "ours": right(ours),
+        "foolbox": right(theirs),
+        "same": 100 * float(alike.float().mean()),
+        "ours_random": right(pgd_attack(model, x, y, generator=generator, **how)),
+        "foolbox_random": right(by_foolbox(model, x, y, True, **how)),
+        "margin": right(pgd_attack(model, x, y, loss="margin", generator=generator, **how)),
+        "aa_two": evaluation.auto_attack(model, x, y, eps, whole=False),
+        "aa": evaluation.auto_attack(model, x, y, eps, whole=True),
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return Markdown: a row for each network."""
+    head = ["network", *COLUMNS.values()]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for row in content["rows"]:
+        name = f"{row['method']}, seed {row['seed']}"
+        lines.append(f"| {' | '.join([name, *(f'{row[c]:.1f}' for c in COLUMNS)])} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="digits")
+    add("--methods", default="at,trades,cure", help="by commas (at,trades,cure)")
+    add("--seed", type=int, default=0)
+    add("--images", type=int, default=200, help="test images (200)")
+    add("--data-dir", default="data")
+    add("--data-label", help="name of the data beside results, when the files are not originals")
+    add("--runs", type=Path, help="where robustness.py left the weights")
+    add("--json", type=Path, help="write the rows here")
+    add("--table", type=Path, help="print the table of such a file and attack nothing")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    names = args.methods.split(",")
+    if unknown := [name for name in names if name not in METHODS]:
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")
+    preset = PRESETS[args.preset]
+    runs = args.runs or Path("runs") / "robustness" / args.preset
+    place = Place(runs, runs, args.data_dir, args.data_label)
+    rows = []
+    try:
+        for name in names:
+            trainer = Trainer(name, args.seed, preset, place)
+            images = trainer.test[: args.images]
+            numbers = compare(trainer.other(name), images.floats(), images.labels, preset.eps)
+            rows.append({"method": name, "seed": args.seed, **numbers})
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    content = {
+        "data": trainer.label,
+        "preset": args.preset,
+        "eps": preset.eps,
+        "images": len(images),
+        "versions": {**versions(trainer.device), "foolbox": foolbox.__version__},
+        "rows": rows,
+    }
+    if args.json:
+        write_json(args.json, content)
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()
