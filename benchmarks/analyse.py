@@ -21,16 +21,16 @@ import summary
 import torch
 import training
 from analysis import blocks, corruptions, layers, smallest
+from analysis.figure import COLORS, save
 from methods import METHODS
 from training import PRESETS, Place, Trainer
 
 sys.path.insert(0, str(measure.ROOT / "examples"))
-from report import write_json, write_whole
+from report import write_json
 
 from rgp_optim import pgd_attack
 
 IMAGES = 256  # for what costs many passes
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#000000")
 
 
 def collect(
@@ -79,7 +79,7 @@ def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -
         model = trainer.network()
         model.load_state_dict(trainer.weights(place.runs / f"warmup-seed{seed}.pt"))
         generator = torch.Generator(trainer.device).manual_seed(seed)
-        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": preset.eps / 4}
+        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": trainer.step_size}
         if learn:
             blocks.train(
                 model,
@@ -97,19 +97,6 @@ def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -
 
 
 # Figures.
-
-
-def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=size, layout="constrained")
-        draw(figure)
-        write_whole(path, lambda p: figure.savefig(p, dpi=120, format="png"))
-        plt.close(figure)
 
 
 def _each(found: dict[str, Any]) -> Any:
@@ -255,9 +242,9 @@ def main(argv: list[str] | None = None) -> None:
         **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
     }
     for name, (draw, size) in figures.items():
-        _save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
+        save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
     some = methods[:4]
-    _save(
+    save(
         out / "perturbations.png",
         lambda figure: draw_perturbations(figure, some, args.seed, preset, place),
         (8, 1 + 2 * len(some)),

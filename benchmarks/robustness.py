@@ -43,6 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
     add("--results", type=Path, help="folder of the JSON files")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
+    add("--figure", type=Path, metavar="PNG", help="draw the table too")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
     add("--quiet", action="store_true", help="say only what is finished")
     add("--no-table", action="store_true", help="print no table at the end")
@@ -82,6 +83,15 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit("\nstopped; the same command goes on")
     if not args.no_table:
         print(summary.report(summary.read(args.results)))
+    if args.figure:
+        draw(summary.read(args.results), args.figure)
+
+
+def draw(runs: summary.Runs, file: Path) -> None:
+    from analysis.figure import draw_table, save
+
+    if runs:
+        save(file, lambda figure: draw_table(figure, runs), (13, 1.5 + 0.3 * len(runs)))
 
 
 def ordered(methods: list[str]) -> list[str]:

@@ -27,6 +27,11 @@ def read(folder: Path) -> Runs:
     return {name: runs[name] for name in METHODS if name in runs}
 
 
+def some_run(runs: Runs) -> dict[str, Any]:
+    """Return one of the runs; what they share stands in each."""
+    return next(iter(next(iter(runs.values())).values()))
+
+
 def numbers(runs: Runs, method: str, column: str, which: str = "last") -> list[float]:
     """Return one number for each seed."""
     rows = (run["results"][which] for run in runs[method].values())
@@ -62,7 +67,7 @@ def report(runs: Runs) -> str:
     """Return the tables and what they are made of."""
     if not runs:
         return "There are no finished runs."
-    some = next(iter(next(iter(runs.values())).values()))
+    some = some_run(runs)
     p = some["preset"]
     published = p["network"] if p["network"] in ("resnet18", "wrn34-10") else "resnet18"
     eps = f"{p['eps'] * 255:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"

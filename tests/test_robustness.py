@@ -366,6 +366,32 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread)
     assert set(content["results"]["last"]) >= {"natural", "pgd20", "cw", "nrr"}
     run(tmp_path, "--compare", "cure", "trades-pre")
     assert "With 1 seeds p cannot be below 1" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    run(tmp_path, "--report", "--figure", str(tmp_path / "table.png"))
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
+    pytest.importorskip("pyautoattack")
+    pytest.importorskip("foolbox")
+    import crosscheck
+
+    words = ["--preset", "test", "--runs", str(tmp_path), "--images", "8"]
+    with pytest.raises(SystemExit, match=r"at-seed0-last\.pt is missing: run the method"):
+        crosscheck.main([*words, "--methods", "at"])
+    place = training.Place(tmp_path, tmp_path / "r")
+    training.Trainer("at", 0, training.PRESETS["test"], place).run(lambda text: None)
+    capsys.readouterr()
+    crosscheck.main([*words, "--methods", "at", "--json", str(tmp_path / "c.json")])
+    out = capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert row["ours"] == row["foolbox"]
+    assert row["same"] == 100.0
+    assert row["aa"] <= row["aa_two"] <= row["natural"]
+    crosscheck.main(["--table", str(tmp_path / "c.json")])
+    table = capsys.readouterr().out.strip()
+    assert table.startswith("| network | Natural | PGD-20 |")
+    assert table in out
 
 
 @pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat"])
