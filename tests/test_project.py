@@ -158,6 +158,14 @@ def test_readme_table_of_all_methods_is_that_of_the_committed_runs():
     assert table in (ROOT / "README.md").read_text()
 
 
+def test_readme_crosscheck_is_that_of_the_committed_rows():
+    pytest.importorskip("foolbox")
+    pytest.importorskip("sklearn")
+    table = printed_by("crosscheck.py", "--table", RESULTS / "crosscheck-digits.json")
+    assert len(table.splitlines()) == 2 + 3
+    assert table in (ROOT / "README.md").read_text()
+
+
 def compatibility():
     """Rows of the README's table of what the library works with."""
     text = (ROOT / "README.md").read_text()
