@@ -31,6 +31,7 @@ from report import write_json
 from rgp_optim import pgd_attack
 
 IMAGES = 256  # for what costs many passes
+ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
 
 def collect(
@@ -117,8 +118,7 @@ def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
         axis.grid(axis="y", alpha=0.25)
     figure.supxlabel("severity")
     figure.supylabel("accuracy in %")
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), **ABOVE)
 
 
 def draw_smallest(figure: Any, found: dict[str, Any]) -> None:
@@ -182,30 +182,40 @@ def draw_curves(figure: Any, found: dict[str, Any]) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     left.set_title("under attack (solid), natural (dashed)", fontsize=10)
     right.set(xlabel="epoch", ylabel="training loss (each method's own)")
-    left.legend(frameon=False, fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), **ABOVE)
 
 
 def draw_perturbations(
     figure: Any, methods: Sequence[str], seed: int, preset: training.Preset, place: Place
 ) -> None:
-    """Show images, and the smallest perturbation of each network that was found, enlarged."""
+    """Show images, and the smallest perturbation of each network that was found, enlarged.
+
+    The first images that all these networks take for what they are.
+    """
     columns = 8
+    test = Trainer(methods[0], seed, preset, place).test[:IMAGES]
+    right = torch.ones(len(test), dtype=torch.bool, device=test.labels.device)
+    for name in methods:
+        model = Trainer(name, seed, preset, place).other(name)
+        right &= model(test.floats()).argmax(1) == test.labels
+    test = test[right][:columns]
     axes = figure.subplots(1 + 2 * len(methods), columns)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, name in enumerate(methods):
         trainer = Trainer(name, seed, preset, place)
         model = trainer.other(name)
-        some = trainer.test[:columns]
-        x, y = some.floats(), some.labels
+        x, y = test.floats(), test.labels
         radius, fooled = smallest.smallest_radius(model, x, y, most=4 * preset.eps, seed=seed)
         scale = max(float((fooled - x).abs().max()), 1e-6)
-        for j in range(columns):
+        for j in range(len(test)):
             difference = 0.5 + (fooled[j] - x[j]) / (2 * scale)
             for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
                 picture = image.permute(1, 2, 0).clamp(0, 1)
                 axes[row, j].imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes[1 + 2 * i, j].set_title(f"{float(radius[j]):.3f}", fontsize=8)
+            found = bool(torch.isfinite(radius[j]))
+            title = f"{float(radius[j]):.3f}" if found else f"> {4 * preset.eps:.3f}"
+            axes[1 + 2 * i, j].set_title(title, fontsize=8)
         first = axes[1 + 2 * i, 0]
         where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}
         first.text(-0.1, 0.5, METHODS[name].title, fontsize=8, **where)
@@ -218,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
+    add("--pictures", default="at,trades-pre,cure-no-revision,cure", help="of their perturbations")
     add("--seed", type=int, default=0)
     add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
     add("--runs", type=Path)
@@ -243,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, (draw, size) in figures.items():
         save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
-    some = methods[:4]
+    some = [name for name in args.pictures.split(",") if name in methods]
     save(
         out / "perturbations.png",
         lambda figure: draw_perturbations(figure, some, args.seed, preset, place),
