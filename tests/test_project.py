@@ -152,8 +152,10 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert table in text
 
 
-def test_readme_table_of_all_methods_is_that_of_the_committed_runs():
-    table = printed_by("robustness.py", "--report").split("Last epoch:\n\n")[1].split("\n\n")[0]
+@pytest.mark.parametrize("preset", ["digits", "cpu"])
+def test_readme_tables_of_all_methods_are_those_of_the_committed_runs(preset):
+    report = printed_by("robustness.py", "--preset", preset, "--report")
+    table = report.split("Last epoch:\n\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 20
     assert table in (ROOT / "README.md").read_text()
 
