@@ -193,19 +193,18 @@ def draw_perturbations(
     The first images that all these networks take for what they are.
     """
     columns = 8
-    test = Trainer(methods[0], seed, preset, place).test[:IMAGES]
-    right = torch.ones(len(test), dtype=torch.bool, device=test.labels.device)
-    for name in methods:
-        model = Trainer(name, seed, preset, place).other(name)
+    trainer = Trainer(methods[0], seed, preset, place)
+    models = {name: trainer.other(name) for name in methods}
+    test = trainer.test[:IMAGES]
+    right = torch.ones_like(test.labels, dtype=torch.bool)
+    for model in models.values():
         right &= model(test.floats()).argmax(1) == test.labels
     test = test[right][:columns]
+    x, y = test.floats(), test.labels
     axes = figure.subplots(1 + 2 * len(methods), columns)
     for axis in axes.flat:
         axis.set_axis_off()
-    for i, name in enumerate(methods):
-        trainer = Trainer(name, seed, preset, place)
-        model = trainer.other(name)
-        x, y = test.floats(), test.labels
+    for i, (name, model) in enumerate(models.items()):
         radius, fooled = smallest.smallest_radius(model, x, y, most=4 * preset.eps, seed=seed)
         scale = max(float((fooled - x).abs().max()), 1e-6)
         for j in range(len(test)):

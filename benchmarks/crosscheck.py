@@ -17,11 +17,15 @@ from typing import Any
 
 import evaluation
 import foolbox
+import measure
 import torch
 from foolbox.attacks import LinfProjectedGradientDescentAttack
 from methods import METHODS
 from torch import Tensor, nn
-from training import PRESETS, DataError, Place, Trainer, versions, write_json
+from training import PRESETS, DataError, Place, Trainer
+
+sys.path.insert(0, str(measure.ROOT / "examples"))
+from report import versions, write_json
 
 from rgp_optim import pgd_attack
 
@@ -110,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     place = Place(runs, runs, args.data_dir, args.data_label)
     rows = []
     try:
+        trainer = Trainer(names[0], args.seed, preset, place)
+        images = trainer.test[: args.images]
         for name in names:
-            trainer = Trainer(name, args.seed, preset, place)
-            images = trainer.test[: args.images]
             numbers = compare(trainer.other(name), images.floats(), images.labels, preset.eps)
             rows.append({"method": name, "seed": args.seed, **numbers})
     except DataError as error:
