@@ -3,11 +3,13 @@
     python benchmarks/bench_kernels.py --device cpu               # ResNet-18, one thread
     python benchmarks/bench_kernels.py --device cuda --models resnet18,wrn34-10,vit-b,1b
     python benchmarks/bench_kernels.py --sizes                    # one tensor of 1e3 to 1e7 weights
+    python benchmarks/bench_kernels.py --update                   # the optimizer's step around it
 
 Timed is all from two lists of gradients to the result: on a CPU the masks, on a GPU the adversarial
 gradients, set to 0 in place where conserved. Gradients are drawn at random, with a scale that
-differs by row; on a GPU they are restored, and its cache overwritten, before each call. The
-providers take turns in one run, so that ratios hold on a busy machine. `--csv` appends the rows.
+differs by row; on a GPU they are restored, and its cache filled with something else, before each
+call. The providers take turns in one run, so that ratios hold on a busy machine. `--csv` appends
+the rows. On a GPU times are the GPU's; what the host needs to launch a call is in ``host_ms``.
 
     ours        this library
     sort        its specification: a stable sort of each tensor
@@ -15,6 +17,12 @@ providers take turns in one run, so that ratios hold on a busy machine. `--csv` 
     kthvalue    torch.kthvalue of each tensor, comparison
     percentile  np.percentile of each tensor on the CPU, comparison: the authors' way
     ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
+
+With `--update` the step of the optimizer is timed instead, all gradients being there already:
+
+    sgd             torch's SGD, fused, with momentum and weight decay
+    ours            the same, wrapped; conserved weights stay as they are
+    ours-gradients  the same with conserve="gradients"
 
 The byte floor is what any exact way must move: both gradients read once, and the masked one
 written (12 bytes for each float32 weight), or the mask (9). Its time is that of a copy of as many
@@ -36,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgp_optim import functional
+from rgp_optim import RGPSelectiveOptimizer, functional
 
 Shapes = list[tuple[int, ...]]
 
@@ -204,6 +212,72 @@ def make(name: str, case: Case) -> Callable[[], object]:
     return graph.replay
 
 
+# The optimizer's step.
+
+
+class Update:
+    """A step of the optimizer on parameters of given shapes, scored beforehand."""
+
+    def __init__(self, name: str, shapes: Shapes, dtype: torch.dtype, args: argparse.Namespace):
+        device = torch.device(args.device)
+        self.params = [torch.zeros(s, dtype=dtype, device=device).requires_grad_() for s in shapes]
+        self.gradients = [
+            [heavy(s, 3 * i + j, dtype, device) for i, s in enumerate(shapes)] for j in range(3)
+        ]
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.params, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
+        )
+        if name != "sgd":
+            conserve = "gradients" if name == "ours-gradients" else "weights"
+            self.optimizer = RGPSelectiveOptimizer(
+                self.optimizer, update_fraction=args.keep[0], alpha=args.alpha, conserve=conserve
+            )  # type: ignore[arg-type]
+
+    def prepare(self) -> None:
+        """Give the optimizer its gradients, as backward passes would."""
+        natural, adversarial, training = self.gradients
+        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, RGPSelectiveOptimizer):
+            with self.optimizer.score("natural"):
+                torch.autograd.backward(self.params, natural)
+            with self.optimizer.score("adversarial"):
+                torch.autograd.backward(self.params, adversarial)
+        torch.autograd.backward(self.params, training)
+
+
+UPDATES = ("sgd", "ours", "ours-gradients")
+
+
+def run_update(
+    model: str, shapes: Shapes, dtype: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Time the optimizer's step on one model, and print the table."""
+    device = torch.device(args.device)
+    times: dict[str, list[float]] = {name: [] for name in UPDATES}
+    for name in UPDATES:  # one at a time: the large ones fill the memory
+        update = Update(name, shapes, DTYPES[dtype], args)
+        for _ in range(args.rounds + 2):
+            update.prepare()
+            # The host launches a step in milliseconds; asleep, the device waits for all of it.
+            times[name].append(measure.once(update.optimizer.step, device, 50 * measure.HEAD_START))
+        times[name] = times[name][2:]
+        del update
+    weights = sum(math.prod(s) for s in shapes)
+    rows, lines = [], []
+    base = measure.quantiles(times["sgd"])[1]
+    for name in UPDATES:
+        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
+        rows.append({
+            "benchmark": "update", "model": model, "weights": weights, "dtype": dtype,
+            "scope": "tensor", "keep": args.keep[0], "provider": name, "p20_ms": f"{p20:.4g}",
+            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
+        })  # fmt: skip
+        lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", f"{p50 / 1e3 / base:.2f} x"])
+    print(f"\n{model}: {weights:,} weights, {dtype}, keep {args.keep[0]}, a step of the optimizer")
+    print(measure.table(["", "median ms", "p20 - p80", "against sgd"], lines))
+    return rows
+
+
 # The run.
 
 
@@ -236,13 +310,13 @@ def run_case(
     g_advs = [heavy(s, 2 * i + 1, DTYPES[dtype], device) for i, s in enumerate(shapes)]
     case = Case(g_nats, g_advs, args.alpha, keep, scope)
     originals = [g.clone() for g in g_advs] if case.on_gpu else []
-    flush = torch.empty(1 << 26, device=device) if case.on_gpu else None
+    flush = torch.zeros(1 << 26, device=device) if case.on_gpu else None
 
     def prepare() -> None:
         for g, original in zip(g_advs, originals):  # noqa: B905
             g.copy_(original)
         if flush is not None:
-            flush.zero_()
+            flush.sum()  # read, so that no lines are left to be written back during the call
 
     note = check(case)
     names = [n for n in args.providers if case.on_gpu or n not in ON_GPU]
@@ -286,6 +360,7 @@ def on_gpu(call: Callable[[], object], prepare: Callable[[], None]) -> dict[str,
     found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     prepare()
     found["launches"] = measure.count_launches(call)
+    found["host_ms"] = f"{1e3 * measure.host_seconds(call):.4g}"
     return found
 
 
@@ -361,6 +436,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--providers", type=names_of([*PROVIDERS, *ON_GPU]))
     parser.add_argument("--sizes", action="store_true", help="one tensor of many sizes instead")
+    parser.add_argument("--update", action="store_true", help="the optimizer's step instead")
     parser.add_argument(
         "--csv", type=Path, help=f"append the rows, as {measure.RESULTS.name} has them"
     )
@@ -386,11 +462,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         cases = [(name, MODELS[name]()) for name in args.models]
     for model, shapes in cases:
         for dtype in args.dtypes:
+            if args.update:
+                rows += run_update(model, shapes, dtype, args)
+                continue
             for scope in args.scopes:
                 for keep in args.keep:
                     rows += run_case(model, shapes, dtype, scope, keep, args)
     print()
-    if device.type == "cpu":
+    if device.type == "cpu" and not args.update:
         goals(rows)
     if args.csv:
         measure.append_rows(args.csv, [{**where, **row} for row in rows])

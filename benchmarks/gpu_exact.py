@@ -1,9 +1,14 @@
 """Hold the GPU's masks against torch.topk and a stable sort on large data, again and again.
 
-    python benchmarks/gpu_exact.py                      # on a GPU
+    python benchmarks/gpu_exact.py                       # on a GPU, about three minutes
+    python benchmarks/gpu_exact.py --small               # little data, references on the CPU
     python benchmarks/gpu_exact.py --device cpu --small  # a rehearsal, in Triton's interpreter
 
-Each line is one check; the program ends with 1 if one fails.
+Each line is one check; the program ends with 1 if one fails. With ``--small`` nothing but the
+library's kernels and elementwise operations run on the GPU, for a memory checker to look at:
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu_exact.py --small
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 if "--device" in sys.argv and "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -22,124 +27,192 @@ from torch import Tensor
 
 from rgp_optim import functional
 
-
-def gradients(n: int, seed: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Return two heavy-tailed gradients of n weights."""
-    draw = torch.Generator(device).manual_seed(seed)
-    pair = []
-    for _ in range(2):
-        g = torch.randn(n, generator=draw, device=device)
-        pair.append(g.mul_(torch.randn(n, generator=draw, device=device).exp_()).to(dtype))
-    return pair[0], pair[1]
+Pair = tuple[Tensor, Tensor]
+ALPHA = 0.1
 
 
-def ours(
-    pairs: Sequence[tuple[Tensor, Tensor]], keep: float, scope: str = "tensor"
-) -> list[Tensor]:
-    g_nats, g_advs = zip(*pairs, strict=True)
-    return functional.rgp_topk_masks(
-        g_nats, g_advs, alpha=0.1, update_fraction=keep, scope=scope, backend="triton"
-    )  # fmt: skip
+class Checks:
+    """The checks, at one size, on one device."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.small = args.device, args.small
+        self.big = 60_000 if args.small else 100_000_000
+        self.repeats = args.repeats or (2 if args.small else 10_000)
 
-def against_sort(
-    pairs: Sequence[tuple[Tensor, Tensor]], keep: float, scope: str = "tensor"
-) -> bool:
-    g_nats, g_advs = zip(*pairs, strict=True)
-    want = functional.rgp_topk_masks(
-        g_nats, g_advs, alpha=0.1, update_fraction=keep, scope=scope, backend="torch"
-    )
-    return all(map(torch.equal, ours(pairs, keep, scope), want))
+    # Gradients.
 
+    def pair(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pair:
+        """Return two heavy-tailed gradients of n weights; drawn on the CPU if small."""
+        where = "cpu" if self.small else self.device
+        draw = torch.Generator(where).manual_seed(seed)
+        found = []
+        for _ in range(2):
+            g = torch.randn(n, generator=draw, device=where)
+            g *= torch.randn(n, generator=draw, device=where).exp_()
+            found.append(g.to(dtype).to(self.device))
+        return found[0], found[1]
 
-def against_topk(pair: tuple[Tensor, Tensor], keep: float) -> bool:
-    """Compare with torch.topk, which shares nothing with this library; scores do not tie."""
-    score = pair[0].abs().float() * 0.1 + pair[1].abs().float() * 0.9
-    k = max(1, round(keep * score.numel()))
-    least = torch.topk(score, k, sorted=False).values.min()
-    (mask,) = ours([pair], keep)
-    return bool((mask.sum() == k) & mask[score > least].all() & ~mask[score < least].any())
-
-
-def repeats(pairs: Sequence[tuple[Tensor, Tensor]], times: int) -> bool:
-    """Select again and again; a race would change a bit."""
-    first = ours(pairs, 0.5)
-    same = torch.ones((), dtype=torch.bool, device=first[0].device)
-    for _ in range(times):
-        for mask, again in zip(first, ours(pairs, 0.5), strict=True):
-            same &= (mask == again).all()
-    return bool(same)
-
-
-def checks(args: argparse.Namespace) -> list[tuple[str, Callable[[], bool]]]:
-    device = args.device
-    big = 200_000 if args.small else 100_000_000
-    medium = 50_000 if args.small else 5_000_000
-    rounds = 2 if args.small else args.repeats
-
-    def pair(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-        return gradients(n, seed, dtype, device)
-
-    def ties(n: int) -> tuple[Tensor, Tensor]:
-        g = pair(n)[0].round()
+    def ties(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
+        g = self.pair(n, dtype)[0].round()
         return g, g
 
-    def special(n: int) -> tuple[Tensor, Tensor]:
-        g, other = pair(n)
+    def special(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
+        g, other = self.pair(n, dtype)
         g[::7], g[1::11], other[2::5], other[3::5] = float("nan"), float("inf"), 0.0, -0.0
         g[2::5] = 0.0
         return g, other
 
-    def misaligned(n: int) -> tuple[Tensor, Tensor]:
-        a, b = pair(n + 3)
+    def misaligned(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
+        a, b = self.pair(n + 3, dtype)
         return a[3:], b[3:]
 
-    layers = [pair(n, seed=n) for n in (1, 7, 512, 9408, 36864, 147456, 5120)]
-    mixed = [pair(90_000, d, 1) for d in (torch.float32, torch.bfloat16, torch.float16)]
-    found: list[tuple[str, Callable[[], bool]]] = []
-    for keep in (0.5, 0.1, 0.999, 1e-6):
-        found.append(
-            (
-                f"{big:.0e} values, keep {keep}: torch.topk",
-                lambda k=keep: against_topk(pair(big), k),
-            )
-        )  # type: ignore[misc]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        found.append(
-            (
-                f"{medium:.0e} {name}: stable sort",
-                lambda d=dtype: against_sort([pair(medium, d)], 0.5),
-            )
-        )  # type: ignore[misc]
-    found += [
-        (f"{medium:.0e} values with ties", lambda: against_sort([ties(medium)], 0.3)),
-        (
-            f"{medium:.0e} values with NaN, infinity and zeros",
-            lambda: against_sort([special(medium)], 0.3),
-        ),
-        (f"{medium:.0e} values, not aligned", lambda: against_sort([misaligned(medium)], 0.5)),
-        ("all equal", lambda: against_sort([(torch.ones(medium, device=device),) * 2], 0.5)),
-        ("layers, by tensor", lambda: against_sort(layers, 0.5)),
-        ("layers, all together", lambda: against_sort(layers, 0.5, "global")),
-        ("three dtypes together", lambda: against_sort(mixed, 0.5, "global")),
-        (f"{rounds} repeats give the same masks", lambda: repeats([*layers, pair(medium)], rounds)),
-    ]
-    if not args.small:
-        found.append(("more than 2^31 values in bfloat16", lambda: beyond(device)))
-    return found
+    def layers(self, total: int, dtype: torch.dtype = torch.float32) -> list[Pair]:
+        """Return gradients of tensors of very different sizes."""
+        sizes = [1, 7, 512, total // 1000, total // 30, total // 10, total // 3, total // 2]
+        return [self.pair(max(1, n), dtype, i) for i, n in enumerate(sizes)]
 
+    def mixed(self, total: int) -> list[Pair]:
+        types = (torch.float32, torch.bfloat16, torch.float16)
+        return [self.pair(total // 3, dtype, i) for i, dtype in enumerate(types)]
 
-def beyond(device: str) -> bool:
-    """Select in a tensor whose indices need 64 bits; ranks are known by construction."""
-    n = 2**31 + 4096
-    g = torch.zeros(n, dtype=torch.bfloat16, device=device)
-    g[-3000:] = 1.0
-    g[: n // 4] = 2.0
-    (mask,) = functional.rgp_topk_masks(
-        [g], [g], alpha=0.5, update_fraction=(n // 4 + 1000) / n, backend="triton"
-    )
-    return bool(mask[: n // 4].all() & mask[-3000:-2000].all()) and int(mask.sum()) == n // 4 + 1000
+    # Ways to look at a mask.
+
+    def masks(self, pairs: Sequence[Pair], keep: float, scope: str, backend: str) -> list[Tensor]:
+        g_nats, g_advs = zip(*pairs, strict=True)
+        return functional.rgp_topk_masks(
+            g_nats, g_advs, alpha=ALPHA, update_fraction=keep, scope=scope, backend=backend
+        )  # type: ignore[arg-type]
+
+    def sort(self, pairs: Sequence[Pair], keep: float, scope: str = "tensor") -> bool:
+        """Compare with a stable sort."""
+        got = self.masks(pairs, keep, scope, "triton")
+        if self.small:
+            pairs = [(a.cpu(), b.cpu()) for a, b in pairs]
+        want = self.masks(pairs, keep, scope, "torch")
+        return all(torch.equal(a.to(b.device), b) for a, b in zip(got, want, strict=True))
+
+    def topk(self, pair: Pair, keep: float) -> bool:
+        """Compare with torch.topk, which shares nothing with this library; no scores tie."""
+        (mask,) = self.masks([pair], keep, "tensor", "triton")
+        if self.small:
+            mask, pair = mask.cpu(), (pair[0].cpu(), pair[1].cpu())
+        score = pair[0].abs().float() * ALPHA + pair[1].abs().float() * (1 - ALPHA)
+        k = max(1, round(keep * score.numel()))
+        least = torch.topk(score, k, sorted=False).values.min()
+        return bool((mask.sum() == k) & mask[score > least].all() & ~mask[score < least].any())
+
+    def properties(self, pair: Pair, keep: float) -> bool:
+        """Check piece by piece, without ranking: k are selected, the highest, the first of ties."""
+        n = pair[0].numel()
+        (mask,) = self.masks([pair], keep, "tensor", "triton")
+        inside, outside, count = float("inf"), -float("inf"), 0
+        for _, score, chosen in self._pieces(pair, mask):
+            count += int(chosen.sum())
+            inside = min(inside, float(score.masked_fill(~chosen, float("inf")).min()))
+            outside = max(outside, float(score.masked_fill(chosen, -float("inf")).max()))
+        if count != max(1, round(keep * n)) or inside < outside:
+            return False
+        last_in, first_out = -1, n
+        for start, score, chosen in self._pieces(pair, mask):
+            tied = score == inside
+            at = torch.arange(len(score), device=score.device)
+            last_in = max(last_in, start + int(at.masked_fill(~(tied & chosen), -n).max()))
+            first_out = min(first_out, start + int(at.masked_fill(~tied | chosen, n).min()))
+        return last_in < first_out
+
+    def _pieces(self, pair: Pair, mask: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        size = 1 << 26
+        for start in range(0, mask.numel(), size):
+            a, b = (g[start : start + size].abs().float() for g in pair)
+            yield start, a * ALPHA + b * (1 - ALPHA), mask[start : start + size]
+
+    def steps(self, dtype: torch.dtype, total: int) -> bool:
+        """Mask, save and put back, as a step does: in the memory of the gradients."""
+        pairs = self.layers(total, dtype)
+        count = len(pairs)
+        wanted = self.masks(pairs, 0.5, "tensor", "triton")
+        g_advs = [b.clone() for _, b in pairs]
+        weights = [self.pair(b.numel(), dtype, 50 + i)[0] for i, (_, b) in enumerate(pairs)]
+        before = [w.clone() for w in weights]
+        g_nats, targets = [a for a, _ in pairs], [b for _, b in pairs]
+        chosen = functional.select(
+            g_nats, targets, [ALPHA] * count, [0.5] * count, list(range(count)), "triton"
+        )
+        chosen.apply_(targets, weights, g_nats)  # weights go where the natural gradients were
+        for w in weights:
+            w.mul_(1.5).add_(1.0)
+        chosen.conserve_(weights, g_nats)
+        good = True
+        for mask, target, g, w, old in zip(wanted, targets, g_advs, weights, before, strict=True):
+            good &= torch.equal(target, torch.where(mask, g, 0.0))
+            good &= torch.equal(w, torch.where(mask, old * 1.5 + 1.0, old))
+        return good
+
+    def again(self) -> bool:
+        """Select again and again; a race would change a bit."""
+        pairs = [*self.layers(300_000 if not self.small else 3000), self.pair(self.big // 20)]
+        first = self.masks(pairs, 0.5, "tensor", "triton")
+        same = torch.ones((), dtype=torch.bool, device=first[0].device)
+        for _ in range(self.repeats):
+            found = self.masks(pairs, 0.5, "tensor", "triton")
+            for mask, repeated in zip(first, found, strict=True):
+                same &= (mask == repeated).all()
+        return bool(same)
+
+    def beyond(self) -> bool:
+        """Select in a tensor whose indices need 64 bits; ranks are known by construction."""
+        n = 2**31 + 4096
+        g = torch.zeros(n, dtype=torch.bfloat16, device=self.device)
+        g[-3000:] = 1.0
+        g[: n // 4] = 2.0
+        k = n // 4 + 1000
+        (mask,) = self.masks([(g, g)], k / n, "tensor", "triton")
+        return bool(mask[: n // 4].all() & mask[-3000:-2000].all()) and int(mask.sum()) == k
+
+    # The list.
+
+    def all(self) -> Iterator[tuple[str, Callable[[], bool]]]:
+        n = self.big
+        size = f"{n:.0e} values"
+        for keep in (0.5, 0.1, 0.999, 1e-6):
+            yield f"{size}, update {keep}: torch.topk", lambda k=keep: self.topk(self.pair(n), k)  # type: ignore[misc]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"{size} in {str(dtype).removeprefix('torch.')}"
+            cases: dict[str, Callable[[torch.dtype], bool]] = {
+                "": lambda d: self.sort([self.pair(n, d)], 0.5),
+                ", with ties": lambda d: self.sort([self.ties(n, d)], 0.3),
+                ", with NaN, infinity and zeros": lambda d: self.sort([self.special(n, d)], 0.3),
+                ", not aligned": lambda d: self.sort([self.misaligned(n, d)], 0.5),
+                ", all equal": lambda d: self.sort(
+                    [(torch.ones(n, dtype=d, device=self.device),) * 2], 0.5
+                ),
+                " of layers, by tensor": lambda d: self.sort(self.layers(n, d), 0.5),
+                " of layers, all together": lambda d: self.sort(self.layers(n, d), 0.5, "global"),
+                ": masked, saved and put back": lambda d: self.steps(d, n),
+            }
+            for what, check in cases.items():
+                yield name + what, lambda c=check, d=dtype: c(d)  # type: ignore[misc]
+        yield (
+            f"{size} of three dtypes, all together",
+            lambda: self.sort(self.mixed(n), 0.5, "global"),
+        )
+        yield f"{self.repeats} repeats give the same masks", self.again
+        yield f"{size}, by its properties", lambda: self.properties(self.pair(n), 0.3)
+        if not self.small:
+            huge = 2**31 + 4096
+            yield "more than 2^31 values in bfloat16, two of them", self.beyond
+            yield (
+                "more than 2^31 values in bfloat16, at random",
+                lambda: self.properties(self.chunked(huge), 0.3),
+            )
+
+    def chunked(self, n: int) -> Pair:
+        """Return bfloat16 gradients drawn in pieces: float32 of all would take the memory."""
+        pair = tuple(torch.empty(n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+        for start in range(0, n, 1 << 28):
+            for g, part in zip(pair, self.pair(min(1 << 28, n - start), seed=start), strict=True):
+                g[start : start + (1 << 28)] = part
+        return pair[0], pair[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,20 +220,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="a rehearsal")
-    parser.add_argument("--repeats", type=int, default=10_000)
+    parser.add_argument("--small", action="store_true", help="60,000 values")
+    parser.add_argument("--repeats", type=int, help="of the same selection (10000; small: 2)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is available here; --device cpu --small rehearses in the interpreter")
     failed = 0
-    for name, check in checks(args):
+    for name, check in Checks(args).all():
         start = time.perf_counter()
-        good = check()
+        try:
+            good = check()
+        except RuntimeError as error:
+            good, name = False, f"{name}: {error}"
         failed += not good
-        print(
-            f"{'ok    ' if good else 'FAILED'}  {name}  ({time.perf_counter() - start:.1f} s)",
-            flush=True,
-        )
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        seconds = time.perf_counter() - start
+        print(f"{'ok    ' if good else 'FAILED'}  {name}  ({seconds:.1f} s)", flush=True)
     print("all masks are as they should be" if not failed else f"{failed} checks failed")
     return int(failed > 0)
 

@@ -22,9 +22,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
 COLUMNS = (
     "commit", "date", "device", "torch", "triton", "numpy", "python", "threads", "benchmark",
     "model", "weights", "dtype", "scope", "keep", "provider", "p20_ms", "p50_ms", "p80_ms",
-    "repeats", "floor_bytes", "gb_per_s", "floor_share", "launches", "host_syncs", "peak_bytes",
-    "note",
+    "repeats", "floor_bytes", "gb_per_s", "floor_share", "launches", "host_syncs", "host_ms",
+    "peak_bytes", "note",
 )  # fmt: skip
+HEAD_START = 400_000  # cycles: about 0.2 ms, longer than the host takes for a few launches
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -85,7 +86,7 @@ def interleaved(
     Args:
         providers: What is timed, by name; each has been warmed up by the caller.
         rounds: Times for each.
-        device: Where they run. On a GPU the time is that between two events of its stream.
+        device: Where they run. On a GPU the time is the GPU's, between two events of its stream.
         prepare: Called before each, not timed.
 
     Returns:
@@ -106,19 +107,38 @@ def interleaved(
     return times
 
 
-def once(provider: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call."""
+def once(
+    provider: Callable[[], object], device: torch.device, head_start: int = HEAD_START
+) -> float:
+    """Return the seconds of one call.
+
+    A GPU is kept busy for ``head_start`` cycles first, while the host launches: otherwise a short
+    call would be as long as its launches take the host, which a training loop does not wait for.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         provider()
         return time.perf_counter() - start
     torch.cuda.synchronize(device)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(head_start)
     first.record()
     provider()
     last.record()
     torch.cuda.synchronize(device)
     return first.elapsed_time(last) / 1000
+
+
+def host_seconds(provider: Callable[[], object], rounds: int = 20) -> float:
+    """Return the median time that the host takes to launch a call on a GPU; it does not wait."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        provider()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return sorted(times)[rounds // 2]
 
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
