@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgp_optim._checks import check_choice, check_count, check_real, check_tensor, error_text
+from rgp_optim._distributed import sharded
 from rgp_optim.losses import check_target, kl_divergence, widen
 
 __all__ = ["kl_attack", "pgd_attack"]
@@ -205,14 +206,33 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in model.modules()]
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+    constant = _unwanted(net)
     try:
         model.eval()
+        for p in constant:
+            p.requires_grad = False
         # Gradients are taken under torch.inference_mode too, on copies that are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad():
             yield net
     finally:
         for module, mode in modes:
             module.training = mode
+        for p in constant:
+            p.requires_grad = True
+
+
+def _unwanted(net: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters whose gradients would be computed although nobody asks for them.
+
+    A compiled backward pass computes all that could be asked for, where autograd computes what is.
+    """
+    if not any(_compiled(module) for module in net.modules()):
+        return []
+    return [p for p in net.parameters() if p.requires_grad and not sharded(p)]
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 from common import make_batch, make_net, snapshot
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
@@ -190,6 +192,57 @@ def test_attack_and_reviser_with_a_compiled_model():
             reviser.update()
         found.append(snapshot(model) + snapshot(reviser.model))
     assert same(*found)
+
+
+def test_an_attack_computes_no_gradients_of_the_weights():
+    """A compiled backward pass computes all gradients that its parameters ask for."""
+    outputs = []
+
+    def backward_compiler(graph, _):
+        (returned,) = (node for node in graph.graph.nodes if node.op == "output")
+        outputs.append([node for node in returned.args[0] if node is not None])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward_compiler
+    )
+    x, _, y = make_batch()
+    for compile_ in (lambda m: torch.compile(m, backend=backend), in_place(backend)):
+        torch._dynamo.reset()
+        model = make_net()
+        model.norm.weight.requires_grad_(False)
+        draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+        want = kl_attack(model, x, eps=0.1, steps=3, generator=draws[0])
+        called = compile_(model)
+        outputs.clear()
+        assert torch.equal(kl_attack(called, x, eps=0.1, steps=3, generator=draws[1]), want)
+        assert [len(each) for each in outputs] == [1]
+        wanted = [p.requires_grad for p in model.parameters()]
+        assert wanted == [name != "norm.weight" for name, _ in model.named_parameters()]
+        outputs.clear()
+        F.cross_entropy(called(x), y).backward()
+        assert [len(each) for each in outputs] == [5]
+
+
+def in_place(backend):
+    def compile_(model):
+        model.compile(backend=backend)
+        return model
+
+    return compile_
+
+
+def test_an_attack_that_fails_leaves_the_parameters_as_they_were():
+    def broken(x):
+        raise KeyError("broken")
+
+    model = make_net()
+    called = torch.compile(model, backend="eager")
+    model.head.forward = broken
+    with pytest.raises(KeyError):
+        kl_attack(called, make_batch()[0])
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
 
 
 def test_a_compiled_step_with_a_scheduler():

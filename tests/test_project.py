@@ -23,7 +23,7 @@ ARROWS = {
     "groups": set(),
     "scores": {"_reference", "_slots", "_distributed"},
     "reviser": {"losses", "_distributed"},
-    "attacks": {"losses"},
+    "attacks": {"losses", "_distributed"},
     "losses": set(),
     "functional": {"_reference"},
     "_slots": {"_distributed"},
