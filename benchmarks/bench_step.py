@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                                  # a small network on a CPU
     python benchmarks/bench_step.py --device cuda --network resnet18 --amp       # bfloat16
+    python benchmarks/bench_step.py ... --attack compile-graph --batch-sizes 128 256 512
 
 All steps train the same network on the same random images with the same SGD, and take turns in one
 run. The attack has ten steps in all of them but the first.
@@ -14,8 +15,11 @@ run. The attack has ten steps in all of them but the first.
     authors       four backward passes through kept graphs, np.percentile of each tensor on the CPU,
                   masks multiplied in, the averaged copy updated parameter by parameter
 
+With `--attack` the attack of all but "authors" is compiled, or replayed as a CUDA graph, or both.
+
 The second table says where a step of ``cure-update`` spends its time: each part alone, the host
-waiting for it. "selection" is the wrapper's step less the plain SGD's.
+waiting for it. "selection" is the wrapper's step less the plain SGD's. `--profile` writes which
+operations a step of ``cure`` consists of, by their time.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import captured
 import measure
 import numpy as np
 import torch
@@ -36,7 +41,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from networks import NETWORKS
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss
 
 PROVIDERS = ("standard", "trades", "cure", "cure-update", "cure-refresh", "authors")
 KEEP, ALPHA, BETA = 0.7, 0.1, 5.0
@@ -65,13 +70,17 @@ class Step:
             )
         self.reviser = ConsistencyReviser(self.model, rate=1.0) if name == "cure" else None
         self.average = copy.deepcopy(self.model).requires_grad_(False)
+        way = "eager" if name == "authors" else args.attack
+        self.attack_of = captured.kl_attack_of(
+            self.model, way, self.autocast, eps=8 / 255, steps=args.steps
+        )
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.amp)
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        amp = self.args.amp
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=amp, cache_enabled=cache)
 
     def attack(self) -> Tensor:
-        with self.autocast():
-            return kl_attack(self.model, self.x, eps=8 / 255, steps=self.args.steps)
+        return self.attack_of(self.x)
 
     def losses(self, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, and cross-entropy on both batches."""
@@ -179,23 +188,40 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet8")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--steps", type=int, default=10, help="of the attack")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--attack", choices=captured.WAYS, default="eager")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--profile", type=Path, help="write the operations of a step to this file")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is available here")
-    for name in ("batch_size", "steps", "rounds", "threads"):
-        if getattr(args, name) < 1:
+    for name in ("batch_sizes", "steps", "rounds", "threads"):
+        given = getattr(args, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
             parser.error(f"--{name.replace('_', '-')}: it should be at least 1")
+    if "graph" in args.attack and args.device == "cpu":
+        parser.error(f"--attack {args.attack}: a CPU has no CUDA graphs")
     torch.set_num_threads(args.threads)
+    where = measure.environment(torch.device(args.device))
+    rows = []
+    for batch_size in args.batch_sizes:
+        args.batch_size = batch_size
+        rows += run(args, where)
+    if args.csv:
+        measure.append_rows(args.csv, [{**where, **row} for row in rows])
+        print(f"\n{len(rows)} rows added to {args.csv}")
+    return rows
+
+
+def run(args: argparse.Namespace, where: dict[str, str]) -> list[dict[str, Any]]:
+    """Time all providers with one batch size, and print the tables."""
     device = torch.device(args.device)
-    where = measure.environment(device)
     steps = {name: Step(name, args) for name in args.providers}
     for step in steps.values():  # cuDNN and the compiler settle down
         for _ in range(3 if device.type == "cuda" else 1):
@@ -205,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     precision = "bfloat16 autocast" if args.amp else "float32"
     print(
         f"{where['device']}, {where['threads'] or 'no'} CPU threads, torch {where['torch']}: "
-        f"{args.network}, batch {args.batch_size}, attack of {args.steps} steps, {precision}\n"
+        f"{args.network}, batch {args.batch_size}, {precision}, {args.attack} attack of "
+        f"{args.steps} steps\n"
     )
     rows, lines = [], []
     base = measure.quantiles(times["trades"])[1] if "trades" in times else None
@@ -215,17 +242,37 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             "benchmark": "step", "model": args.network, "weights": weights, "dtype": precision,
             "scope": "tensor", "keep": KEEP, "provider": name, "p20_ms": f"{p20:.4g}",
             "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-            "note": f"batch {args.batch_size}, PGD-{args.steps}",
+            "note": f"batch {args.batch_size}, PGD-{args.steps}"
+            + ("" if args.attack == "eager" else f", {args.attack}"),
         })  # fmt: skip
         ratio = f"{p50 / 1e3 / base:.2f} x" if base else "-"
         lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", ratio])
     print(measure.table(["a training step", "median ms", "p20 - p80", "against trades"], lines))
     if "cure-update" in steps:
         rows += show_parts(args, rows)
-    if args.csv:
-        measure.append_rows(args.csv, [{**where, **row} for row in rows])
-        print(f"\n{len(rows)} rows added to {args.csv}")
+    if args.profile and "cure" in steps:
+        with args.profile.open("a") as file:
+            file.write(
+                f"batch {args.batch_size}, {args.attack} attack\n{operations(steps['cure'])}\n"
+            )
+    print()
     return rows
+
+
+def operations(step: Step, calls: int = 3) -> str:
+    """Return the operations of a step, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = step.x.is_cuda
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    with profile(activities=activities) as profiler:
+        for _ in range(calls):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    found: str = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60)
+    return found
 
 
 def show_parts(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,58 +1,116 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in one command of under ten minutes:
+# All that a GPU is needed for, in stages of at most ten minutes each:
 #
-#   benchmarks/gpu_check.sh OUT             # tests, exactness, benchmarks, profile; on a GPU
-#   benchmarks/gpu_check.sh OUT --rehearse  # the same as far as it goes on a CPU, in the interpreter
-#   CIFAR=folder benchmarks/gpu_check.sh OUT   # and two short CIFAR-10 runs, in the time that is left
+#   benchmarks/gpu_check.sh OUT verify     # the tests, exactness on large data, the memory checker
+#   benchmarks/gpu_check.sh OUT speed      # roofs, the selection against other ways, each kernel
+#   benchmarks/gpu_check.sh OUT tune       # the kernels in other sizes
+#   benchmarks/gpu_check.sh OUT step       # a whole training step, and where its time goes
+#   benchmarks/gpu_check.sh OUT cifar      # ResNet-18 on CIFAR-10; again: goes on where it was
+#   benchmarks/gpu_check.sh OUT rehearse   # what a CPU can do of it, in Triton's interpreter
 #
-# OUT gets log.txt, speed.csv, profile.txt and, of CIFAR-10, cifar.txt and results. A step that fails or
-# runs too long is noted in the log, and the next one runs all the same.
+# Several stages can be named; they follow one another. OUT gets STAGE.txt for each, speed.csv,
+# profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs too long is
+# noted, and the next one runs all the same. Afterwards, here: append OUT/speed.csv's rows to
+# benchmarks/results/speed.csv, then `python benchmarks/goals.py`.
+#
+#   MINUTES=9        that cifar may take; what it has trained by then is kept in RUNS
+#   RUNS=folder      checkpoints, weights and finished runs of cifar (runs/gpu-short)
+#   CIFAR=folder     where cifar-10-batches-py is (data), LABEL=text if its files are not the originals
+#   METHODS=a,b      of cifar (trades-pre,cure,trades-pre-revision,cure-random), SEEDS=0,1
+#   AUTO_ATTACK=n    images for AutoAttack (1000), which needs the package pyautoattack
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: gpu_check.sh OUT [--rehearse]}" && cd "$1" && pwd)
-rehearse=${2:-}
+out=$(mkdir -p "${1:?usage: gpu_check.sh OUT STAGE...}" && cd "$1" && pwd)
+shift
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-failed=0
 
 run() { # seconds, command...
   local limit=$1 start=$SECONDS
   shift
   echo "+ $*"
-  timeout "$limit" "$@" || { echo "FAILED with $? after $((SECONDS - start)) s: $*"; failed=$((failed + 1)); }
+  timeout "$limit" "$@" || echo "FAILED with $? after $((SECONDS - start)) s: $*"
   echo "  $((SECONDS - start)) s"
 }
 
-check() {
-  if [ -n "$rehearse" ]; then
-    run 600 "$python" benchmarks/gpu_exact.py --device cpu --small
-    run 120 "$python" benchmarks/bench_kernels.py --rounds 2 --models tiny --csv "$out/speed.csv"
-    run 120 "$python" benchmarks/bench_step.py --rounds 1 --steps 1 --batch-size 4 --csv "$out/speed.csv"
-    return
-  fi
-  "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
-  run 150 "$python" -m pytest -q -x -p no:cacheprovider tests/test_gpu.py tests/test_backends.py
-  run 120 "$python" benchmarks/gpu_exact.py
-  local models=resnet18,wrn34-10,vit-b kernels=(benchmarks/bench_kernels.py --device cuda --csv "$out/speed.csv")
-  run 90 "$python" "${kernels[@]}" --models $models --rounds 20 --keep 0.5 \
-    --providers ours,ours-graph,topk,topk-graph
-  run 60 "$python" "${kernels[@]}" --models $models,1b --rounds 10 --keep 0.5 \
-    --dtypes float32,bfloat16 --providers ours,ours-graph
-  run 40 "$python" "${kernels[@]}" --models resnet18 --rounds 3 --keep 0.5 \
-    --providers ours,kthvalue,percentile,topk-compile
-  run 40 "$python" "${kernels[@]}" --models resnet18,vit-b --rounds 10 --keep 0.5 --scopes global \
-    --providers ours,ours-graph,topk
-  run 90 "$python" benchmarks/bench_step.py --device cuda --network resnet18 --amp --channels-last \
-    --csv "$out/speed.csv"
-  run 60 "$python" benchmarks/gpu_profile.py --models resnet18,vit-b >"$out/profile.txt" 2>&1
-  if [ -n "${CIFAR:-}" ]; then
-    for method in trades cure; do
-      run 150 "$python" examples/cifar10_cure.py --data cifar10 --data-dir "$CIFAR" --method $method \
-        --epochs 1 --warmup-epochs 1 --out "$out/cifar-$method" >>"$out/cifar.txt" 2>&1
-    done
-  fi
+kernels() { # seconds, flags...
+  local limit=$1
+  shift
+  run "$limit" "$python" benchmarks/bench_kernels.py --device cuda --csv "$out/speed.csv" --keep 0.5 "$@"
 }
 
-check 2>&1 | tee "$out/log.txt"
-grep -c '^FAILED' "$out/log.txt" | sed 's/$/ step(s) failed/'
-! grep -q '^FAILED' "$out/log.txt"
+step() { # seconds, flags...
+  local limit=$1
+  shift
+  run "$limit" "$python" benchmarks/bench_step.py --device cuda --network resnet18 --amp --channels-last \
+    --csv "$out/speed.csv" "$@"
+}
+
+verify() {
+  run 60 nvidia-smi
+  run 60 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+  run 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
+  run 150 "$python" -m pytest -q -p no:cacheprovider -m "not cpu_only" tests/test_backends.py
+  run 200 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_backends.py \
+    --ignore tests/test_gpu.py --ignore tests/test_distributed.py --ignore tests/test_trainers.py
+  run 240 "$python" benchmarks/gpu_exact.py
+  local tool
+  for tool in memcheck racecheck synccheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 120 compute-sanitizer --tool $tool --error-exitcode 1 \
+      "$python" benchmarks/gpu_exact.py --small --repeats 2
+  done
+}
+
+speed() {
+  run 60 "$python" benchmarks/roofs.py --csv "$out/speed.csv"
+  kernels 100 --models resnet18,wrn34-10,vit-b --rounds 20 --providers ours,ours-graph,topk,topk-graph
+  kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --dtypes bfloat16 --providers ours,ours-graph,topk-graph
+  kernels 60 --models 1b --rounds 10 --dtypes float32,bfloat16 --providers ours,ours-graph,topk-graph
+  kernels 60 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
+  kernels 60 --models resnet18,vit-b --rounds 10 --scopes global --providers ours,ours-graph,topk
+  kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --update
+  run 90 "$python" benchmarks/gpu_profile.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
+  run 20 "$python" benchmarks/goals.py --csv "$out/speed.csv"
+}
+
+tune() {
+  run 560 "$python" benchmarks/gpu_profile.py --models resnet18,vit-b --dtypes float32,bfloat16 --variants all \
+    --csv "$out/speed.csv"
+}
+
+step_stage() {
+  step 200 --batch-sizes 128 256 512 --profile "$out/profile.txt"
+  step 90 --batch-sizes 128 512 --attack graph --providers trades cure
+  step 180 --batch-sizes 128 512 --attack compile-graph --providers trades cure cure-update --profile "$out/profile.txt"
+}
+
+cifar() {
+  local runs=${RUNS:-runs/gpu-short}
+  run $((60 * ${MINUTES:-9})) "$python" benchmarks/robustness.py --preset gpu-short --device cuda \
+    --data-dir "${CIFAR:-data}" ${LABEL:+--data-label "$LABEL"} ${AUTO_ATTACK:+--auto-attack "$AUTO_ATTACK"} \
+    --methods "${METHODS:-trades-pre,cure,trades-pre-revision,cure-random}" --seeds "${SEEDS:-0}" \
+    --runs "$runs/weights" --results "$runs/results"
+  mkdir -p "$out/gpu-short" && cp "$runs"/results/*.json "$out/gpu-short/"
+}
+
+rehearse() {
+  run 600 "$python" benchmarks/gpu_exact.py --device cpu --small
+  run 120 "$python" benchmarks/roofs.py --device cpu --rounds 1 --weights 40000 --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/bench_kernels.py --rounds 2 --models tiny --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/bench_kernels.py --rounds 2 --models tiny --update --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/gpu_profile.py --device cpu --models tiny --calls 1 --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/bench_step.py --rounds 1 --steps 1 --batch-sizes 4 --csv "$out/speed.csv" \
+    --profile "$out/profile.txt"
+  run 300 "$python" benchmarks/robustness.py --preset test --device cpu --seeds 0 --runs "$out/runs" \
+    --results "$out/results" --methods trades-pre,cure,trades-pre-revision,cure-random
+}
+
+for stage in "${@:-verify}"; do
+  case $stage in
+    verify | speed | tune | cifar | rehearse) call=$stage ;;
+    step) call=step_stage ;;
+    *) echo "gpu_check.sh: no stage $stage; there are verify, speed, tune, step, cifar and rehearse" >&2; exit 2 ;;
+  esac
+  $call 2>&1 | tee "$out/$stage.txt"
+done
+! grep -h '^FAILED' "$out"/*.txt

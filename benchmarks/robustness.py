@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", default="0,1,2", help="by commas (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="of each method")
+    add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
     add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
     add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
     add("--data-label", help="name of the data beside results, when the files are not originals")
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, help="folder of the JSON files")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
     add("--figure", type=Path, metavar="PNG", help="draw the table too")
+    add("--curves", type=Path, metavar="PNG", help="draw how the runs of the first seed went")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
     add("--quiet", action="store_true", help="say only what is finished")
     add("--no-table", action="store_true", help="print no table at the end")
@@ -56,6 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds should be integers by commas, not {args.seeds!r}.")
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
     args.runs = args.runs or Path("runs") / "robustness" / name
     args.results = args.results or measure.ROOT / "benchmarks" / "results" / "robustness" / name
@@ -63,7 +67,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
-    changes = {key: getattr(args, key) for key in ("network", "epochs") if getattr(args, key)}
+    given = {key: getattr(args, key) for key in ("network", "epochs", "auto_attack")}
+    changes = {key: value for key, value in given.items() if value is not None}
     return replace(PRESETS[args.preset], **changes)
 
 
@@ -73,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         print(summary.comparison(summary.read(args.results), *args.compare))
         return
     if not args.report:
-        names = args.methods if args.no_table else ordered(args.methods)
+        names = args.methods if args.no_table else ordered(args.methods, preset_of(args))
         wanted = [(name, seed) for seed in args.seeds for name in names]
         try:
             run_all(wanted, args)
@@ -83,22 +88,26 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit("\nstopped; the same command goes on")
     if not args.no_table:
         print(summary.report(summary.read(args.results)))
-    if args.figure:
-        draw(summary.read(args.results), args.figure)
+    if args.figure or args.curves:
+        draw(summary.read(args.results), args)
 
 
-def draw(runs: summary.Runs, file: Path) -> None:
-    from analysis.figure import draw_table, save
+def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
+    from analysis.figure import draw_curves, draw_table, save
 
-    if runs:
-        save(file, lambda figure: draw_table(figure, runs), (13, 1.5 + 0.3 * len(runs)))
+    if runs and args.figure:
+        save(args.figure, lambda figure: draw_table(figure, runs), (13, 1.5 + 0.3 * len(runs)))
+    if runs and args.curves:
+        some = {name: of[args.seeds[0]] for name, of in runs.items() if args.seeds[0] in of}
+        some = {name: run for name, run in some.items() if name in args.methods}
+        save(args.curves, lambda figure: draw_curves(figure, some), (12, 4))
 
 
-def ordered(methods: list[str]) -> list[str]:
+def ordered(methods: list[str], preset: Preset) -> list[str]:
     """Return the methods and what they need, those needed first."""
     found: list[str] = []
     for name in methods:
-        found += [each for each in (*needs(name), name) if each not in found]
+        found += [each for each in (*needs(name, preset), name) if each not in found]
     return found
 
 
@@ -136,7 +145,7 @@ def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
             ready = [
                 run
                 for run in todo
-                if all(done(other, run[1]) for other in needs(run[0]))
+                if all(done(other, run[1]) for other in needs(run[0], preset_of(args)))
                 and not (warm_needed(run, place) and any(s == run[1] for _, s in running))
             ]
             while ready and len(running) < args.jobs:
@@ -161,8 +170,8 @@ def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
     words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
     words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
     words += ["--runs", str(args.runs), "--results", str(args.results), "--quiet", "--no-table"]
-    for flag in ("network", "epochs", "data_label"):
-        if getattr(args, flag):
+    for flag in ("network", "epochs", "auto_attack", "data_label"):
+        if getattr(args, flag) is not None:
             words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     return words
 

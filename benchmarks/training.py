@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import measure
 import torch
 import torch.nn.functional as F
 from methods import METHODS, Method, Setting
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(measure.ROOT / "examples"))
 from datasets import Data, DataError, Images, load_cifar10, load_digits
@@ -47,7 +49,11 @@ class Preset:
         train_size, val_size, test_size, image_size: Images used, and their side; None: all.
         auto_attack: Images that AutoAttack gets, 0 for none.
         whole_auto_attack: All four of its attacks, or the first two.
+        masking: Images for the tests of masked gradients; None: all.
+        surrogate: Whether one of them attacks through AT's network, which is trained first then.
         bf16: Train under bfloat16 autocast.
+        channels_last: Keep images and convolutions in that order.
+        attack: How attacks on the divergence run, one of `captured.WAYS`; on a CPU without a graph.
         options: Settings of methods that are not their paper's, by name; "*" for all that have it.
     """
 
@@ -69,7 +75,11 @@ class Preset:
     image_size: int | None = None
     auto_attack: int = 0
     whole_auto_attack: bool = False
+    masking: int | None = None
+    surrogate: bool = True
     bf16: bool = False
+    channels_last: bool = False
+    attack: str = "eager"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -114,7 +124,11 @@ PRESETS = {
         val_size=1000,
         auto_attack=1000,
         whole_auto_attack=True,
+        masking=1000,
+        surrogate=False,
         bf16=True,
+        channels_last=True,
+        attack="compile-graph",
         options={"*": {"beta": 5.0}},
     ),
     "paper": Preset(
@@ -130,6 +144,8 @@ PRESETS = {
         val_size=1000,
         auto_attack=10000,
         whole_auto_attack=True,
+        channels_last=True,
+        attack="compile-graph",
     ),
     "test": Preset(
         data="digits",
@@ -174,9 +190,11 @@ def options_of(preset: Preset, name: str) -> dict[str, Any]:
     return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
 
 
-def needs(name: str) -> tuple[str, ...]:
+def needs(name: str, preset: Preset) -> tuple[str, ...]:
     """Return the methods whose weights this one wants: a teacher, or another's gradients."""
-    return () if name == "at" else ("at",)
+    if name == "at" or not (preset.surrogate or METHODS[name].taught):
+        return ()
+    return ("at",)
 
 
 class Trainer:
@@ -209,7 +227,17 @@ class Trainer:
         model = NETWORKS[self.preset.network](
             channels=len(mean), classes=self.classes, mean=mean, std=std
         )
-        return model.to(self.device)
+        return model.to(self.device, memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.preset.channels_last else torch.contiguous_format
+
+    def batches_of(self, images: Images, generator: Any = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches to train on, or, without a generator, to judge by."""
+        size = 500 if generator is None else self.preset.batch_size
+        for x, y in images.batches(size, generator):
+            yield x.contiguous(memory_format=self.memory_format), y
 
     def sgd(self, params: Any) -> torch.optim.Optimizer:
         p = self.preset
@@ -221,8 +249,10 @@ class Trainer:
             return schedulers.CosineAnnealingLR(optimizer, steps)
         return schedulers.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.preset.bf16)
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.preset.bf16, cache_enabled=cache
+        )
 
     @property
     def step_size(self) -> float:
@@ -244,7 +274,7 @@ class Trainer:
             scheduler = self.schedule(optimizer, self.steps_an_epoch * self.preset.warmup_epochs)
             for _ in range(self.preset.warmup_epochs):
                 model.train()
-                for x, y in self.train.batches(self.preset.batch_size, generator):
+                for x, y in self.batches_of(self.train, generator):
                     with self.autocast():
                         loss = F.cross_entropy(model(x), y)
                     optimizer.zero_grad()
@@ -284,6 +314,8 @@ class Trainer:
             new_network=lambda: self.network(self.seed + 1000),
             new_optimizer=self.sgd,
             teacher=lambda: self.other("at"),
+            attack=p.attack if self.device.type == "cuda" else "eager",
+            autocast=self.autocast,
         )
         try:
             return METHODS[self.name](model, setting, **options_of(p, self.name))
@@ -297,8 +329,12 @@ class Trainer:
         if file.exists():
             done: dict[str, Any] = json.loads(file.read_text())
             return done
+        if p.auto_attack and importlib.util.find_spec("pyautoattack") is None:
+            raise DataError("AutoAttack needs `pip install pyautoattack`, or --auto-attack 0.")
         for folder in (place.runs, place.results):
             folder.mkdir(parents=True, exist_ok=True)
+        if "compile" in p.attack:
+            torch._dynamo.reset()  # code for other runs' networks counts against a limit
         model = self.network()
         if METHODS[self.name].warm:
             self.warm_up(model)
@@ -318,7 +354,7 @@ class Trainer:
             began = time.perf_counter()
             method.begin_epoch(epoch)
             sums: dict[str, torch.Tensor] = {}
-            for x, y in self.train.batches(p.batch_size, generator):
+            for x, y in self.batches_of(self.train, generator):
                 with self.autocast():
                     logged = method.step(x, y)
                 scheduler.step()
@@ -349,7 +385,7 @@ class Trainer:
         return content
 
     def batches(self, images: Images) -> Callable[[], Any]:
-        return lambda: images.batches(500)
+        return lambda: self.batches_of(images)
 
     def judge(self, model: nn.Module, method: Method) -> dict[str, Any]:
         """Evaluate the last and the best epoch on the test images."""
@@ -358,7 +394,7 @@ class Trainer:
         began = time.perf_counter()
         test = self.batches(self.test)
         last = {key: value.clone() for key, value in model.state_dict().items()}
-        results = {}
+        results, weights = {}, {}
         for which, epoch, state in (
             ("last", p.epochs, last),
             ("best", self.best["epoch"], self.best["model"]),
@@ -367,14 +403,18 @@ class Trainer:
             file = place.runs / f"{self.stem}-{which}.pt"
             write_whole(file, lambda path, state=state: torch.save(state, path))
             results[which] = {"epoch": epoch, **evaluation.columns(model, test, p.eps)}
+            weights[which] = {
+                "bytes": file.stat().st_size,
+                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            }
             if p.auto_attack and which == "last":
                 some = self.test[: p.auto_attack]
                 results[which]["aa"] = evaluation.auto_attack(
                     model, some.floats(), some.labels, p.eps, whole=p.whole_auto_attack
                 )
         model.load_state_dict(last)
-        surrogate = self.other(needs(self.name)[0]) if needs(self.name) else None
-        masking = evaluation.masking(model, test, p.eps, surrogate)
+        surrogate = self.other("at") if p.surrogate and self.name != "at" else None
+        masking = evaluation.masking(model, self.batches(self.test[: p.masking]), p.eps, surrogate)
         attacks = "standard" if p.whole_auto_attack else "APGD-CE and APGD-T"
         return {
             "method": self.name,
@@ -388,6 +428,7 @@ class Trainer:
             "images": {"train": len(self.train), "val": len(self.val), "test": len(self.test)},
             "auto_attack": f"{attacks} on {p.auto_attack} images" if p.auto_attack else None,
             "results": results,
+            "weights": weights,
             "masking": {**masking, "suspicions": evaluation.is_masked(masking)},
             "seconds": {"training": self.seconds, "evaluation": time.perf_counter() - began},
             "history": self.history,

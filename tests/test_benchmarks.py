@@ -1,7 +1,10 @@
 """The benchmarks run, say what they measured, and compare ways that do the same. No times."""
 
+import argparse
 import csv
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_kernels  # noqa: E402
 import bench_step  # noqa: E402
 import collectives  # noqa: E402
+import goals  # noqa: E402
 import measure  # noqa: E402
 
 
@@ -89,12 +93,86 @@ def test_bench_kernels_writes_rows(tmp_path, capsys):
 
 def test_bench_step_writes_rows(tmp_path, capsys):
     path = tmp_path / "speed.csv"
-    small = ["--rounds", "1", "--steps", "1", "--batch-size", "2"]
-    bench_step.main([*small, "--csv", str(path)])
+    small = ["--rounds", "1", "--steps", "1", "--batch-sizes", "2"]
+    profile = tmp_path / "profile.txt"
+    bench_step.main([*small, "--csv", str(path), "--profile", str(profile)])
+    assert "convolution" in profile.read_text()
     rows = rows_of(path)
     assert [r["provider"] for r in rows if r["benchmark"] == "step"] == list(bench_step.PROVIDERS)
     assert {"attack", "selection"} < {r["provider"] for r in rows if r["benchmark"] == "part"}
     assert "against trades" in capsys.readouterr().out
+
+
+def test_bench_kernels_times_the_step_of_the_optimizer(tmp_path, capsys):
+    path = tmp_path / "speed.csv"
+    bench_kernels.main(["--update", "--models", "tiny", "--rounds", "2", "--csv", str(path)])
+    rows = rows_of(path)
+    assert [r["provider"] for r in rows] == list(bench_kernels.UPDATES)
+    assert {r["benchmark"] for r in rows} == {"update"}
+    assert "against sgd" in capsys.readouterr().out
+
+
+def test_the_steps_that_are_timed_do_what_they_say():
+    args = argparse.Namespace(device="cpu", keep=[0.5], alpha=0.1)
+    shapes = [(40, 30), (8, 3, 3, 3)]
+    moved = {}
+    for name in bench_kernels.UPDATES:
+        update = bench_kernels.Update(name, shapes, torch.float32, args)
+        update.prepare()
+        update.optimizer.step()
+        moved[name] = [int(p.count_nonzero()) for p in update.params]
+    assert moved["sgd"] == [1200, 216]
+    assert moved["ours"] == moved["ours-gradients"] == [600, 108]
+
+
+def test_goals_are_read_from_the_rows(tmp_path):
+    """Reached, not reached, and not measured; a later row counts."""
+    path = tmp_path / "speed.csv"
+    common = dict(
+        device="NVIDIA H200", commit="abc", benchmark="select", model="resnet18", dtype="float32",
+        scope="tensor", keep=0.5, weights=1000, peak_bytes=200, launches=5, host_syncs=0,
+    )  # fmt: skip
+    rows = [
+        {**common, "provider": "ours-graph", "p50_ms": 0.5},
+        {**common, "provider": "ours-graph", "p50_ms": 0.05},
+        {**common, "provider": "topk-graph", "p50_ms": 0.5},
+        {**common, "provider": "ours", "p50_ms": 0.1},
+    ]
+    measure.append_rows(path, rows)
+    lines = goals.table(path).splitlines()
+    assert "| resnet18, float32 | 75 µs | 50 µs | yes | NVIDIA H200, abc |" in lines
+    assert "| resnet18, launches | 4 | 5 | **no** | NVIDIA H200, abc |" in lines
+    times = "| resnet18, times faster than topk-graph | 20 x | 10.0 x | **no** | NVIDIA H200, abc |"
+    assert times in lines
+    assert "| resnet18, times faster than topk | 50 x | not measured |  |  |" in lines
+    least = "| resnet18, memory besides the gradients | 0.25 B a weight | 0.20 B | yes |"
+    assert any(line.startswith(least) for line in lines)
+
+
+def test_the_tuning_log_has_the_goals_as_they_are():
+    assert goals.table() in (ROOT / "benchmarks" / "TUNING.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["roofs.py", "--rounds", "1", "--weights", "40000"],
+        ["gpu_profile.py", "--models", "tiny", "--calls", "1", "--variants", "sample of 8192"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_is_for_a_gpu_is_rehearsed(command, tmp_path):
+    """In the interpreter, which is chosen before triton is imported."""
+    pytest.importorskip("triton")
+    path = tmp_path / "rows.csv"
+    script, *flags = command
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", "--device", "cpu", *flags, "--csv", str(path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FAILED" not in done.stdout
+    assert {row["benchmark"] for row in rows_of(path)} <= {"roof", "kernel"}
 
 
 def test_figures_are_drawn_from_the_rows(tmp_path):
@@ -124,6 +202,8 @@ def test_figures_are_drawn_from_the_rows(tmp_path):
         (bench_kernels.main, ["--models", "vgg"], "'vgg' is none of resnet18"),
         (bench_kernels.main, ["--keep", "1.5"], "between 0 and 1"),
         (bench_step.main, ["--rounds", "0"], "--rounds: it should be at least 1"),
+        (bench_step.main, ["--batch-sizes", "8", "0"], "--batch-sizes: it should be at least 1"),
+        (bench_step.main, ["--attack", "graph"], "a CPU has no CUDA graphs"),
     ],
 )
 def test_bad_flags_get_a_sentence(main, arguments, message, capsys):
@@ -151,9 +231,6 @@ def test_quantiles():
 def test_what_the_compiler_makes_is_read():
     """For a GPU that is not there. Kernels under the interpreter cannot be compiled: ask afresh."""
     pytest.importorskip("triton")
-    import os
-    import subprocess
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [
         sys.executable,

@@ -1,5 +1,6 @@
 """The methods of the table against their formulas, computed by hand; the runner; the report."""
 
+import hashlib
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("sklearn")
 
+import captured  # noqa: E402
 import evaluation  # noqa: E402
 import robustness  # noqa: E402
 import summary  # noqa: E402
@@ -367,8 +369,42 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread)
     run(tmp_path, "--compare", "cure", "trades-pre")
     assert "With 1 seeds p cannot be below 1" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
-    run(tmp_path, "--report", "--figure", str(tmp_path / "table.png"))
-    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    figures = {"--figure": tmp_path / "table.png", "--curves": tmp_path / "curves.png"}
+    run(tmp_path, "--report", *(str(word) for pair in figures.items() for word in pair))
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in figures.values())
+    file = tmp_path / "runs" / "cure-seed0-last.pt"
+    assert content["weights"]["last"] == {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+
+
+def test_at_comes_first_where_it_is_needed():
+    """By methods that it teaches; by all others where masked gradients are looked for with it."""
+    alone = replace(training.PRESETS["test"], surrogate=False)
+    names = ["trades-pre", "iad"]
+    assert robustness.ordered(names, training.PRESETS["test"]) == ["at", *names]
+    assert robustness.ordered(names, alone) == ["trades-pre", "at", "iad"]
+    assert robustness.ordered(["cure"], alone) == ["cure"]
+
+
+def test_a_run_without_autoattack_says_so_before_it_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    words = ["--preset", "digits", "--methods", "at", "--runs", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit, match="AutoAttack needs `pip install pyautoattack`"):
+        robustness.main([*words, "--results", str(tmp_path / "r"), "--device", "cpu"])
+    assert robustness.preset_of(robustness.parse(["--auto-attack", "0"])).auto_attack == 0
+
+
+def test_attacks_run_as_the_preset_says(monkeypatch):
+    """Every way is the same attack; what a graph replays on a GPU, a CPU runs."""
+    x, _ = data()
+    found = []
+    for way in captured.WAYS:
+        monkeypatch.setattr(torch, "compile", lambda model: model)
+        model, s = setting(attack=way)
+        found.append(METHODS["trades-pre"](model, s).perturb(x, _))
+    assert all(torch.equal(found[0], each) for each in found)
 
 
 def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
@@ -426,7 +462,11 @@ def test_jobs_at_the_same_time(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--methods", "best"], "no method best"), (["--seeds", "a"], "integers by commas")],
+    [
+        (["--methods", "best"], "no method best"),
+        (["--seeds", "a"], "integers by commas"),
+        (["--epochs", "0"], "--epochs: it should be at least 1"),
+    ],
 )
 def test_bad_flags_are_refused(words, said, capsys):
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""How figures are saved, and the figure of the table."""
+"""How figures are saved, the figure of the table, and that of the runs' courses."""
 
 from __future__ import annotations
 
@@ -47,3 +47,27 @@ def draw_table(figure: Any, runs: summary.Runs) -> None:
     axes[0].invert_yaxis()
     some = summary.some_run(runs)
     figure.supxlabel(f"accuracy, %; last epoch; {some['data']}, {some['preset']['network']}")
+
+
+def draw_curves(figure: Any, runs: dict[str, dict[str, Any]]) -> None:
+    """Show loss and accuracy on the validation images after each epoch, a line for each method."""
+    shown = {"loss": "training loss", "natural": "natural, %", "robust": "training attack, %"}
+    axes = figure.subplots(1, len(shown))
+    for axis, (key, title) in zip(axes, shown.items(), strict=True):
+        for i, (name, run) in enumerate(runs.items()):
+            values = [row[key] for row in run["history"]]
+            style = "-" if i < len(COLORS) else "--"
+            color = COLORS[i % len(COLORS)]
+            axis.plot(
+                range(1, len(values) + 1), values, style, color=color, label=METHODS[name].title
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+    some = next(iter(runs.values()))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    images = f"{some['images']['val']} validation images"
+    figure.suptitle(
+        f"{some['data']}, {some['preset']['network']}, seed {some['seed']}, {images}", fontsize=10
+    )

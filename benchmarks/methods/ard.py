@@ -13,6 +13,7 @@ from .base import Method, Setting
 class ARD(Method):
     title = "ARD"
     paper = "Goldblum et al., AAAI 2020"
+    taught = True
     official: ClassVar = {"a": 1.0, "temperature": 30.0}
     published: ClassVar = {
         "wrn34-10": (85.18, 53.79, None, None, None),

@@ -8,7 +8,7 @@ each batch and `begin_epoch` for each epoch. Most methods only say `perturb` and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,8 @@ class Setting:
         new_network: Builds another network of the same kind.
         new_optimizer: Builds the run's inner optimizer and schedule's start for parameters.
         teacher: Returns a network trained by AT from the same start, in eval mode.
+        attack: How attacks on the divergence run, one of `captured.WAYS`.
+        autocast: Makes the context that networks run in, with or without a cache.
     """
 
     eps: float
@@ -49,6 +51,8 @@ class Setting:
     new_network: Callable[[], nn.Module]
     new_optimizer: Callable[[Any], torch.optim.Optimizer]
     teacher: Callable[[], nn.Module]
+    attack: str = "eager"
+    autocast: Callable[[bool], AbstractContextManager[Any]] = lambda cache: nullcontext()
 
     @property
     def scale(self) -> float:
@@ -101,6 +105,7 @@ class Method:
         title: The row's name.
         paper: Where the method is from.
         warm: Whether it starts from the natural warm-up, not from the same random weights.
+        taught: Whether it learns from a network that AT has trained.
         official: Settings of its paper, which `options` of a run replace.
         networks: Settings that the paper has for some networks, instead of those.
         published: Published results, CIFAR-10, by network.
@@ -109,6 +114,7 @@ class Method:
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     warm: ClassVar[bool] = False
+    taught: ClassVar[bool] = False
     official: ClassVar[dict[str, Any]] = {}
     networks: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, Published]] = {}

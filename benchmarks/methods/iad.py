@@ -16,6 +16,7 @@ from .base import Method, Setting
 class IAD(Method):
     title = "IAD"
     paper = "Zhu et al., ICLR 2022"
+    taught = True
     official: ClassVar = {"temperature": 1.0, "b": 0.1}
     published: ClassVar = {
         "wrn34-10": (83.06, 56.17, 52.68, 53.99, 65.44),

@@ -1,10 +1,12 @@
 """TRADES (Zhang et al., ICML 2019): the natural cross-entropy and a divergence under attack."""
 
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
+from captured import kl_attack_of
 from torch import Tensor
 
-from rgp_optim import kl_adv_loss, kl_attack
+from rgp_optim import kl_adv_loss
 
 from .base import Method
 
@@ -18,16 +20,22 @@ class TRADES(Method):
         "resnet18": (82.41, 52.76, 48.37, 50.43, 62.57),
     }
 
-    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+    @cached_property
+    def attack(self) -> Any:
         s = self.setting
-        return kl_attack(
+        return kl_attack_of(
             self.model,
-            x,
+            s.attack,
+            s.autocast,
+            s.generator,
             eps=s.eps,
             step_size=s.step_size,
             steps=s.attack_steps,
-            generator=s.generator,
         )
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = self.attack(x)
+        return found
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return kl_adv_loss(self.model(x), self.model(x_adv), y, beta=self.options["beta"])
