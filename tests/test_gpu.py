@@ -1,13 +1,18 @@
 """What only a GPU can show: no waits for the host, CUDA graphs, scalers, streams."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from common import losses, make_batch, make_net, same_bits, snapshot
 
-from rgp_optim import RGPSelectiveOptimizer, functional
+from rgp_optim import RGPSelectiveOptimizer, functional, kl_attack
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from captured import Captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("triton")
@@ -82,6 +87,161 @@ def test_a_captured_step_is_the_eager_step(conserve):
         train(other, reference, 1, first=seed)
     for got, want in zip(snapshot(model), snapshot(other), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Bilinear:
+    """Losses whose gradients are given tensors, exactly, whatever computes them."""
+
+    def __init__(self, device):
+        draw = torch.Generator().manual_seed(0)
+        shapes = [(300, 40), (7,), (64, 32, 3, 3), (1, 1), (90_000, 1)]
+        self.params = [torch.randn(s, generator=draw).to(device).requires_grad_() for s in shapes]
+        self.given = [[torch.empty_like(p) for p in self.params] for _ in range(3)]
+        inner = torch.optim.SGD(self.params, lr=0.01, momentum=0.9, weight_decay=0.01)
+        self.opt = RGPSelectiveOptimizer(inner, update_fraction=0.4)
+
+    def draw(self, seed):
+        draw = torch.Generator(self.params[0].device).manual_seed(seed)
+        for gradients in self.given:
+            for g in gradients:
+                g.normal_(generator=draw)
+
+    def step(self):
+        losses = [
+            sum((p * g).sum() for p, g in zip(self.params, gradients, strict=True))
+            for gradients in self.given
+        ]
+        self.opt.zero_grad()
+        self.opt.backward(losses[0], natural=losses[1], adversarial=losses[2])
+        self.opt.step()
+
+
+def warmed_up(call, times=3):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_a_thousand_replays_are_a_thousand_steps():
+    """Bit for bit: weights and momentum."""
+    captured, eager = Bilinear("cuda"), Bilinear("cuda")
+    for each in (captured, eager):
+        each.draw(0)
+    warmed_up(captured.step)
+    for _ in range(3):
+        eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for seed in range(1000):
+        captured.draw(seed)
+        graph.replay()
+        eager.draw(seed)
+        eager.step()
+    assert all(map(same_bits, captured.params, eager.params))
+    for p, q in zip(captured.params, eager.params, strict=True):
+        momenta = captured.opt.state[p], eager.opt.state[q]
+        assert same_bits(*(state["momentum_buffer"] for state in momenta))
+
+
+def test_two_streams_at_the_same_time():
+    """Two optimizers of the same shapes share their tables, and nothing that is written."""
+    alone = [Bilinear("cuda") for _ in range(2)]
+    for i, each in enumerate(alone):
+        for seed in range(50):
+            each.draw(100 * i + seed)
+            each.step()
+    torch.cuda.synchronize()
+    together = [Bilinear("cuda") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for seed in range(50):
+        for i, (each, stream) in enumerate(zip(together, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                each.draw(100 * i + seed)
+                each.step()
+    torch.cuda.synchronize()
+    for got, want in zip(together, alone, strict=True):
+        assert all(map(same_bits, got.params, want.params))
+
+
+def test_plans_that_are_thrown_away_are_still_read():
+    """More shapes than plans are kept, on a stream that lags behind."""
+    stream = torch.cuda.Stream()
+    cases = [torch.randn(2, 20_000 + 64 * i, device="cuda") for i in range(24)]
+    want = [
+        functional.rgp_topk_masks([a], [b], alpha=0.1, update_fraction=0.5, backend="torch")[0]
+        for a, b in cases
+    ]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+        got = [
+            functional.rgp_topk_masks([a], [b], alpha=0.1, update_fraction=0.5, backend="triton")[0]
+            for a, b in cases
+        ]
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+def test_a_replayed_attack_sees_the_weights_as_they_are():
+    """Also under autocast, and draws as the eager one does."""
+    model = make_net().cuda()
+    x, _, _ = batch(0)
+    draws = [torch.Generator("cuda").manual_seed(0) for _ in range(2)]
+
+    def attack(x, generator, cache):
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=cache):
+            return kl_attack(model, x, eps=0.1, steps=5, generator=generator)
+
+    replayed = Captured(lambda x: attack(x, draws[0], False), [draws[0]])
+    for step in range(4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(-1.1)
+        got, want = replayed(x + 0.01 * step), attack(x + 0.01 * step, draws[1], True)
+        assert (got != want).float().mean() < 0.02  # signs of gradients near 0 may differ
+        assert (got != x).any()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model(fullgraph):
+    """The default compiler; its sums are in another order."""
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    model = make_net().cuda()
+    other = copy.deepcopy(model)
+    opt, reference = build(model), build(other)
+    with functorch.patch(donated_buffer=False):
+        called = torch.compile(model, fullgraph=fullgraph)
+        for seed in range(3):
+            for net, optimizer in ((called, opt), (other, reference)):
+                loss, nat, adv = losses(net, *batch(seed))
+                optimizer.zero_grad()
+                optimizer.backward(loss, natural=nat, adversarial=adv)
+                optimizer.step()
+    for got, want in zip(snapshot(model), snapshot(other), strict=True):
+        assert (got - want).abs().max() < 0.02
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step():
+    model = make_net().cuda()
+    other = copy.deepcopy(model)
+    opt, reference = build(model), build(other)
+    call = torch.compile(lambda: opt.step())
+    for seed in range(3):
+        for net, optimizer, step in ((model, opt, call), (other, reference, reference.step)):
+            loss, nat, adv = losses(net, *batch(seed))
+            optimizer.zero_grad()
+            optimizer.backward(loss, natural=nat, adversarial=adv)
+            step()
+    assert all(map(same_bits, snapshot(model), snapshot(other)))
+    torch._dynamo.reset()
 
 
 def test_a_first_step_cannot_be_captured():
