@@ -130,10 +130,15 @@ def test_readme_diff_is_the_loop_that_runs():
         assert any(not torch.equal(p, q) for p, q in zip(now, start, strict=True))
 
 
-def test_readme_names_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in ROOT.glob("benchmarks/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_files_that_exist(page):
+    file = ROOT / page if (ROOT / page).exists() else ROOT / "benchmarks" / page
+    text = file.read_text()
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (file.parent / link).exists(), link
     for path in re.findall(r"`((?:examples|benchmarks|rgp_optim|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
@@ -153,19 +158,19 @@ def test_readme_tables_are_those_of_the_committed_results():
 
 
 @pytest.mark.parametrize("preset", ["digits", "cpu"])
-def test_readme_tables_of_all_methods_are_those_of_the_committed_runs(preset):
+def test_tables_of_all_methods_are_those_of_the_committed_runs(preset):
     report = printed_by("robustness.py", "--preset", preset, "--report")
     table = report.split("Last epoch:\n\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 20
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
 
-def test_readme_crosscheck_is_that_of_the_committed_rows():
+def test_crosscheck_is_that_of_the_committed_rows():
     pytest.importorskip("foolbox")
     pytest.importorskip("sklearn")
     table = printed_by("crosscheck.py", "--table", RESULTS / "crosscheck-digits.json")
     assert len(table.splitlines()) == 2 + 3
-    assert table in (ROOT / "README.md").read_text()
+    assert table in (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
 
 def compatibility():
