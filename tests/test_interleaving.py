@@ -1,6 +1,9 @@
 """The kernels with programs in any order and side by side: what an interpreted grid cannot show."""
 
+import gc
 import os
+import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -210,6 +213,74 @@ def test_training_in_any_order(conserve, scope):
                 opt.step()
     assert programs.switches > 50
     assert all(map(same_bits, snapshot(models[0]), snapshot(models[1])))
+
+
+# Streams and graphs share a plan.
+
+
+class Stream:
+    """Knows what happened before what is enqueued next."""
+
+    def __init__(self):
+        self.before = set()
+
+    def wait_event(self, event):
+        self.before |= event.before
+
+
+class Event:
+    def record(self, stream):
+        self.before = set(stream.before)
+
+
+def test_each_stream_waits_for_all_tables(monkeypatch):
+    """Each table is copied on the stream of its first use, which may lag behind the others."""
+    first, second, third = (Stream() for _ in range(3))
+    now = first
+
+    def copied(values, dtype, device):
+        table = Mock()
+        now.before.add(table)
+        return table
+
+    monkeypatch.setattr(_triton, "_ints", copied)
+    monkeypatch.setattr(_triton, "_capturing", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    settings = [(300,), ((1, 1),), (torch.float32,), (0.5,), (0.5,), (0,), torch.device("cpu")]
+    plan = _triton._Plan(*settings)
+    plan.device = Mock(type="cuda")
+    of_all = {table for table in vars(plan).values() if isinstance(table, Mock)} - {plan.device}
+    assert len(of_all) == 7
+    one, other = torch.rand(300), torch.rand(300)
+    used = set()
+    for now, g in ((first, one), (second, other), (third, one), (first, other)):
+        table = plan.addresses([[g]])
+        assert now.before >= {table, *of_all}
+        used.add((table, now))
+    for stream in (first, second, third):
+        used |= {(each, stream) for each in of_all}
+    for table, stream in used:  # its memory is not given to others while the stream reads it
+        table.record_stream.assert_any_call(stream)
+
+
+def test_the_tables_of_a_graph_outlive_other_plans(monkeypatch):
+    """A replay reads them, and nobody says when the graph is gone."""
+    monkeypatch.setattr(_triton, "_in_graphs", set(), raising=False)
+
+    def plan_of(n):
+        g = [torch.rand(n)]
+        return weakref.ref(_triton.select(g, g, [0.5], [0.0], [0])._plan)
+
+    plan = plan_of(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_triton, "_capturing", lambda device: True)
+        plan()._staged.append(torch.empty(5, dtype=torch.int64))
+        plan_of(1)
+    others = [plan_of(n) for n in range(2, 11)]
+    gc.collect()
+    assert plan() is not None
+    assert others[0]() is None
 
 
 # Does it find anything? A sum by the program that is the last to finish, right and wrong.
