@@ -947,6 +947,8 @@ class _Plan:
         self.run_tensor = _ints(torch.cat(run_tensor).tolist(), torch.int32, device)
         self.run_start = _ints(torch.cat(run_start).tolist(), torch.int64, device)
         self._addresses: dict[tuple[int, ...], Tensor] = {}
+        self._ready: torch.cuda.Event | None = None  # after all copies so far
+        self._streams: set[torch.cuda.Stream] = set()  # that may be reading the tables
         self._captured: list[tuple[Tensor, Tensor]] = []  # a graph reads them at each replay
         # Host memory for the tables of a captured step: none can be pinned during the capture.
         words = len(sizes) * A_WIDTH.value
@@ -970,17 +972,31 @@ class _Plan:
         return found
 
     def _note(self) -> None:
-        """Remember when the last table has arrived."""
-        if self.device.type == "cuda":
-            self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(self.device))
-
-    def _wait(self, table: Tensor) -> None:
-        """Let this stream, which need not be the one of the copy, wait for the tables."""
+        """Remember when all tables have arrived: this one, and those copied on other streams."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
+            if self._ready is not None:
+                stream.wait_event(self._ready)
+            self._ready = torch.cuda.Event()
+            self._ready.record(stream)
+
+    def _wait(self, table: Tensor) -> None:
+        """Let this stream, which need not be the one of the copies, wait for the tables."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            assert self._ready is not None
             stream.wait_event(self._ready)
             table.record_stream(stream)
+            if stream not in self._streams:  # once is enough
+                self._streams.add(stream)
+                for each in self._tables():
+                    each.record_stream(stream)
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return (
+            self.pool_table, self.tensor_table, self.share_table, self.chunk_tensor,
+            self.chunk_start, self.run_tensor, self.run_start,
+        )  # fmt: skip
 
     def _upload(self, flat: tuple[int, ...]) -> Tensor:
         if not _capturing(self.device):
@@ -994,6 +1010,7 @@ class _Plan:
         staged.copy_(torch.tensor(flat, dtype=torch.int64))
         table = staged.to(self.device, non_blocking=True)
         self._captured.append((staged, table))
+        _in_graphs.add(self)
         return table
 
 
@@ -1049,6 +1066,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 _plans: OrderedDict[Any, _Plan] = OrderedDict()
+_in_graphs: set[_Plan] = set()  # replays read their tables: they are kept for good
 
 
 def _plan(*key: Any) -> _Plan:
