@@ -22,6 +22,11 @@ DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}  # without a GPU: t
 FRACTIONS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_device():
+    """Make tensors on the CPU; those of a backend's are sent to its device."""
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
@@ -337,7 +342,7 @@ def test_what_is_ranked_may_be_what_is_masked(layout, backend):
 @pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
 def test_training_is_the_same_with_every_backend(conserve, scope, backend):
     """Bit for bit, also with masks that are kept for a second step and in channels_last."""
-    models = [make_net().to(memory_format=torch.channels_last) for _ in range(2)]
+    models = [make_net().cpu().to(memory_format=torch.channels_last) for _ in range(2)]
     for model, name in zip(models, ("torch", backend), strict=True):
         model.to(DEVICE[backend])
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)

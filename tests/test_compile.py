@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
-from common import make_batch, make_net, snapshot
+from common import make_batch, make_net, seeded, snapshot
 from torch.utils.checkpoint import checkpoint
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
@@ -178,9 +178,7 @@ def test_attack_and_reviser_with_a_compiled_model():
         reviser = ConsistencyReviser(called, rate=0.5, decay=0.5)
         for step in range(4):
             x, _, y = make_batch(step)
-            x_adv = kl_attack(
-                called, x, eps=0.1, steps=2, generator=torch.Generator().manual_seed(step)
-            )
+            x_adv = kl_attack(called, x, eps=0.1, steps=2, generator=seeded(step))
             logits, logits_adv = called(x), called(x_adv)
             loss = kl_adv_loss(logits, logits_adv, y) + reviser(x, x_adv, logits, logits_adv)
             nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)

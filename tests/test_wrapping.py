@@ -8,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import (
+    DEVICE,
     INNER,
     cure_step,
     disk,
+    from_numpy,
     losses,
     make_batch,
     make_net,
     numpy_topk,
     plain_step,
     same_bits,
+    seeded,
     snapshot,
+    to_numpy,
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -753,7 +757,7 @@ def cure_step_after(opt, model, act):
     cure_step(model, opt)
 
 
-P = [nn.Parameter(torch.zeros(2, 2))]
+P = [nn.Parameter(torch.zeros(2, 2, device=DEVICE))]
 
 
 @pytest.mark.parametrize(
@@ -857,15 +861,15 @@ def test_gradients_that_share_memory(conserve):
     opt = RGPSelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), update_fraction=0.5, conserve=conserve
     )
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     for _ in range(3):
         x = torch.rand(3, 6, 5, generator=draw)
         before = [p.detach().clone() for p in model.parameters()]
         opt.zero_grad()
         opt.backward(model(x[0]).sum(), natural=model(x[1]).sum(), adversarial=model(x[2]).sum())
         opt.step()
-        score = (0.1 * x[1] + 0.9 * x[2]).numpy()
-        chosen = torch.from_numpy(numpy_topk(score, 15))
+        score = to_numpy(0.1 * x[1] + 0.9 * x[2])
+        chosen = from_numpy(numpy_topk(score, 15))
         for p, old in zip(model.parameters(), before, strict=True):
             torch.testing.assert_close(p.detach(), torch.where(chosen, old - 0.1 * x[0], old))
 
@@ -971,7 +975,7 @@ def test_scores_taken_without_need_are_used():
     loss.backward()
     opt.step()
     k = round(0.7 * score.numel())
-    assert (moved(model, before)[-2].numpy() <= numpy_topk(score, k)).all()
+    assert (to_numpy(moved(model, before)[-2]) <= numpy_topk(to_numpy(score), k)).all()
 
 
 def test_new_settings_or_parameters_need_new_scores():
