@@ -203,6 +203,19 @@ def test_masks_in_many_parts(name, backend, small_parts):
             compare(pairs, 0.3, fraction, scope, backend)
 
 
+def test_the_default_device_changes_nothing(backend, small_parts):
+    """Tables, samples and masks are made where they belong: on "meta" no tensor has numbers."""
+    shape = (600, 110) if CUDA and backend == "triton" else (60, 11)  # enough for a sample
+    pairs = [(heavy(shape, i), heavy(shape, i + 3)) for i in range(2)]
+    settings = dict(alpha=0.3, update_fraction=0.35, scope="global")
+    want = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend="torch")
+    pairs = [[on(DEVICE[backend], g) for g in pair] for pair in pairs]
+    with torch.device("meta"):
+        got = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend=backend)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.cpu(), w)
+
+
 GRADIENTS = hnp.arrays(
     np.float32,
     st.integers(0, 300),

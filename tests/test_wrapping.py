@@ -31,7 +31,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler as lrs
 
-from rgp_optim import RGPSelectiveOptimizer, rgp_param_groups
+from rgp_optim import (
+    ConsistencyReviser,
+    RGPSelectiveOptimizer,
+    kl_adv_loss,
+    kl_attack,
+    pgd_attack,
+    rgp_param_groups,
+)
+from rgp_optim.scores import RULES
 
 SELECT_ALL = dict(update_fraction=0.3)
 
@@ -900,6 +908,44 @@ def test_a_gradient_that_overlaps_itself_can_be_masked():
     w.grad = torch.ones(()).expand(2, 3)
     opt.step()
     assert w.detach().flatten().tolist() == [0, 0, 0, -1, -1, -1]
+
+
+# A default device that is not the model's.
+
+
+@pytest.mark.parametrize("score", RULES)
+def test_the_default_device_changes_nothing(score):
+    """Nothing is made there: on "meta" no tensor has numbers."""
+    ends = []
+    for default in (DEVICE, torch.device("meta")):
+        model, batches = make_net(), [make_batch(seed) for seed in range(3)]
+        opt = RGPSelectiveOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            update_fraction=0.4,
+            scope="global",
+            score=score,
+            refresh_every=2,
+        )
+        generator = seeded(0)
+        with default:
+            reviser = ConsistencyReviser(model, rate=0.5, decay=0.5, seed=1)
+            tracker = opt.track_updates()
+            for x, _, y in batches:
+                x_adv = kl_attack(model, x, steps=2, generator=generator)
+                x_adv = pgd_attack(model, x_adv, y, steps=1, generator=generator)
+                logits, logits_adv = model(x), model(x_adv)
+                nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+                opt.zero_grad()
+                loss = kl_adv_loss(logits, logits_adv, y) + reviser(x, x_adv, logits, logits_adv)
+                opt.backward(loss, natural=nat, adversarial=adv)
+                opt.step()
+                reviser.update()
+                reviser.load_state_dict(copy.deepcopy(reviser.state_dict()))
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            counts = tracker.mean()
+        ends.append((snapshot(model) + snapshot(reviser.model), counts))
+    assert all(map(same_bits, ends[0][0], ends[1][0]))
+    assert ends[0][1] == ends[1][1]
 
 
 # A kept mask, and steps that do not count.
