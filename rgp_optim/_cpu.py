@@ -397,7 +397,7 @@ def _select(
     numbers: Sequence[int],
 ) -> list[Tensor]:
     """Mark the highest keys in each pool; return the masks."""
-    masks = [torch.empty(shape, dtype=torch.bool) for shape in shapes]
+    masks = [torch.empty(shape, dtype=torch.bool, device="cpu") for shape in shapes]
     members: dict[int, list[int]] = {}
     for i, number in enumerate(numbers):
         if fractions[i] == 1.0:

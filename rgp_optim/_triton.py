@@ -879,13 +879,14 @@ def _use_bits(
 
 # The tables, and what launches the kernels.
 
+HOST = torch.device("cpu")  # named: a program may have another default device
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 _ALL_K = -1  # P_K of a pool of which everything is selected
 
 
 def _ints(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy numbers to the device without waiting for it."""
-    table = torch.tensor(values, dtype=dtype)
+    table = torch.tensor(values, dtype=dtype, device=HOST)
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
@@ -953,7 +954,9 @@ class _Plan:
         # Host memory for the tables of a captured step: none can be pinned during the capture.
         words = len(sizes) * A_WIDTH.value
         staged = 32 if device.type == "cuda" else 0
-        self._staged = [torch.empty(words, dtype=torch.int64).pin_memory() for _ in range(staged)]
+        self._staged = [
+            torch.empty(words, dtype=torch.int64, device=HOST).pin_memory() for _ in range(staged)
+        ]
 
     def addresses(self, columns: Sequence[Sequence[Tensor | None]]) -> Tensor:
         """Return the device's table of where the tensors are."""
@@ -1007,7 +1010,7 @@ class _Plan:
                 "tables of addresses are used up. Capture it once and replay that graph."
             )
         staged = self._staged.pop()
-        staged.copy_(torch.tensor(flat, dtype=torch.int64))
+        staged.copy_(torch.tensor(flat, dtype=torch.int64, device=HOST))
         table = staged.to(self.device, non_blocking=True)
         self._captured.append((staged, table))
         _in_graphs.add(self)
@@ -1031,18 +1034,19 @@ class _Group:
     def sample(self) -> tuple[Tensor, Tensor]:
         """Return tensor and start of each run that is sampled; of a small group, all of them."""
         if self.k <= 0:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        numbers = torch.tensor([i for i, _ in self.members])
-        sizes = torch.tensor([size for _, size in self.members])
+            none = torch.zeros(0, dtype=torch.int64, device=HOST)
+            return none, none
+        numbers = torch.tensor([i for i, _ in self.members], device=HOST)
+        sizes = torch.tensor([size for _, size in self.members], device=HOST)
         runs = -(-sizes // RUN.value) if self.whole else sizes // RUN.value
         ends = runs.cumsum(0)
         total = int(ends[-1])
         wanted = total if self.whole else min(SAMPLE.value // RUN.value, total)
-        chosen = torch.arange(wanted)
+        chosen = torch.arange(wanted, device=HOST)
         if not self.whole:  # one at random in each of equal strata
-            edges = torch.arange(wanted + 1) * total // wanted
-            generator = torch.Generator().manual_seed(total)
-            draws = torch.rand(wanted, generator=generator, dtype=torch.float64)
+            edges = torch.arange(wanted + 1, device=HOST) * total // wanted
+            generator = torch.Generator(HOST).manual_seed(total)
+            draws = torch.rand(wanted, generator=generator, dtype=torch.float64, device=HOST)
             chosen = edges[:-1] + (draws * edges.diff()).long()
         member = torch.searchsorted(ends, chosen, right=True)
         return numbers[member], (chosen - (ends - runs)[member]) * RUN.value

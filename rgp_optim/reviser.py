@@ -160,7 +160,8 @@ class ConsistencyReviser:
         rate = self._rate_now()
         student, mine = _tensors(_unwrapped(self._student)), _tensors(self.model)
         _check_same(mine, student, "model")
-        draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        draws, cpu = self._generator, self._generator.device  # not the program's default device
+        draw = torch.rand((), generator=draws, dtype=torch.float64, device=cpu).item()
         decay = _check_decay("decay", self.decay)
         if self._ramp:
             decay = min(1.0 - 1.0 / (self.steps + 1), decay)

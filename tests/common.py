@@ -1,11 +1,24 @@
 """What several test files share: small networks, every inner optimizer, one training step."""
 
+import importlib
 import io
+import os
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if module := os.environ.get("RGP_TEST_DEVICE_MODULE"):  # of a device that torch does not know
+    importlib.import_module(module)
+DEVICE = torch.device(os.environ.get("RGP_TEST_DEVICE", "cpu"))  # the default one in every test
+
+
+def cpu_only(reason):
+    """Skip on other devices."""
+    return pytest.mark.skipif(DEVICE.type != "cpu", reason=f"on the CPU only: {reason}")
+
 
 SPECIAL = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}  # abstract; refused; sparse only; 2-D only
 
@@ -47,16 +60,39 @@ class Net(nn.Module):
 
 
 def make_net(seed=0, dtype=torch.float32):
+    """The same weights on every device."""
     torch.manual_seed(seed)
-    return Net().to(dtype)
+    with torch.device("cpu"):
+        return Net().to(DEVICE, dtype)
 
 
 def make_batch(seed=0, dtype=torch.float32, n=8):
-    """Images, perturbed images, labels."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 2, 5, 5, generator=g, dtype=torch.float64).to(dtype)
-    d = torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype)
-    return x, x + 0.1 * d, torch.randint(0, 3, (n,), generator=g)
+    """Images, perturbed images, labels; the same on every device."""
+    g = torch.Generator("cpu").manual_seed(seed)
+    with torch.device("cpu"):
+        x = torch.rand(n, 2, 5, 5, generator=g, dtype=torch.float64).to(dtype)
+        d = torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype)
+        y = torch.randint(0, 3, (n,), generator=g)
+        return tuple(each.to(DEVICE) for each in (x, x + 0.1 * d, y))
+
+
+def seeded(seed):
+    """A generator on the device of the tests."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def rng_states():
+    """The state of torch's own generators: the CPU's, and the device's."""
+    others = [] if DEVICE.type == "cpu" else [torch.get_device_module(DEVICE).get_rng_state()]
+    return [torch.get_rng_state(), *others]
+
+
+def from_numpy(array):
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def to_numpy(tensor):
+    return tensor.cpu().numpy()
 
 
 def losses(model, x, x_adv, y):

@@ -22,6 +22,11 @@ DEVICE = {"cpu": "cpu", "triton": "cuda" if CUDA else "cpu"}  # without a GPU: t
 FRACTIONS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_device():
+    """Make tensors on the CPU; those of a backend's are sent to its device."""
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
@@ -198,6 +203,19 @@ def test_masks_in_many_parts(name, backend, small_parts):
             compare(pairs, 0.3, fraction, scope, backend)
 
 
+def test_the_default_device_changes_nothing(backend, small_parts):
+    """Tables, samples and masks are made where they belong: on "meta" no tensor has numbers."""
+    shape = (600, 110) if CUDA and backend == "triton" else (60, 11)  # enough for a sample
+    pairs = [(heavy(shape, i), heavy(shape, i + 3)) for i in range(2)]
+    settings = dict(alpha=0.3, update_fraction=0.35, scope="global")
+    want = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend="torch")
+    pairs = [[on(DEVICE[backend], g) for g in pair] for pair in pairs]
+    with torch.device("meta"):
+        got = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend=backend)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.cpu(), w)
+
+
 GRADIENTS = hnp.arrays(
     np.float32,
     st.integers(0, 300),
@@ -337,7 +355,7 @@ def test_what_is_ranked_may_be_what_is_masked(layout, backend):
 @pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
 def test_training_is_the_same_with_every_backend(conserve, scope, backend):
     """Bit for bit, also with masks that are kept for a second step and in channels_last."""
-    models = [make_net().to(memory_format=torch.channels_last) for _ in range(2)]
+    models = [make_net().cpu().to(memory_format=torch.channels_last) for _ in range(2)]
     for model, name in zip(models, ("torch", backend), strict=True):
         model.to(DEVICE[backend])
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)

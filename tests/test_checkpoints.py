@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import disk
+from common import DEVICE, disk
 from ranks import RankFailed, Ranks
 from test_distributed import (
     alone,
@@ -215,7 +215,9 @@ def test_a_process_that_dies_in_a_step_leaves_a_checkpoint_that_resumes(two, tmp
 def kept_run(steps):
     """What the file holds; it must stay as it is."""
     torch.manual_seed(11)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    with torch.device("cpu"):  # where the file was written
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    model.to(DEVICE)
     groups = [
         {"params": [model[0].weight, model[2].weight], "rgp_update_fraction": 0.4},
         {"params": [model[0].bias, model[2].bias], "rgp_select": False},
@@ -229,9 +231,10 @@ def kept_run(steps):
 
 
 def kept_step(model, opt, reviser, step):
-    g = torch.Generator().manual_seed(step)
-    x = torch.rand(8, 6, generator=g)
-    x_adv, y = x + 0.1, torch.randint(0, 3, (8,), generator=g)
+    g = torch.Generator("cpu").manual_seed(step)
+    x = torch.rand(8, 6, generator=g, device="cpu").to(DEVICE)
+    y = torch.randint(0, 3, (8,), generator=g, device="cpu").to(DEVICE)
+    x_adv = x + 0.1
     logits, logits_adv = model(x), model(x_adv)
     nat = torch.nn.functional.cross_entropy(logits, y)
     adv = torch.nn.functional.cross_entropy(logits_adv, y)
@@ -268,7 +271,9 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_goes_on(file):
     for step in (6, 7):
         kept_step(model, opt, reviser, step)
     for p, later in zip(model.parameters(), state["later"], strict=True):
-        torch.testing.assert_close(p.detach(), later, rtol=1e-5, atol=1e-6)  # of other machines
+        torch.testing.assert_close(
+            p.detach().cpu(), later, rtol=1e-5, atol=1e-6
+        )  # of other machines
 
 
 def test_a_kept_checkpoint_is_there():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
-from common import make_batch, make_net, snapshot
+from common import make_batch, make_net, seeded, snapshot
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -180,9 +180,7 @@ def test_attack_and_reviser_with_a_compiled_model():
         reviser = ConsistencyReviser(called, rate=0.5, decay=0.5)
         for step in range(4):
             x, _, y = make_batch(step)
-            x_adv = kl_attack(
-                called, x, eps=0.1, steps=2, generator=torch.Generator().manual_seed(step)
-            )
+            x_adv = kl_attack(called, x, eps=0.1, steps=2, generator=seeded(step))
             logits, logits_adv = called(x), called(x_adv)
             loss = kl_adv_loss(logits, logits_adv, y) + reviser(x, x_adv, logits, logits_adv)
             nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
@@ -211,7 +209,7 @@ def test_an_attack_computes_no_gradients_of_the_weights():
         torch._dynamo.reset()
         model = make_net()
         model.norm.weight.requires_grad_(False)
-        draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+        draws = [seeded(0) for _ in range(2)]
         want = kl_attack(model, x, eps=0.1, steps=3, generator=draws[0])
         called = compile_(model)
         outputs.clear()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import numpy_topk, same_bits
+from common import DEVICE, from_numpy, numpy_topk, same_bits, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -54,7 +54,7 @@ def test_a_tiny_fraction_still_updates_one_weight():
 
 @given(arrays(), FRACTIONS)
 def test_topk_mask_is_the_rule(score, fraction):
-    got = topk_mask(torch.from_numpy(score), update_fraction=fraction).numpy()
+    got = to_numpy(topk_mask(from_numpy(score), update_fraction=fraction))
     k = count(score.size, fraction)
     want = np.ones(score.shape, bool) if fraction == 1 else numpy_topk(score, k)
     np.testing.assert_array_equal(got, want)
@@ -73,7 +73,7 @@ def test_topk_mask_marks_what_torch_topk_returns(dtype, fraction):
 
 @given(arrays(st.floats(0, 2.0**100, width=32)), FRACTIONS)
 def test_what_is_kept_is_not_below_what_is_dropped(score, fraction):
-    score = torch.from_numpy(score)
+    score = from_numpy(score)
     mask = topk_mask(score, update_fraction=fraction)
     if fraction < 1:
         assert mask.sum() == min(count(score.numel(), fraction), int((score > 0).sum()))
@@ -91,14 +91,14 @@ def test_what_is_kept_is_not_below_what_is_dropped(score, fraction):
 def test_permuted_scores_give_the_permuted_mask(score, fraction, random):
     order = list(range(len(score)))
     random.shuffle(order)
-    mask = topk_mask(torch.from_numpy(score), update_fraction=fraction)
-    permuted = topk_mask(torch.from_numpy(score[order]), update_fraction=fraction)
+    mask = topk_mask(from_numpy(score), update_fraction=fraction)
+    permuted = topk_mask(from_numpy(score[order]), update_fraction=fraction)
     assert torch.equal(permuted, mask[order])
 
 
 @given(arrays(st.floats(-(2.0**60), 2.0**60, width=32)), FRACTIONS, st.integers(-8, 8))
 def test_a_common_factor_changes_no_mask(gradient, fraction, exponent):
-    g = torch.from_numpy(gradient)
+    g = from_numpy(gradient)
     g = torch.where(g.abs() < 1e-20, 0.0, g)  # powers of two are exact, away from the subnormals
     kwargs = dict(alpha=0.25, update_fraction=fraction)
     (plain,) = rgp_topk_masks([g], [g.flip(0) if g.dim() else g], **kwargs)
@@ -150,11 +150,11 @@ def test_more_than_two_to_the_24_elements():
 def test_score_is_computed_in_float32_or_float64(dtype, alpha):
     g_nat, g_adv = torch.randn(2, 1000, dtype=torch.float64).to(dtype)
     wide = np.float64 if dtype == torch.float64 else np.float32
-    nat, adv = (np.abs(g.to(torch.float64).numpy().astype(wide)) for g in (g_nat, g_adv))
+    nat, adv = (np.abs(to_numpy(g.to(torch.float64)).astype(wide)) for g in (g_nat, g_adv))
     want = wide(alpha) * nat + wide(1.0 - alpha) * adv
     got = rgp_score(g_nat, g_adv, alpha=alpha)
-    np.testing.assert_array_equal(got.numpy(), want)
-    assert got.numpy().dtype == wide
+    np.testing.assert_array_equal(to_numpy(got), want)
+    assert to_numpy(got).dtype == wide
 
 
 def test_score_of_complex_gradients_is_by_absolute_value():
@@ -167,8 +167,8 @@ def test_score_of_complex_gradients_is_by_absolute_value():
 
 @given(st.lists(arrays(), min_size=1, max_size=4), st.sampled_from([0.1, 0.5, 0.9]), st.booleans())
 def test_masks_of_a_list(gradients, fraction, share_threshold):
-    g_nats = [torch.from_numpy(g) for g in gradients]
-    g_advs = [torch.from_numpy(np.array(np.flip(g))) for g in gradients]
+    g_nats = [from_numpy(g) for g in gradients]
+    g_advs = [from_numpy(np.array(np.flip(g))) for g in gradients]
     masks = rgp_topk_masks(
         g_nats,
         g_advs,
@@ -186,7 +186,7 @@ def test_masks_of_a_list(gradients, fraction, share_threshold):
     else:
         wants = [numpy_topk(s, count(s.size, fraction)) for s in scores]
     for mask, want, g in zip(masks, wants, g_nats, strict=True):
-        np.testing.assert_array_equal(mask.numpy(), want.reshape(g.shape))
+        np.testing.assert_array_equal(to_numpy(mask), want.reshape(g.shape))
 
 
 def test_a_missing_gradient_counts_as_zero():
@@ -230,7 +230,7 @@ def test_conserve_puts_back_every_bit(dtype):
 
 # Refusals.
 
-G = torch.ones(3)
+G = torch.ones(3, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +294,10 @@ def test_refusals(call, error, message):
 
 
 def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
-    only_cuda = functional._Provider("_reference", devices=frozenset({"cuda"}))
-    monkeypatch.setitem(functional._PROVIDERS, "fast", only_cuda)
-    with pytest.raises(RuntimeError, match=r"a tensor on cpu; it runs on .*'cuda'.* Use 'auto'"):
+    elsewhere = functional._Provider("_reference", devices=frozenset({"mps"}))
+    monkeypatch.setitem(functional._PROVIDERS, "fast", elsewhere)
+    message = rf"a tensor on {G.device}; it runs on .*'mps'.* Use 'auto'"
+    with pytest.raises(RuntimeError, match=message):
         topk_mask(G, update_fraction=0.5, backend="fast")
     assert topk_mask(G, update_fraction=1.0, backend="auto").all()
     absent = functional._Provider("_reference", "no_such_package")

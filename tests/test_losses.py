@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from common import DEVICE, from_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -41,13 +42,13 @@ def test_a_value_computed_by_hand():
 @given(LOGITS, LOGITS, st.floats(0, 10))
 def test_the_loss_is_numpys(z, z_adv, beta):
     y = np.array([0, 3, 1])
-    got = kl_adv_loss(*map(torch.from_numpy, (z, z_adv, y)), beta=beta).item()
+    got = kl_adv_loss(*map(from_numpy, (z, z_adv, y)), beta=beta).item()
     assert got == pytest.approx(numpy_loss(z, z_adv, y, beta), rel=1e-9, abs=1e-9)
 
 
 @given(LOGITS, LOGITS)
 def test_the_divergence_is_not_negative_and_zero_on_itself(p, q):
-    p, q = torch.from_numpy(p), torch.from_numpy(q)
+    p, q = from_numpy(p), from_numpy(q)
     assert kl_divergence(p, q) >= -1e-12
     assert kl_divergence(p, p) == 0
     torch.testing.assert_close(kl_divergence(p + 5, q - 7), kl_divergence(p, q))
@@ -107,7 +108,7 @@ def test_class_probabilities_as_targets():
     torch.testing.assert_close(hard, soft)
 
 
-Z, Y = torch.zeros(2, 3), torch.tensor([0, 1])
+Z, Y = torch.zeros(2, 3, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ Z, Y = torch.zeros(2, 3), torch.tensor([0, 1])
     [
         ((Z[0], Z[0], Y), 1.0, ValueError, r"`logits` should be real and \[batch, classes\]"),
         ((Z, Z[:, :2], Y), 1.0, ValueError, "`logits_adv` should match `logits`"),
-        ((Z, Z.half(), Y), 1.0, ValueError, "torch.float16 on cpu against"),
+        ((Z, Z.half(), Y), 1.0, ValueError, f"torch.float16 on {Z.device} against"),
         ((Z.long(), Z, Y), 1.0, TypeError, "`logits` should have a floating dtype"),
         ((Z, Z, Y.int()), 1.0, ValueError, r"indices, int64, \[2\].* Write target.long\(\)"),
         ((Z, Z, Y[:1]), 1.0, ValueError, r"or class probabilities, \[2, 3\]. Found `\(1,\)"),

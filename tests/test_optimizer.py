@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from common import (
     INNER,
     cure_step,
+    from_numpy,
     losses,
     make_batch,
     make_net,
@@ -18,6 +19,7 @@ from common import (
     plain_step,
     same_bits,
     snapshot,
+    to_numpy,
 )
 from torch import nn
 
@@ -109,7 +111,7 @@ def twin(model, seeds, *, conserve, scope, fraction, alpha, dtype, lr=0.1, momen
         batch = make_batch(seed, dtype)
         loss, nat, adv = losses(model, *batch)
         grads, g_nat, g_adv = (
-            [g.numpy() for g in torch.autograd.grad(each, params, retain_graph=True)]
+            [to_numpy(g) for g in torch.autograd.grad(each, params, retain_graph=True)]
             for each in (loss, nat, adv)
         )
         scores = [
@@ -128,14 +130,14 @@ def twin(model, seeds, *, conserve, scope, fraction, alpha, dtype, lr=0.1, momen
                 masks[i] = flat[: scores[i].size].reshape(scores[i].shape)
                 flat = flat[scores[i].size :]
         for i, (p, g, mask) in enumerate(zip(params, grads, masks, strict=True)):
-            old = p.detach().numpy().copy()
+            old = to_numpy(p.detach()).copy()
             d = (g if conserve == "update" else np.where(mask, g, 0)) + wd * old
             buffers[i] = d if buffers[i] is None else momentum * buffers[i] + d
             new = old - lr * buffers[i]
             if conserve != "gradients":
                 new = np.where(mask, new, old)
             with torch.no_grad():
-                p.copy_(torch.from_numpy(new.astype(wide)))
+                p.copy_(from_numpy(new.astype(wide)))
     return masks
 
 
@@ -174,9 +176,9 @@ def test_half_precision_weights_are_scored_in_float32(dtype, scope):
     opt = RGPSelectiveOptimizer(torch.optim.SGD([w], lr=1.0), update_fraction=0.5, scope=scope)
     opt.backward(natural=(w * g_nat).sum(), adversarial=(w * g_adv).sum())
     opt.step()
-    nat, adv = (g.float().abs().numpy() for g in (g_nat, g_adv))
+    nat, adv = (to_numpy(g.float().abs()) for g in (g_nat, g_adv))
     want = numpy_topk(np.float32(0.1) * nat + np.float32(0.9) * adv, 150)
-    moved = (w != 1).numpy()
+    moved = to_numpy(w != 1)
     assert not moved[~want].any()
     assert moved[want].mean() > 0.98  # a small step can round away
 

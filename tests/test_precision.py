@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import INNER, cure_step, disk, losses, make_batch, make_net, numpy_topk, snapshot
+from common import (
+    DEVICE,
+    INNER,
+    cure_step,
+    disk,
+    losses,
+    make_batch,
+    make_net,
+    numpy_topk,
+    seeded,
+    snapshot,
+    to_numpy,
+)
 from torch import nn
 
 from rgp_optim import RGPSelectiveOptimizer
@@ -49,7 +61,7 @@ def test_grad_scaler(name, backward, unscale, conserve):
     model, other = make_net(), make_net()
     opt = wrap(model, INNER[name], conserve=conserve)
     reference = wrap(other, INNER[name], conserve=conserve)
-    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
     for seed in range(4):
         buffers = copy.deepcopy(model.state_dict())
         loss, nat, adv = losses(model, *make_batch(seed))
@@ -83,13 +95,13 @@ def test_scaler_and_optimizer_resume_together():
     for stop in (None, 2):
         model = make_net()
         opt = wrap(model)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, growth_interval=2)
         for step in range(4):
             if step == stop:
                 state = disk([model.state_dict(), opt.state_dict(), scaler.state_dict()])
                 model = make_net(seed=5)
                 opt = wrap(model)
-                scaler = torch.amp.GradScaler("cpu")
+                scaler = torch.amp.GradScaler(DEVICE.type)
                 for each, its in zip((model, opt, scaler), state, strict=True):
                     each.load_state_dict(its)
             opt.zero_grad()
@@ -115,7 +127,7 @@ def test_roles_on_two_scales_are_refused(scales, backward):
     opt = wrap(model)
     loss, nat, adv = losses(model, *make_batch())
     nat, adv = (
-        each if scale is None else torch.amp.GradScaler("cpu", init_scale=scale).scale(each)
+        each if scale is None else torch.amp.GradScaler(DEVICE.type, init_scale=scale).scale(each)
         for each, scale in zip((nat, adv), scales, strict=True)
     )
     start = snapshot(model)
@@ -139,7 +151,7 @@ def test_the_scale_is_compared_within_a_window_only():
     model = make_net()
     opt = wrap(model)
     for step, scale in enumerate((1024.0, 8.0)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
         opt.zero_grad()
         scaled_call(opt, scaler, *losses(model, *make_batch(step)))
         scaler.step(opt)
@@ -154,7 +166,7 @@ def test_the_scale_is_compared_within_a_window_only():
 def test_an_attack_in_a_block_may_go_without_the_scaler():
     model = make_net()
     opt = wrap(model)
-    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
     x, _, y = make_batch()
     with opt.score("natural"):
         scaler.scale(F.cross_entropy(model(x), y)).backward()
@@ -172,11 +184,11 @@ def test_an_attack_in_a_block_may_go_without_the_scaler():
 def test_autocast(dtype):
     model = make_net()
     opt = wrap(model)
-    scaler = torch.amp.GradScaler("cpu", **POWERS)
+    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
     for step in range(3):
         x, x_adv, y = make_batch(step)
         start = snapshot(model)
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE.type, dtype):
             nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
         params = [p for p in model.parameters() if p.dim() > 1]
         g_nats, g_advs = (
@@ -189,8 +201,8 @@ def test_autocast(dtype):
         olds = [p for p in start if p.dim() > 1]
         for p, old, g_nat, g_adv in zip(params, olds, g_nats, g_advs, strict=True):
             score = 0.3 * g_nat.abs().float() + (1 - 0.3) * g_adv.abs().float()
-            mask = numpy_topk(score.numpy(), round(0.3 * p.numel()))
-            assert np.array_equal((p != old).numpy() & ~mask, np.zeros_like(mask))
+            mask = numpy_topk(to_numpy(score), round(0.3 * p.numel()))
+            assert np.array_equal(to_numpy(p != old) & ~mask, np.zeros_like(mask))
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -203,7 +215,7 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
     model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
     opt = wrap(model, INNER[name], conserve=conserve, scope=scope)
     for step in range(3):
-        g = torch.Generator().manual_seed(step)
+        g = seeded(step)
         x = torch.rand(8, 6, generator=g).to(dtype)
         y = torch.randint(0, 3, (8,), generator=g)
         nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
@@ -216,7 +228,7 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
         opt.backward(nat + adv, natural=nat, adversarial=adv)
         opt.step()
         scores = [
-            0.3 * a.abs().double().numpy() + 0.7 * b.abs().double().numpy()
+            0.3 * to_numpy(a.abs().double()) + 0.7 * to_numpy(b.abs().double())
             for a, b in zip(g_nats, g_advs, strict=True)
         ]
         joined = np.concatenate([each.reshape(-1) for each in scores])
@@ -226,7 +238,7 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
         else:
             masks = [numpy_topk(each, round(0.3 * each.size)) for each in scores]
         moved = np.concatenate(
-            [(p != old).numpy().reshape(-1) for p, old in zip(params, start, strict=True)]
+            [to_numpy(p != old).reshape(-1) for p, old in zip(params, start, strict=True)]
         )
         assert moved.any()
         assert not (moved & ~np.concatenate([mask.reshape(-1) for mask in masks])).any()
@@ -246,10 +258,10 @@ def test_tensors_of_several_dtypes(scope):
     adv = sum((w * g).sum().double() for w, (_, g) in zip(weights, grads, strict=True))
     opt.backward(natural=nat, adversarial=adv)
     opt.step()
-    scores = [0.5 * a.double().abs().numpy() + 0.5 * b.double().abs().numpy() for a, b in grads]
+    scores = [0.5 * to_numpy(a.double().abs()) + 0.5 * to_numpy(b.double().abs()) for a, b in grads]
     if scope == "global":
         masks = numpy_topk(np.stack(scores), round(0.3 * 90))
     else:
         masks = [numpy_topk(each, 9) for each in scores]
     for w, mask in zip(weights, masks, strict=True):
-        assert np.array_equal((w != 1).numpy(), mask)
+        assert np.array_equal(to_numpy(w != 1), mask)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from common import disk, make_batch, make_net
+from common import DEVICE, disk, make_batch, make_net, rng_states, seeded
 from torch import nn
 
 from rgp_optim import ConsistencyReviser
@@ -14,7 +14,7 @@ from rgp_optim import ConsistencyReviser
 
 def disturb(model, seed):
     """Change every weight and running statistic, as a training step does."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     with torch.no_grad():
         for t in [*model.parameters(), *model.buffers()]:
             if t.is_floating_point():
@@ -179,10 +179,10 @@ def test_repr_names_the_model_and_the_settings():
 
 def test_draws_have_the_rate_and_are_their_own():
     model = nn.Linear(1, 1)
-    before = torch.get_rng_state()
+    before = rng_states()
     reviser, same, other = (ConsistencyReviser(model, rate=0.2, seed=s) for s in (0, 0, 1))
     draws = [[r.update() for _ in range(4000)] for r in (reviser, same, other)]
-    assert torch.equal(before, torch.get_rng_state())
+    assert all(map(torch.equal, before, rng_states()))
     assert draws[0] == draws[1] != draws[2]
     deviation = math.sqrt(4000 * 0.2 * 0.8)
     assert abs(sum(draws[0]) - 800) < 4 * deviation
@@ -360,7 +360,7 @@ def test_copies_follow_their_own_model(copied):
 
 # Refusals.
 
-LINEAR = nn.Linear(2, 2)
+LINEAR = nn.Linear(2, 2).to(DEVICE)
 
 
 class Shares(nn.Module):

@@ -8,16 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import (
+    DEVICE,
     INNER,
     cure_step,
     disk,
+    from_numpy,
     losses,
     make_batch,
     make_net,
     numpy_topk,
     plain_step,
     same_bits,
+    seeded,
     snapshot,
+    to_numpy,
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,7 +31,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler as lrs
 
-from rgp_optim import RGPSelectiveOptimizer, rgp_param_groups
+from rgp_optim import (
+    ConsistencyReviser,
+    RGPSelectiveOptimizer,
+    kl_adv_loss,
+    kl_attack,
+    pgd_attack,
+    rgp_param_groups,
+)
+from rgp_optim.scores import RULES
 
 SELECT_ALL = dict(update_fraction=0.3)
 
@@ -753,7 +765,7 @@ def cure_step_after(opt, model, act):
     cure_step(model, opt)
 
 
-P = [nn.Parameter(torch.zeros(2, 2))]
+P = [nn.Parameter(torch.zeros(2, 2, device=DEVICE))]
 
 
 @pytest.mark.parametrize(
@@ -857,15 +869,15 @@ def test_gradients_that_share_memory(conserve):
     opt = RGPSelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), update_fraction=0.5, conserve=conserve
     )
-    draw = torch.Generator().manual_seed(1)
+    draw = seeded(1)
     for _ in range(3):
         x = torch.rand(3, 6, 5, generator=draw)
         before = [p.detach().clone() for p in model.parameters()]
         opt.zero_grad()
         opt.backward(model(x[0]).sum(), natural=model(x[1]).sum(), adversarial=model(x[2]).sum())
         opt.step()
-        score = (0.1 * x[1] + 0.9 * x[2]).numpy()
-        chosen = torch.from_numpy(numpy_topk(score, 15))
+        score = to_numpy(0.1 * x[1] + 0.9 * x[2])
+        chosen = from_numpy(numpy_topk(score, 15))
         for p, old in zip(model.parameters(), before, strict=True):
             torch.testing.assert_close(p.detach(), torch.where(chosen, old - 0.1 * x[0], old))
 
@@ -896,6 +908,44 @@ def test_a_gradient_that_overlaps_itself_can_be_masked():
     w.grad = torch.ones(()).expand(2, 3)
     opt.step()
     assert w.detach().flatten().tolist() == [0, 0, 0, -1, -1, -1]
+
+
+# A default device that is not the model's.
+
+
+@pytest.mark.parametrize("score", RULES)
+def test_the_default_device_changes_nothing(score):
+    """Nothing is made there: on "meta" no tensor has numbers."""
+    ends = []
+    for default in (DEVICE, torch.device("meta")):
+        model, batches = make_net(), [make_batch(seed) for seed in range(3)]
+        opt = RGPSelectiveOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            update_fraction=0.4,
+            scope="global",
+            score=score,
+            refresh_every=2,
+        )
+        generator = seeded(0)
+        with default:
+            reviser = ConsistencyReviser(model, rate=0.5, decay=0.5, seed=1)
+            tracker = opt.track_updates()
+            for x, _, y in batches:
+                x_adv = kl_attack(model, x, steps=2, generator=generator)
+                x_adv = pgd_attack(model, x_adv, y, steps=1, generator=generator)
+                logits, logits_adv = model(x), model(x_adv)
+                nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+                opt.zero_grad()
+                loss = kl_adv_loss(logits, logits_adv, y) + reviser(x, x_adv, logits, logits_adv)
+                opt.backward(loss, natural=nat, adversarial=adv)
+                opt.step()
+                reviser.update()
+                reviser.load_state_dict(copy.deepcopy(reviser.state_dict()))
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            counts = tracker.mean()
+        ends.append((snapshot(model) + snapshot(reviser.model), counts))
+    assert all(map(same_bits, ends[0][0], ends[1][0]))
+    assert ends[0][1] == ends[1][1]
 
 
 # A kept mask, and steps that do not count.
@@ -971,7 +1021,7 @@ def test_scores_taken_without_need_are_used():
     loss.backward()
     opt.step()
     k = round(0.7 * score.numel())
-    assert (moved(model, before)[-2].numpy() <= numpy_topk(score, k)).all()
+    assert (to_numpy(moved(model, before)[-2]) <= numpy_topk(to_numpy(score), k)).all()
 
 
 def test_new_settings_or_parameters_need_new_scores():
