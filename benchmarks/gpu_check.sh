@@ -50,7 +50,7 @@ verify() {
   run 60 nvidia-smi
   run 60 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
   run 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
-  run 150 "$python" -m pytest -q -p no:cacheprovider -m "not cpu_only" tests/test_backends.py
+  run 150 "$python" -m pytest -q -p no:cacheprovider tests/test_backends.py
   run 200 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_backends.py \
     --ignore tests/test_gpu.py --ignore tests/test_distributed.py --ignore tests/test_trainers.py
   run 240 "$python" benchmarks/gpu_exact.py

@@ -84,25 +84,41 @@ class Starve(Schedule):
         self.victim, self.left = draw.randrange(count), draw.randrange(80)
 
     def next(self, running, ready, atomic):
-        if running == self.victim:
+        if running == self.victim and self.counts(atomic):
             self.left -= 1
         if self.left <= 0 and len(ready) > 1:
             ready = [p for p in ready if p != self.victim]
         stays = running in ready and self.draw.random() < 0.9
         return running if stays else self.draw.choice(ready)
 
+    def counts(self, atomic):
+        return True
+
+
+class Hold(Starve):
+    """As `Starve`, but it stops right before or right after one of its atomics."""
+
+    def __init__(self, draw, count):
+        super().__init__(draw, count)
+        self.left = draw.choice([1, 1, 2, 3, 4, 5, 6, 7])
+        self.before, self.after = draw.random() < 0.5, False
+
+    def counts(self, atomic):
+        counts, self.after = atomic if self.before else self.after, atomic
+        return counts
+
 
 class Priorities(Schedule):
     """The first in an order goes on; now and then it becomes the last (PCT, Burckhardt 2010)."""
 
     def next(self, running, ready, atomic):
-        if running is not None and self.draw.random() < 0.02:
+        if running is not None and self.draw.random() < 0.1:
             self.order.remove(running)
             self.order.append(running)
         return self.first(ready)
 
 
-SCHEDULES = [Schedule, LastFirst, LockStep, Anywhere, AtAtomics, Starve, Priorities]
+SCHEDULES = [Schedule, LastFirst, LockStep, Anywhere, AtAtomics, Starve, Hold, Priorities]
 
 
 class Race(Exception):

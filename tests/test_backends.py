@@ -14,7 +14,7 @@ from rgp_optim import RGPSelectiveOptimizer, _cpu, _reference, functional
 
 CUDA = torch.cuda.is_available()
 try:
-    from rgp_optim import _triton
+    from rgp_optim import _kernels, _triton
 except ImportError:
     _triton = None
 BACKENDS = ["cpu", "triton"] if _triton else ["cpu"]
@@ -38,10 +38,11 @@ def in_small_parts(patch):
         patch.setattr(_cpu, name, value)
     if _triton and not CUDA:
         constants = {"BLOCK": 32, "MASK_BLOCK": 32, "SLOW": 32, "CHUNK": 15 * 32, "SAMPLE": 64}
+        constants |= {"TURN": 64, "STEP": 32}
         for name, value in constants.items():
-            patch.setattr(_triton, name, _triton.tl.constexpr(value))
+            patch.setattr(_kernels, name, _kernels.tl.constexpr(value))
         patch.setattr(_triton, "LIST_LEAST", 4)
-        patch.setattr(_triton, "_plans", type(_triton._plans)())
+        patch.setattr(_triton, "_plans", type(_triton._plans)(8))
 
 
 @pytest.fixture
@@ -378,7 +379,7 @@ def test_the_kernels_seldom_need_the_slow_way(keep, monkeypatch):
     def slow(*_):
         raise AssertionError("the window missed")
 
-    monkeypatch.setattr(_triton, "_pool_fields", slow)
+    monkeypatch.setattr(_kernels, "_pool_fields", slow)
     for seed in range(3):
         shape = (64, 64 + 16 * seed, 3, 3)
         compare([(heavy(shape, seed), heavy(shape, seed + 9))], 0.1, keep, "tensor", "triton")

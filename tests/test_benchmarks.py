@@ -157,7 +157,7 @@ def test_the_tuning_log_has_the_goals_as_they_are():
     "command",
     [
         ["roofs.py", "--rounds", "1", "--weights", "40000"],
-        ["gpu_profile.py", "--models", "tiny", "--calls", "1", "--variants", "sample of 8192"],
+        ["gpu_profile.py", "--models", "tiny", "--calls", "1", "--variants", "resolve: 8 warps"],
     ],
     ids=lambda command: command[0],
 )
