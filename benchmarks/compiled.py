@@ -15,9 +15,11 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -46,8 +48,8 @@ CONSTANTS: dict[str, dict[str, object]] = {
 CODES = {"float32": 0, "bfloat16": 1, "mixed": _kernels.MIXED}
 
 
-def compile_kernel(name: str, code: int, arch: int, what: int | None) -> bytes:
-    """Return the machine code of a kernel."""
+def compile_kernel(name: str, code: int, arch: int, what: int | None) -> dict[str, Any]:
+    """Return a kernel in all forms that the compiler has of it."""
     kernel = getattr(_kernels, name)
     options = dict(_kernels.OPTIONS[name])
     constants = {"CODE": code, **CONSTANTS.get(name, {})}
@@ -69,7 +71,18 @@ def compile_kernel(name: str, code: int, arch: int, what: int | None) -> bytes:
         attrs={(number[a],): [["tt.divisibility", 16]] for a, k in signature.items() if "*" in k},
     )
     target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=options).asm["cubin"]
+    forms: dict[str, Any] = triton.compile(source, target=target, options=options).asm
+    return forms
+
+
+def in_place(ttgir: str) -> bool:
+    """Tell whether each thread of `_mask` writes only where it has read, whatever it writes over.
+
+    Gradients, weights and what is saved may share memory; all have one layout then.
+    """
+    block = _kernels.MASK_BLOCK.value // 32
+    accesses = re.findall(rf"tt\.(?:load|store).*tensor<{block}x32x!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    return len(accesses) >= 5 and len(set(accesses)) == 1
 
 
 def tool(name: str) -> str:
@@ -153,9 +166,12 @@ def main(argv: list[str] | None = None) -> None:
                 code = CODES[dtype]
                 label = name if what is None else f"{name} {('conserve', 'mask', 'expand')[what]}"
                 keep = args.sass and args.sass / f"{label.replace(' ', '-')}-{dtype}.sass"
-                found = describe(compile_kernel(name, code, args.arch, what), keep)
+                forms = compile_kernel(name, code, args.arch, what)
+                found = describe(forms["cubin"], keep)
                 numbers = "".join(f"{found[c]:>14}" for c in columns)
                 print(f"{label:<22}{dtype:<10}{numbers}  {found['loads']}; {found['stores']}")
+                if name == "_mask" and not in_place(forms["ttgir"]):
+                    sys.exit("_mask: a thread may write over what another has yet to read")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ class _Provider:
                 return f"{self.needs} is not installed"
             for kind in {type(tensor) for tensor in tensors} - {Tensor, torch.nn.Parameter}:
                 return f"a {kind.__name__}; it runs on plain tensors"
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            if len(devices) > 1:
+                return f"one threshold for tensors on {' and '.join(devices)}"
         return None
 
 

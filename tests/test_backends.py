@@ -204,6 +204,29 @@ def test_masks_in_many_parts(name, backend, small_parts):
             compare(pairs, 0.3, fraction, scope, backend)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS or CUDA, reason="it is what compiled kernels do")
+@pytest.mark.parametrize("name", ["layers", "few special values", "mixed dtypes", "all equal"])
+def test_sums_of_four_at_once(name, small_parts, monkeypatch):
+    """As the compiled kernels add; the interpreter takes its time for it."""
+    monkeypatch.setattr(_kernels, "JOINT", _kernels.tl.constexpr(True))
+    pairs = [(a.flatten()[:700], b.flatten()[:700]) for a, b in CASES[name]]
+    compare(pairs, 0.3, 0.4, "tensor", "triton")
+
+
+def test_the_kernels_leave_pools_over_several_devices_to_torch():
+    kind = functional._Provider("_triton", "sys", frozenset({"cpu", "meta"}))
+    tensors = [torch.ones(2), torch.ones(2, device="meta")]
+    assert kind.obstacle(tensors[:1]) is kind.obstacle(tensors[1:]) is None
+    assert kind.obstacle(tensors) == "one threshold for tensors on cpu and meta"
+
+
+def test_many_tiny_tensors(backend, small_parts):
+    """None has a whole run to sample."""
+    tiny = [(heavy((4,), i), heavy((4,), i + 99)) for i in range(30)]
+    compare([*tiny, (heavy((64,), 1), heavy((64,), 2))], 0.1, 0.5, "global", backend)
+    compare(tiny, 0.1, 0.5, "global", backend)
+
+
 def test_the_default_device_changes_nothing(backend, small_parts):
     """Tables, samples and masks are made where they belong: on "meta" no tensor has numbers."""
     shape = (600, 110) if CUDA and backend == "triton" else (60, 11)  # enough for a sample

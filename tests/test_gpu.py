@@ -302,4 +302,4 @@ def test_launches_do_not_grow_with_the_tensors():
         events = [e for e in profiler.events() if "LaunchKernel" in e.name]
         return len(events) - count  # the clones
 
-    assert launches(3) == launches(40) <= 4
+    assert launches(3) == launches(40) <= 5
