@@ -1151,6 +1151,7 @@ class Selection:
                     ALIGNED=_aligned(nats, advs), **OPTIONS["_count"],
                 )  # fmt: skip
 
+    @_disable_dynamo
     def masks(self) -> list[Tensor]:
         """Return the masks: True where a weight is updated."""
         self._finish(self._none, self._none, self._none)
@@ -1161,6 +1162,7 @@ class Selection:
         self._use_bits(2, masks, self._none, self._none)
         return masks
 
+    @_disable_dynamo
     def apply_(self, targets: Column, weights: Column, saved: Column) -> None:
         """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``."""
         masked = [self._fits(i, target) for i, target in enumerate(targets)]
@@ -1177,6 +1179,7 @@ class Selection:
                 _only(saved, kept, False),
             )
 
+    @_disable_dynamo
     def conserve_(self, weights: Column, saved: Column) -> None:
         """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
         self._finish(self._none, self._none, self._none)

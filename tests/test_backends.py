@@ -370,6 +370,29 @@ def test_training_is_the_same_with_every_backend(conserve, scope, backend):
     assert all(map(same_bits, snapshot(models[0]), snapshot(models[1])))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_compiled_step_is_the_step(backend):
+    """What works on memory is left out of the trace: masks, masking and conserving, too."""
+    models = [make_net() for _ in range(2)]
+    counts = []
+    for model, compiled in zip(models, (True, False), strict=True):
+        model.to(DEVICE[backend])
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        opt = RGPSelectiveOptimizer(inner, update_fraction=0.4, backend=backend)
+        tracker = opt.track_updates()
+        step = torch.compile(lambda opt=opt: opt.step(), backend="eager") if compiled else opt.step
+        for seed in range(2):
+            batch = (t.to(DEVICE[backend]) for t in make_batch(seed))
+            loss, nat, adv = losses(model, *batch)
+            opt.zero_grad()
+            opt.backward(loss, natural=nat, adversarial=adv)
+            step()
+        counts.append(tracker.mean())
+    torch._dynamo.reset()
+    assert all(map(same_bits, snapshot(models[0]), snapshot(models[1])))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.skipif("triton" not in BACKENDS or CUDA, reason="looks into the interpreter")
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
 def test_the_kernels_seldom_need_the_slow_way(keep, monkeypatch):
