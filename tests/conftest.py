@@ -14,6 +14,8 @@ from hypothesis import settings
 from ranks import Ranks
 
 torch.set_num_threads(1)  # small networks; several threads would wait for each other
+torch.backends.cudnn.deterministic = True  # on a GPU: bits are compared
+torch.backends.cudnn.allow_tf32 = False
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
 
@@ -36,7 +38,6 @@ def on_device(request):
     if DEVICE.type != "cpu":
         if (name := request.module.__name__) in STAY:
             pytest.skip(f"on the CPU only: {STAY[name]}")
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
         torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
