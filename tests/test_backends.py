@@ -203,11 +203,13 @@ def test_masks_in_many_parts(name, backend, small_parts):
             compare(pairs, 0.3, fraction, scope, backend)
 
 
-def test_the_default_device_changes_nothing(backend, small_parts):
+@pytest.mark.parametrize("size", ["sampled", "small", "none"])
+def test_the_default_device_changes_nothing(size, backend, small_parts):
     """Tables, samples and masks are made where they belong: on "meta" no tensor has numbers."""
-    shape = (600, 110) if CUDA and backend == "triton" else (60, 11)  # enough for a sample
+    large = (600, 110) if CUDA and backend == "triton" else (60, 11)
+    shape = large if size == "sampled" else (5, 3)
     pairs = [(heavy(shape, i), heavy(shape, i + 3)) for i in range(2)]
-    settings = dict(alpha=0.3, update_fraction=0.35, scope="global")
+    settings = dict(alpha=0.3, update_fraction=0.0 if size == "none" else 0.35, scope="global")
     want = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend="torch")
     pairs = [[on(DEVICE[backend], g) for g in pair] for pair in pairs]
     with torch.device("meta"):
