@@ -35,10 +35,12 @@ STAY = {  # on the CPU
 @pytest.fixture(scope="module", autouse=True)
 def on_device(request):
     """Make tensors on ``RGP_TEST_DEVICE``, by default the CPU."""
-    if DEVICE.type != "cpu":
-        if (name := request.module.__name__) in STAY:
-            pytest.skip(f"on the CPU only: {STAY[name]}")
-        torch.set_default_device(DEVICE)
+    if DEVICE.type == "cpu":
+        yield
+        return
+    if (name := request.module.__name__) in STAY:
+        pytest.skip(f"on the CPU only: {STAY[name]}")
+    torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
 
