@@ -211,7 +211,7 @@ def draw_perturbations(
             difference = 0.5 + (fooled[j] - x[j]) / (2 * scale)
             for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
                 picture = image.permute(1, 2, 0).clamp(0, 1)
-                axes[row, j].imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+                axes[row, j].imshow(picture.squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             found = bool(torch.isfinite(radius[j]))
             title = f"{float(radius[j]):.3f}" if found else f"> {4 * preset.eps:.3f}"
             axes[1 + 2 * i, j].set_title(title, fontsize=8)

@@ -39,7 +39,8 @@ def accuracy(
         **attack: As in `rgp_optim.pgd_attack`.
     """
     model.eval()
-    right, count = 0, 0
+    right: Tensor | int = 0  # stays on the device until the end
+    count = 0
     generator = None
     for x, y in batches():
         if generator is None:
@@ -47,9 +48,9 @@ def accuracy(
         if attack:
             source = model if attacked is None else attacked
             x = pgd_attack(source, x, y, generator=generator, **attack)
-        right += int(_right(model, x, y))
+        right += _right(model, x, y)
         count += len(y)
-    return 100 * right / count
+    return 100 * int(right) / count
 
 
 def pgd20(eps: float) -> dict[str, Any]:

@@ -347,6 +347,7 @@ class Selection:
                     **OPTIONS["_count"],
                 )  # fmt: skip
 
+    @_disable_dynamo
     def masks(self) -> list[Tensor]:
         """Return the masks: True where a weight is updated."""
         self._finish(self._none, self._none, self._none)
@@ -357,6 +358,7 @@ class Selection:
         self._use_bits(2, masks, self._none, self._none)
         return masks
 
+    @_disable_dynamo
     def apply_(self, targets: Column, weights: Column, saved: Column) -> None:
         """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``."""
         masked = [self._fits(i, target) for i, target in enumerate(targets)]
@@ -373,6 +375,7 @@ class Selection:
                 _only(saved, kept, False),
             )
 
+    @_disable_dynamo
     def conserve_(self, weights: Column, saved: Column) -> None:
         """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
         self._finish(self._none, self._none, self._none)

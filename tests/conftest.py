@@ -14,6 +14,8 @@ from hypothesis import settings
 from ranks import Ranks
 
 torch.set_num_threads(1)  # small networks; several threads would wait for each other
+torch.backends.cudnn.deterministic = True  # on a GPU: bits are compared
+torch.backends.cudnn.allow_tf32 = False
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
 
@@ -33,11 +35,12 @@ STAY = {  # on the CPU
 @pytest.fixture(scope="module", autouse=True)
 def on_device(request):
     """Make tensors on ``RGP_TEST_DEVICE``, by default the CPU."""
-    if DEVICE.type != "cpu":
-        if (name := request.module.__name__) in STAY:
-            pytest.skip(f"on the CPU only: {STAY[name]}")
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-        torch.set_default_device(DEVICE)
+    if DEVICE.type == "cpu":
+        yield
+        return
+    if (name := request.module.__name__) in STAY:
+        pytest.skip(f"on the CPU only: {STAY[name]}")
+    torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
 

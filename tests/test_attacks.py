@@ -21,8 +21,9 @@ def trained():
     """A small net that tells three kinds of noisy image apart, and images of them."""
     torch.manual_seed(0)
     model = make_net()
-    centres = torch.rand(3, 2, 5, 5)
-    x = (centres[Y] + 0.1 * torch.randn(64, 2, 5, 5)).clamp(0, 1)
+    with torch.device("cpu"):  # the same images on every device
+        centres, noise = torch.rand(3, 2, 5, 5), torch.randn(64, 2, 5, 5)
+    x = (centres.to(DEVICE)[Y] + 0.1 * noise.to(DEVICE)).clamp(0, 1)
     opt = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(60):
         opt.zero_grad()

@@ -227,11 +227,13 @@ def test_many_tiny_tensors(backend, small_parts):
     compare(tiny, 0.1, 0.5, "global", backend)
 
 
-def test_the_default_device_changes_nothing(backend, small_parts):
+@pytest.mark.parametrize("size", ["sampled", "small", "none"])
+def test_the_default_device_changes_nothing(size, backend, small_parts):
     """Tables, samples and masks are made where they belong: on "meta" no tensor has numbers."""
-    shape = (600, 110) if CUDA and backend == "triton" else (60, 11)  # enough for a sample
+    large = (600, 110) if CUDA and backend == "triton" else (60, 11)
+    shape = large if size == "sampled" else (5, 3)
     pairs = [(heavy(shape, i), heavy(shape, i + 3)) for i in range(2)]
-    settings = dict(alpha=0.3, update_fraction=0.35, scope="global")
+    settings = dict(alpha=0.3, update_fraction=0.0 if size == "none" else 0.35, scope="global")
     want = functional.rgp_topk_masks(*zip(*pairs, strict=True), **settings, backend="torch")
     pairs = [[on(DEVICE[backend], g) for g in pair] for pair in pairs]
     with torch.device("meta"):
@@ -392,6 +394,29 @@ def test_training_is_the_same_with_every_backend(conserve, scope, backend):
             opt.backward(loss, natural=nat, adversarial=adv)
             opt.step()
     assert all(map(same_bits, snapshot(models[0]), snapshot(models[1])))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_compiled_step_is_the_step(backend):
+    """What works on memory is left out of the trace: masks, masking and conserving, too."""
+    models = [make_net() for _ in range(2)]
+    counts = []
+    for model, compiled in zip(models, (True, False), strict=True):
+        model.to(DEVICE[backend])
+        inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        opt = RGPSelectiveOptimizer(inner, update_fraction=0.4, backend=backend)
+        tracker = opt.track_updates()
+        step = torch.compile(lambda opt=opt: opt.step(), backend="eager") if compiled else opt.step
+        for seed in range(2):
+            batch = (t.to(DEVICE[backend]) for t in make_batch(seed))
+            loss, nat, adv = losses(model, *batch)
+            opt.zero_grad()
+            opt.backward(loss, natural=nat, adversarial=adv)
+            step()
+        counts.append(tracker.mean())
+    torch._dynamo.reset()
+    assert all(map(same_bits, snapshot(models[0]), snapshot(models[1])))
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.skipif("triton" not in BACKENDS or CUDA, reason="looks into the interpreter")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
-from common import make_batch, make_net, seeded, snapshot
+from common import make_batch, make_net, pool, seeded, snapshot
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -276,7 +276,7 @@ def test_activation_checkpointing(reentrant):
             x = x.detach().requires_grad_()  # the reentrant kind wants an input with a gradient
             h = checkpoint(model.conv, x, use_reentrant=reentrant)
             h = F.relu(model.norm(h))
-            return model.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+            return model.head(pool(h).flatten(1))
 
         for step in range(3):
             passes("in turn" if reentrant else "call", called, opt, make_batch(step))

@@ -21,7 +21,7 @@ import cifar10_cure as example  # noqa: E402
 import report  # noqa: E402
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--eval-size", "40", "--batch-size", "16"]
-SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2"]
+SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
 CURE = ["--horizon", "0.5"]  # so few steps are not enough for the default
 
 

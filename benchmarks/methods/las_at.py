@@ -119,7 +119,7 @@ class Strategy(nn.Module):
         chosen, total = [], torch.zeros(len(x), device=x.device)
         for log_p, values in zip(self(x), (RADII, STEPS, LENGTHS), strict=True):
             index = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            chosen.append(torch.tensor(values, device=x.device)[index.squeeze(1)])
+            chosen.append(values.start + values.step * index.squeeze(1))
             total = total + log_p.gather(1, index).squeeze(1)
         return torch.stack(chosen, 1), total
 
