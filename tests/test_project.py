@@ -31,7 +31,8 @@ ARROWS = {
     "_tracking": {"_distributed"},
     "_reference": set(),
     "_cpu": {"_reference"},
-    "_triton": {"_reference"},
+    "_triton": {"_kernels", "_reference"},
+    "_kernels": set(),
     "_bits": set(),
     "_checks": set(),
 }
