@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that a GPU is needed for, in stages of at most ten minutes each:
 #
-#   benchmarks/gpu_check.sh OUT verify     # the tests, exactness on large data, the memory checker
+#   benchmarks/gpu_check.sh OUT verify     # the tests
+#   benchmarks/gpu_check.sh OUT exact      # exactness on large data, 10,000 repeats, the memory checker
 #   benchmarks/gpu_check.sh OUT speed      # roofs, the selection against other ways, each kernel
 #   benchmarks/gpu_check.sh OUT tune       # the kernels in other sizes
 #   benchmarks/gpu_check.sh OUT step       # a whole training step, and where its time goes
@@ -10,8 +11,9 @@
 #
 # Several stages can be named; they follow one another. OUT gets STAGE.txt for each, speed.csv,
 # profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs too long is
-# noted, and the next one runs all the same. Afterwards, here: append OUT/speed.csv's rows to
-# benchmarks/results/speed.csv, then `python benchmarks/goals.py`.
+# noted, and the next one runs all the same; the exit status is 1 then. Afterwards the rows of
+# OUT/speed.csv belong at the end of benchmarks/results/speed.csv, without their header; then
+# `python benchmarks/goals.py` prints the table of TUNING.md.
 #
 #   MINUTES=9        that cifar may take; what it has trained by then is kept in RUNS
 #   RUNS=folder      checkpoints, weights and finished runs of cifar (runs/gpu-short)
@@ -51,12 +53,15 @@ verify() {
   run 60 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
   run 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
   run 150 "$python" -m pytest -q -p no:cacheprovider tests/test_backends.py
-  run 200 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_backends.py \
+  run 240 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_backends.py \
     --ignore tests/test_gpu.py --ignore tests/test_distributed.py --ignore tests/test_trainers.py
-  run 240 "$python" benchmarks/gpu_exact.py
+}
+
+exact() {
   local tool
+  run 290 "$python" benchmarks/gpu_exact.py
   for tool in memcheck racecheck synccheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 120 compute-sanitizer --tool $tool --error-exitcode 1 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 90 compute-sanitizer --tool $tool --error-exitcode 1 \
       "$python" benchmarks/gpu_exact.py --small --repeats 2
   done
 }
@@ -107,9 +112,9 @@ rehearse() {
 
 for stage in "${@:-verify}"; do
   case $stage in
-    verify | speed | tune | cifar | rehearse) call=$stage ;;
+    verify | exact | speed | tune | cifar | rehearse) call=$stage ;;
     step) call=step_stage ;;
-    *) echo "gpu_check.sh: no stage $stage; there are verify, speed, tune, step, cifar and rehearse" >&2; exit 2 ;;
+    *) echo "gpu_check.sh: no stage $stage; there are verify, exact, speed, tune, step, cifar and rehearse" >&2; exit 2 ;;
   esac
   $call 2>&1 | tee "$out/$stage.txt"
 done
