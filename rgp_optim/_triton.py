@@ -49,8 +49,8 @@ class _Tables:
         self.on_device = [_copied(v, d, device) for v, d in zip(values, dtypes, strict=True)]
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(stream)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(stream)
             self._awaited = {stream}
 
     def get(self) -> list[Tensor]:
@@ -59,7 +59,7 @@ class _Tables:
             stream = torch.cuda.current_stream(self.device)
             if stream not in self._awaited:  # once is enough
                 self._awaited.add(stream)
-                stream.wait_event(self._copied)
+                stream.wait_event(self._arrived)
                 for table in self.on_device:
                     table.record_stream(stream)
         return self.on_device
