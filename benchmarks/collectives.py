@@ -265,7 +265,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of the attack")
     parser.add_argument("--processes", default="2,4")
     parser.add_argument("--csv", type=Path, help="write the rows there")
-    parser.add_argument("--table", type=Path, help="print the README's table from this file")
+    parser.add_argument(
+        "--table", type=Path, help="print the table of COLLECTIVES.md from this file"
+    )
     args = parser.parse_args()
     if args.table:
         print(table(read(args.table)))

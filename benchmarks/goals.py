@@ -106,9 +106,10 @@ def on_gpu(rows: Rows) -> list[Goal]:
             )
     small = lambda name: rows.select("resnet18", name)  # noqa: E731
     for name, limit in (("launches", 4), ("host_syncs", 0)):
+        what = "launches, to select and mask" if name == "launches" else "waits of the host"
         goals.append(
             Goal(
-                f"resnet18, {name.replace('_', ' ')}",
+                f"resnet18, {what}",
                 str(limit),
                 lambda n=name: column(small("ours"), n),  # type: ignore[misc]
                 at_most(limit),
@@ -199,6 +200,8 @@ def between_processes(rows: Sequence[Row]) -> list[Goal]:
 
 
 def read(path: Path) -> list[Row]:
+    if not path.exists():
+        sys.exit(f"error: there is no {path}: nothing was measured yet.")
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

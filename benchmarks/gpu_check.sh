@@ -11,27 +11,48 @@
 #
 # Several stages can be named; they follow one another. OUT gets STAGE.txt for each, speed.csv,
 # profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs too long is
-# noted, and the next one runs all the same; the exit status is 1 then. Afterwards the rows of
-# OUT/speed.csv belong at the end of benchmarks/results/speed.csv, without their header; then
-# `python benchmarks/goals.py` prints the table of TUNING.md.
+# noted, and the next one runs all the same; the exit status is 1 then. To keep what was measured:
+#
+#   tail -n +2 OUT/speed.csv >>benchmarks/results/speed.csv && python benchmarks/goals.py
+#
+# prints the table of TUNING.md. Before the first stage, as everywhere:
+#
+#   python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[dev]'
+#   export PYTHON=.venv/bin/python
+#
+# or any Python with PyTorch, Triton, pytest, hypothesis and scikit-learn. exact wants compute-sanitizer, of
+# the CUDA toolkit; cifar wants pyautoattack and the data.
 #
 #   MINUTES=9        that cifar may take; what it has trained by then is kept in RUNS
 #   RUNS=folder      checkpoints, weights and finished runs of cifar (runs/gpu-short)
-#   CIFAR=folder     where cifar-10-batches-py is (data), LABEL=text if its files are not the originals
+#   CIFAR=folder     where cifar-10-batches-py is (data; `robustness.py --download` fetches it),
+#   LABEL=text       how to name data whose files are not the originals
 #   METHODS=a,b      of cifar (trades-pre,cure,trades-pre-revision,cure-random), SEEDS=0,1
-#   AUTO_ATTACK=n    images for AutoAttack (1000), which needs the package pyautoattack
+#   AUTO_ATTACK=n    images for AutoAttack (1000); 0 needs no pyautoattack
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: gpu_check.sh OUT STAGE...}" && cd "$1" && pwd)
+stages=" verify exact speed tune step cifar rehearse "
+die() { echo "gpu_check.sh: $*" >&2; exit 2; }
+[ $# -ge 2 ] || die "give a folder and stages, of$stages"
+[[ $stages != *" $1 "* ]] || die "$1 is a stage: the first argument is the folder for what it leaves"
+for stage in "${@:2}"; do [[ $stages == *" $stage "* ]] || die "no stage $stage; there are$stages"; done
+out=$(mkdir -p "$1" && cd "$1" && pwd) || die "cannot write to $1"
 shift
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+if [ "$*" != rehearse ]; then
+  "$python" -c 'import torch, triton, sys; sys.exit(not torch.cuda.is_available())' ||
+    die "$python needs PyTorch, Triton and a GPU; PYTHON=.venv/bin/python names another"
+fi
 
 run() { # seconds, command...
   local limit=$1 start=$SECONDS
   shift
   echo "+ $*"
-  timeout "$limit" "$@" || echo "FAILED with $? after $((SECONDS - start)) s: $*"
+  timeout "$limit" "$@"
+  local rc=$?
+  [ $rc -eq 124 ] && echo "FAILED: out of time after $limit s: $*"
+  [ $rc -eq 0 ] || [ $rc -eq 124 ] || echo "FAILED with $rc after $((SECONDS - start)) s: $*"
   echo "  $((SECONDS - start)) s"
 }
 
@@ -60,6 +81,7 @@ verify() {
 exact() {
   local tool
   run 290 "$python" benchmarks/gpu_exact.py
+  command -v compute-sanitizer >/dev/null || { echo "FAILED: compute-sanitizer of the CUDA toolkit is not here"; return; }
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 90 compute-sanitizer --tool $tool --error-exitcode 1 \
       "$python" benchmarks/gpu_exact.py --small --repeats 2
@@ -110,12 +132,11 @@ rehearse() {
     --results "$out/results" --methods trades-pre,cure,trades-pre-revision,cure-random
 }
 
-for stage in "${@:-verify}"; do
-  case $stage in
-    verify | exact | speed | tune | cifar | rehearse) call=$stage ;;
-    step) call=step_stage ;;
-    *) echo "gpu_check.sh: no stage $stage; there are verify, exact, speed, tune, step, cifar and rehearse" >&2; exit 2 ;;
-  esac
+status=0
+for stage; do
+  [ "$stage" = step ] && call=step_stage || call=$stage
   $call 2>&1 | tee "$out/$stage.txt"
+  grep -q '^FAILED' "$out/$stage.txt" && status=1
 done
-! grep -h '^FAILED' "$out"/*.txt
+for stage; do grep -H '^FAILED' "$out/$stage.txt"; done
+exit $status

@@ -39,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
     add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
     add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
+    add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
     add("--data-label", help="name of the data beside results, when the files are not originals")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
@@ -113,7 +114,9 @@ def ordered(methods: list[str], preset: Preset) -> list[str]:
 
 def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
     """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
-    place = Place(args.runs, args.results, args.data_dir, args.data_label, args.device)
+    place = Place(
+        args.runs, args.results, args.data_dir, args.data_label, args.device, args.download
+    )
 
     def done(name: str, seed: int) -> bool:
         return (place.results / f"{name}-seed{seed}.json").exists()
@@ -170,6 +173,7 @@ def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
     words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
     words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
     words += ["--runs", str(args.runs), "--results", str(args.results), "--quiet", "--no-table"]
+    words += ["--download"] * args.download
     for flag in ("network", "epochs", "auto_attack", "data_label"):
         if getattr(args, flag) is not None:
             words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]

@@ -24,9 +24,9 @@ from datasets import Data, DataError, Images, load_cifar10, load_digits
 from networks import NETWORKS
 from report import versions, write_json, write_whole
 
-LOADERS: dict[str, Callable[[str], Data]] = {
-    "digits": lambda folder: load_digits(),
-    "cifar10": lambda folder: load_cifar10(folder),
+LOADERS: dict[str, Callable[[str, bool], Data]] = {
+    "digits": lambda folder, download: load_digits(),
+    "cifar10": load_cifar10,
 }
 NORMALISE = {
     "digits": ([0.305], [0.376]),
@@ -171,7 +171,7 @@ class Place:
     Attributes:
         runs: Checkpoints and weights; not for the repository.
         results: One JSON for each finished run.
-        data: Where CIFAR-10 is.
+        data: Where CIFAR-10 is, or, with ``download``, goes.
         label: Name of the data beside results, if the files are not the originals.
         device: Where it trains.
     """
@@ -181,6 +181,7 @@ class Place:
     data: str = "data"
     label: str | None = None
     device: str = "cpu"
+    download: bool = False
 
 
 def options_of(preset: Preset, name: str) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class Trainer:
         self.name, self.seed, self.preset, self.place = name, seed, preset, place
         self.device = torch.device(place.device)
         self.stem = f"{name}-seed{seed}"
-        data = LOADERS[preset.data](place.data)
+        data = LOADERS[preset.data](place.data, place.download)
         self.label = place.label or data.label
         self.train, self.val, self.test = self._split(data)
         self.classes = int(data.train.labels.max()) + 1
@@ -286,7 +287,10 @@ class Trainer:
 
     def weights(self, file: Path) -> dict[str, torch.Tensor]:
         if not file.exists():
-            raise DataError(f"{file} is missing: run the method that leaves it first.")
+            raise DataError(
+                f"{file} is missing: run the method that leaves it first, with `robustness.py "
+                "--results` elsewhere if its result is committed: weights are not."
+            )
         state: dict[str, torch.Tensor] = torch.load(
             file, map_location=self.device, weights_only=True
         )

@@ -58,6 +58,7 @@ def kl_attack(
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
+    _check_model(model)
     _check_images(x)
     eps = _check_eps(eps)
     step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
@@ -116,6 +117,7 @@ def pgd_attack(
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
+    _check_model(model)
     _check_images(x)
     check_target(target, x, probabilities=False)
     check_choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
@@ -201,8 +203,6 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     A forward through DistributedDataParallel counts as a training iteration, after which the ranks
     of a static graph no longer reduce, and broadcasts rank 0's buffers.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__))
     modes = [(module, module.training) for module in model.modules()]
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
@@ -264,6 +264,12 @@ def _check_eps(eps: float) -> float:
         hint = "Pixels are in [0, 1]: write 8 / 255."
         raise ValueError(error_text("eps", "be at most 1", eps, hint))
     return eps
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "The model comes first, then the images."
+        raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__, hint))
 
 
 def _check_images(x: Tensor) -> None:

@@ -33,7 +33,7 @@ class Settings:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Settings:
         """Read and check them; a value that breaks its rule, or a misspelt name, raises."""
-        hint = "It is a setting of a param group."
+        hint = "It is a setting of a param group, a fraction: conserving 30 % is 0.7."
         _check_keys("param_groups", group)
         check_count("rgp_step", group["rgp_step"])
         select = group["rgp_select"]
@@ -42,7 +42,7 @@ class Settings:
             raise TypeError(error_text("rgp_select", rule, f"rgp_select = {select!r}"))
         return cls(
             check_fraction("rgp_update_fraction", group["rgp_update_fraction"], hint),
-            check_fraction("rgp_alpha", group["rgp_alpha"], hint),
+            check_fraction("rgp_alpha", group["rgp_alpha"], "It is a setting of a param group."),
             select,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -289,9 +290,13 @@ class ConsistencyReviser:
         else:
             drawn = check_fraction("rate", rate) * total
         if horizon * drawn < 1.0:
-            found = f"horizon = {horizon}, {drawn:g} updates expected"
+            found = f"{horizon} of {drawn:g} expected updates"
             rule = "span at least one update, horizon * rate * total_steps >= 1"
-            raise ValueError(error_text("horizon", rule, found, "Raise it, or give `decay`."))
+            hint = "Train longer, or give `decay`."
+            if drawn > 1.0:
+                least = math.ceil(1000 / drawn) / 1000
+                hint = f"For {total} steps it should be {least:g} or more; or give `decay`."
+            raise ValueError(error_text("horizon", rule, found, hint))
         return 1.0 - 1.0 / (horizon * drawn)
 
 

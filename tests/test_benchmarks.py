@@ -141,7 +141,7 @@ def test_goals_are_read_from_the_rows(tmp_path):
     measure.append_rows(path, rows)
     lines = goals.table(path).splitlines()
     assert "| resnet18, float32 | 75 µs | 50 µs | yes | NVIDIA H200, abc |" in lines
-    assert "| resnet18, launches | 4 | 5 | **no** | NVIDIA H200, abc |" in lines
+    assert "| resnet18, launches, to select and mask | 4 | 5 | **no** | NVIDIA H200, abc |" in lines
     times = "| resnet18, times faster than topk-graph | 20 x | 10.0 x | **no** | NVIDIA H200, abc |"
     assert times in lines
     assert "| resnet18, times faster than topk | 50 x | not measured |  |  |" in lines
