@@ -455,7 +455,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         f"triton {where['triton'] or '-'}, numpy {where['numpy']}; "
         f"copies at {args.bandwidth / 1e9:.0f} GB/s"
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep_rows(new: list[dict[str, Any]]) -> None:
+        rows.extend(new)
+        if args.csv:  # at once: a limit of time may come
+            measure.append_rows(args.csv, [{**where, **row} for row in new])
+
     if args.sizes:
         cases = [("one tensor", [(n // 100, 100)]) for n in sizes()]
     else:
@@ -463,16 +469,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for model, shapes in cases:
         for dtype in args.dtypes:
             if args.update:
-                rows += run_update(model, shapes, dtype, args)
+                keep_rows(run_update(model, shapes, dtype, args))
                 continue
             for scope in args.scopes:
                 for keep in args.keep:
-                    rows += run_case(model, shapes, dtype, scope, keep, args)
+                    keep_rows(run_case(model, shapes, dtype, scope, keep, args))
     print()
     if device.type == "cpu" and not args.update:
         goals(rows)
     if args.csv:
-        measure.append_rows(args.csv, [{**where, **row} for row in rows])
         print(f"{len(rows)} rows added to {args.csv}")
     return rows
 

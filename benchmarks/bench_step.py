@@ -222,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace, where: dict[str, str]) -> list[dict[str, Any]]:
     """Time all providers with one batch size, and print the tables."""
     device = torch.device(args.device)
+    torch._dynamo.reset()  # or a second batch size is compiled for any
     steps = {name: Step(name, args) for name in args.providers}
     for step in steps.values():  # cuDNN and the compiler settle down
         for _ in range(3 if device.type == "cuda" else 1):

@@ -89,11 +89,11 @@ exact() {
 }
 
 speed() {
-  run 60 "$python" benchmarks/roofs.py --csv "$out/speed.csv"
-  kernels 100 --models resnet18,wrn34-10,vit-b --rounds 20 --providers ours,ours-graph,topk,topk-graph
+  run 40 "$python" benchmarks/roofs.py --csv "$out/speed.csv"
+  kernels 90 --models resnet18,wrn34-10,vit-b --rounds 20 --providers ours,ours-graph,topk,topk-graph
   kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --dtypes bfloat16 --providers ours,ours-graph,topk-graph
   kernels 60 --models 1b --rounds 10 --dtypes float32,bfloat16 --providers ours,ours-graph,topk-graph
-  kernels 60 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
+  kernels 90 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
   kernels 60 --models resnet18,vit-b --rounds 10 --scopes global --providers ours,ours-graph,topk
   kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --update
   run 90 "$python" benchmarks/gpu_profile.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
@@ -113,10 +113,15 @@ step_stage() {
 
 cifar() {
   local runs=${RUNS:-runs/gpu-short}
-  run $((60 * ${MINUTES:-9})) "$python" benchmarks/robustness.py --preset gpu-short --device cuda \
+  timeout $((60 * ${MINUTES:-9})) "$python" benchmarks/robustness.py --preset gpu-short --device cuda \
     --data-dir "${CIFAR:-data}" ${LABEL:+--data-label "$LABEL"} ${AUTO_ATTACK:+--auto-attack "$AUTO_ATTACK"} \
     --methods "${METHODS:-trades-pre,cure,trades-pre-revision,cure-random}" --seeds "${SEEDS:-0}" \
     --runs "$runs/weights" --results "$runs/results"
+  case $? in
+    0) ;;
+    124) echo "out of time; the same stage goes on from the last epoch" ;;
+    *) echo "FAILED: cifar" ;;
+  esac
   mkdir -p "$out/gpu-short" && cp "$runs"/results/*.json "$out/gpu-short/"
 }
 

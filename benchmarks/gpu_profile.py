@@ -159,19 +159,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print(json.dumps(measured(args)))
         return []
     rows = []
+    where = measure.environment(torch.device(args.device))
     for name in VARIANTS if args.variants == ["all"] else args.variants:
         found = in_a_process(name, args)
         rows += found
+        if args.csv:  # at once: a limit of time may come
+            measure.append_rows(args.csv, [{**where, **row} for row in found])
         for i in range(0, len(found), len(KERNELS)):
             part = found[i : i + len(KERNELS)]
             if "p50_ms" in part[0]:
                 each = [float(row["p50_ms"]) * 1e3 for row in part]
                 shown = "  ".join(f"{k} {t:8.1f}" for k, t in zip(KERNELS, each, strict=True))
-                where = f"{part[0]['model']}, {part[0]['dtype']}"
-                print(f"{name:<33} {where:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
+                what = f"{part[0]['model']}, {part[0]['dtype']}"
+                print(f"{name:<33} {what:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
     if args.csv:
-        where = measure.environment(torch.device(args.device))
-        measure.append_rows(args.csv, [{**where, **row} for row in rows])
         print(f"\n{len(rows)} rows added to {args.csv}")
     return rows
 

@@ -338,11 +338,13 @@ def _rank(values, lo, width, k, enough, N: tl.constexpr, THREADS: tl.constexpr):
     above = tl.zeros([], tl.int32)
     inside = tl.full([], 1 << 30, tl.int32)
     while (width > 0) & (inside > enough) & ((inside != k - above) | (enough > 0)):
+        # The last turn may have fewer fields; what is in the others was counted above already.
+        fields = tl.full([], 1, tl.int32) << tl.minimum(width, 4)
         width = tl.maximum(width - 4, 0)
         # What is below lo, or -1, becomes large: no field.
         field = (values - lo).to(tl.uint32, bitcast=True) >> width.to(tl.uint32, bitcast=True)
         ones = tl.full([N], 1, tl.int64) << ((field & 15) * 4).to(tl.int64)
-        ones = tl.where(field < 16, ones, 0)
+        ones = tl.where(field < fields.to(tl.uint32, bitcast=True), ones, 0)
         eights = tl.sum(tl.reshape(ones, [PARTS, 8, N // 8 // PARTS]), axis=1)  # within a thread
         a, b, c, d = _words(tl.reshape(eights, [N // 8]))
         found = tl.full([], -1, tl.int32)
@@ -752,13 +754,14 @@ def _list(special, keys, places, listed, entries, room):
     lower_half = listed.to(tl.pointer_type(tl.int32)) + tl.zeros(count.shape, tl.int32)
     number = tl.atomic_add(lower_half, count, mask=count != 0, sem="relaxed")
     e0, e1, e2, e3 = _four((keys.to(tl.int64) << PLACE_BITS) | places)
-    tl.store(entries + number, e0, mask=(s0 != 0) & (number < room))
+    # As unsigned numbers: whatever has been added up, nothing is stored outside.
+    tl.store(entries + number, e0, mask=(s0 != 0) & (number.to(tl.uint32, bitcast=True) < room))
     number += s0
-    tl.store(entries + number, e1, mask=(s1 != 0) & (number < room))
+    tl.store(entries + number, e1, mask=(s1 != 0) & (number.to(tl.uint32, bitcast=True) < room))
     number += s1
-    tl.store(entries + number, e2, mask=(s2 != 0) & (number < room))
+    tl.store(entries + number, e2, mask=(s2 != 0) & (number.to(tl.uint32, bitcast=True) < room))
     number += s2
-    tl.store(entries + number, e3, mask=(s3 != 0) & (number < room))
+    tl.store(entries + number, e3, mask=(s3 != 0) & (number.to(tl.uint32, bitcast=True) < room))
 
 
 @triton.jit
@@ -875,7 +878,7 @@ def _mask(
     last = tl.load(s + S_LAST)
     p = pools + pool * P_WIDTH
     mine = entries + tl.load(p + P_LIST)
-    room = tl.load(p + P_ROOM).to(tl.int32)
+    room = tl.load(p + P_ROOM).to(tl.uint32)
     rows = tl.arange(0, MASK_BLOCK // 32)
     inside = rows[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = (c - tl.load(p + P_CHUNK)) * CHUNK

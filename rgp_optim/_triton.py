@@ -58,10 +58,10 @@ class _Tables:
         if self.device.type == "cuda" and not _capturing(self.device):
             stream = torch.cuda.current_stream(self.device)
             if stream not in self._awaited:  # once is enough
-                self._awaited.add(stream)
                 stream.wait_event(self._arrived)
                 for table in self.on_device:
                     table.record_stream(stream)
+                self._awaited.add(stream)
         return self.on_device
 
 
@@ -84,9 +84,10 @@ class _Kept(OrderedDict[Any, Any]):
 
     def find(self, key: Any) -> Any:
         """Return what is kept, or None."""
-        if key in self:
-            self.move_to_end(key)
-        return self.get(key)
+        found = self.pop(key, None)
+        if found is not None:
+            self[key] = found
+        return found
 
     def keep(self, key: Any, value: Any) -> Any:
         self[key] = value
@@ -166,9 +167,14 @@ class _Plan:
             shares = [[a, 1.0 - a] for a in alphas]
             types = torch.int64, torch.float32
             found = self._settings.keep(key, _Tables(self.device, rows, shares, dtypes=types))
-        if _capturing(self.device) and found not in self._in_graphs:  # a replay reads them
-            self._in_graphs.append(found)
         return found
+
+    def tables_with(self, settings: _Tables) -> list[Tensor]:
+        """Return the tables of the plan and of settings; a graph that is captured keeps both."""
+        if _capturing(self.device) and settings not in self._in_graphs:
+            self._in_graphs.append(settings)
+            _in_graphs.add(self)
+        return [*settings.get(), *self.tables.get()]
 
     def addresses(self, *columns: Column) -> Tensor:
         """Return the table of where the tensors are; five columns, as `_kernels` numbers them."""
@@ -207,10 +213,12 @@ class _Group:
 
     def __post_init__(self) -> None:
         self.size = sum(size for _, size in self.members)
-        if self.size >= 1 << kernels.PLACE_BITS.value:
+        chunk = kernels.CHUNK.value
+        if sum(-(-size // chunk) * chunk for _, size in self.members) > kernels.PLACES.value:
             rule = f"have fewer than 2**{kernels.PLACE_BITS.value} weights with one threshold"
+            found = f"{self.size} weights in {len(self.members)} tensors"
             hint = "Use backend='torch', or scope='tensor'."
-            raise RuntimeError(error_text("backend 'triton'", rule, f"{self.size} weights", hint))
+            raise RuntimeError(error_text("backend 'triton'", rule, found, hint))
         self.runs = sum(-(-size // kernels.RUN.value) for _, size in self.members)
         self.whole = self.runs <= kernels.SAMPLE.value // kernels.RUN.value
         self.room = 0 if self.whole else self.size // LIST_SHARE + LIST_LEAST
@@ -331,8 +339,8 @@ class Selection:
         self._state = self._empty(len(plan.groups) * kernels.S_WIDTH.value, torch.int64)
         if plan.chunks == 0:
             return
-        pools, shares = settings.get()
-        tensors, chunk_tensor, chunk_start, run_tensor, run_start = plan.tables.get()
+        tables = plan.tables_with(settings)
+        pools, shares, tensors, chunk_tensor, chunk_start, run_tensor, run_start = tables
         addresses = plan.addresses(nats, advs, self._none, self._none, self._none)
         with self._guard():
             kernels._bracket[(len(plan.groups),)](
@@ -406,8 +414,8 @@ class Selection:
         plan = self._plan
         if plan.chunks == 0:
             return
-        pools, shares = self._settings.get()
-        tensors, chunk_tensor, chunk_start, _, _ = plan.tables.get()
+        tables = plan.tables_with(self._settings)
+        pools, shares, tensors, chunk_tensor, chunk_start, _, _ = tables
         addresses = plan.addresses(*columns)
         entries = self._empty(plan.room + 1, torch.int64)
         with self._guard():

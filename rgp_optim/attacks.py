@@ -228,7 +228,7 @@ def _unwanted(net: nn.Module) -> list[nn.Parameter]:
     """
     if not any(_compiled(module) for module in net.modules()):
         return []
-    return [p for p in net.parameters() if p.requires_grad and not sharded(p)]
+    return [p for p in net.parameters() if p.requires_grad and p.is_leaf and not sharded(p)]
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -97,6 +97,14 @@ def fused_otherwise(n):
     return tuple(torch.cat([rest[: n // 2], g, rest[n // 2 :]]) for g in pair)
 
 
+def neighbours(n, seed):
+    """Floats a few units in the last place above 1."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randint(64, (n,), generator=draw, dtype=torch.int32) + 0x3F800000).view(
+        torch.float32
+    )
+
+
 CASES = {
     "two that a fused multiply-add tells apart": [fused_otherwise(0), fused_otherwise(40000)],
     "one element": [(torch.tensor([3.0]), torch.tensor([0.0]))],
@@ -122,6 +130,11 @@ CASES = {
     "all zeros": [(torch.zeros(30000), torch.zeros(30000))],
     "all equal": [(torch.ones(30000), torch.ones(30000))],
     "two values": [(torch.arange(30000) % 2 + 1.0, torch.ones(30000))],
+    "neighbours and ties, few": [
+        (torch.tensor([5, 5, 12], dtype=torch.int32).view(torch.float32), torch.zeros(3)),
+        *((neighbours(n, n), torch.zeros(n)) for n in (100, 3000)),
+        (torch.arange(1, 4001, dtype=torch.int32).view(torch.float32), torch.zeros(4000)),
+    ],
     "a spike in a continuum": [
         (torch.where(torch.arange(40000) % 5 < 2, 1.0, torch.randn(40000)), torch.zeros(40000))
     ],
@@ -276,6 +289,21 @@ def any_gradients(which, data):
         alpha = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
         for scope in ("tensor", "global"):
             compare(pairs, alpha, fraction, scope, which)
+
+
+@given(data=st.data())
+@settings(max_examples=60 if CUDA else 20)
+def test_any_bits_that_lie_together(data):
+    """Where the last digits decide; alpha 1 leaves the bits as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_parts(patch)
+        least = data.draw(st.sampled_from([0, 1, 0x7FFFF0, 0x3F800000, 0x7F7FFFE0]))
+        size, width = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 80))
+        draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+        bits = torch.randint(least, least + width, (size,), generator=draw, dtype=torch.int32)
+        g = bits.view(torch.float32)
+        for backend in BACKENDS:
+            compare([(g, torch.zeros(size))], 1.0, data.draw(st.floats(0, 1)), "tensor", backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -402,7 +402,7 @@ class Shares(nn.Module):
         (
             lambda: ConsistencyReviser(LINEAR, horizon=0.064, total_steps=50),
             ValueError,
-            r"horizon \* rate \* total_steps >= 1.* For 50 steps it should be 0.1 or more; or give ",
+            r"total_steps >= 1.* For 50 steps it should be 0.1 or more; or give `decay`",
         ),
         (
             lambda: ConsistencyReviser(LINEAR, total_steps=100),
