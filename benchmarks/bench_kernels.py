@@ -254,14 +254,13 @@ def run_update(
     """Time the optimizer's step on one model, and print the table."""
     device = torch.device(args.device)
     times: dict[str, list[float]] = {name: [] for name in UPDATES}
-    for name in UPDATES:  # one at a time: the large ones fill the memory
-        update = Update(name, shapes, DTYPES[dtype], args)
-        for _ in range(args.rounds + 2):
+    updates = {name: Update(name, shapes, DTYPES[dtype], args) for name in UPDATES}
+    for turn in range(args.rounds + 2):
+        for name, update in updates.items():
             update.prepare()
             # The host launches a step in milliseconds; asleep, the device waits for all of it.
-            times[name].append(measure.once(update.optimizer.step, device, 50 * measure.HEAD_START))
-        times[name] = times[name][2:]
-        del update
+            seconds = measure.once(update.optimizer.step, device, 50 * measure.HEAD_START)
+            times[name] += [seconds] * (turn >= 2)
     weights = sum(math.prod(s) for s in shapes)
     rows, lines = [], []
     base = measure.quantiles(times["sgd"])[1]

@@ -212,9 +212,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for batch_size in args.batch_sizes:
         args.batch_size = batch_size
-        rows += run(args, where)
+        found = run(args, where)
+        rows += found
+        if args.csv:  # at once: a limit of time may come
+            measure.append_rows(args.csv, [{**where, **row} for row in found])
     if args.csv:
-        measure.append_rows(args.csv, [{**where, **row} for row in rows])
         print(f"\n{len(rows)} rows added to {args.csv}")
     return rows
 

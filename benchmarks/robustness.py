@@ -101,6 +101,8 @@ def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
     if runs and args.curves:
         some = {name: of[args.seeds[0]] for name, of in runs.items() if args.seeds[0] in of}
         some = {name: run for name, run in some.items() if name in args.methods}
+        if not some:
+            sys.exit(f"error: --curves: no run of these methods with seed {args.seeds[0]}.")
         save(args.curves, lambda figure: draw_curves(figure, some), (12, 4))
 
 
