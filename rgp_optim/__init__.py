@@ -1,6 +1,6 @@
 """CURE (Conserve, Update, Revise; ICLR 2024) for any adversarial training loop in PyTorch."""
 
-from rgp_optim import functional, scores
+from rgp_optim import functional
 from rgp_optim.attacks import kl_attack, pgd_attack
 from rgp_optim.groups import rgp_param_groups
 from rgp_optim.losses import kl_adv_loss
@@ -18,5 +18,4 @@ __all__ = [
     "kl_attack",
     "pgd_attack",
     "rgp_param_groups",
-    "scores",
 ]

@@ -1,150 +1,50 @@
-r"""Score, select, conserve: the method as functions, for people who write their own optimizer.
+r"""Score and select: the method as functions, for people who write their own optimizer.
 
-This layer checks the arguments and chooses the backend; it is the only place that does. The maths
-of each backend is that of `rgp_optim._reference`.
+This layer checks the arguments and chooses the backend; no other module does. The specification of
+every backend is `rgp_optim._reference`.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
+from rgp_optim import _reference
 from rgp_optim._checks import check_choice, check_fraction, check_tensor, error_text
 
-__all__ = ["Backend", "Scope", "conserve_", "rgp_score", "rgp_topk_masks", "topk_mask"]
+__all__ = ["Backend", "Scope", "rgp_score", "rgp_topk_masks", "topk_mask"]
 
 Backend = Literal["auto", "cpu", "triton", "torch"]
 Scope = Literal["tensor", "global"]
-
 SCOPES = ("tensor", "global")
+BACKENDS = ("auto", "cpu", "triton", "torch")
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly: for tests
+_trusted: dict[torch.device, bool] = {}  # devices on which the kernels were compared
 
 
-class Selection(Protocol):
-    """What a backend selected in a list of tensors; `rgp_optim._reference.Selection` says how."""
-
-    def masks(self) -> list[Tensor]: ...
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        weights: Sequence[Tensor | None],
-        saved: Sequence[Tensor | None],
-    ) -> None: ...
-    def conserve_(
-        self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Provider:
-    """A module with the functions of `_reference`, and what it runs on.
-
-    Attributes:
-        name: The module, in this package; imported when it is used for the first time.
-        needs: A package that it needs besides torch.
-        devices: Types of device, or None: all that torch has.
-        dtypes: Of the tensors, or None: all.
-    """
-
-    name: str
-    needs: str | None = None
-    devices: frozenset[str] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-
-    @property
-    def module(self) -> ModuleType:
-        return _module(self.name)
-
-    def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
-        """Say what keeps this backend from running on ``tensors``; None if nothing does."""
-        if self.devices is not None:
-            for device in {tensor.device for tensor in tensors}:
-                if device.type not in self.devices:
-                    return f"a tensor on {device}; it runs on {sorted(self.devices)}"
-        if self.dtypes is not None:
-            for dtype in {tensor.dtype for tensor in tensors}:
-                if dtype not in self.dtypes:
-                    return f"a {dtype} tensor; it runs on {sorted(map(str, self.dtypes))}"
-        if self.needs is not None:  # it works on the memory itself
-            if not _installed(self.needs):
-                return f"{self.needs} is not installed"
-            for kind in {type(tensor) for tensor in tensors} - {Tensor, torch.nn.Parameter}:
-                return f"a {kind.__name__}; it runs on plain tensors"
-            devices = sorted({str(tensor.device) for tensor in tensors})
-            if len(devices) > 1:
-                return f"one threshold for tensors on {' and '.join(devices)}"
-        return None
-
-
-@cache
-def _module(name: str) -> ModuleType:
-    return import_module(f"rgp_optim.{name}")
-
-
-@cache
-def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):  # hidden on purpose
-        return False
-
-
-# Triton's interpreter runs the kernels on CPUs, slowly: for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# Fastest first: "auto" takes the first that runs.
-_PROVIDERS = {
-    "cpu": _Provider("_cpu", "numpy", frozenset({"cpu"})),
-    "triton": _Provider(
-        "_triton",
-        "triton",
-        frozenset({"cuda", "cpu"} if _INTERPRETED else {"cuda"}),
-        frozenset({torch.float32, torch.bfloat16, torch.float16}),
-    ),
-    "torch": _Provider("_reference"),
-}
-
-
-def check_backend(backend: str) -> str:
-    """Return ``backend`` if it is known."""
-    return check_choice("backend", backend, ("auto", *_PROVIDERS))
-
-
-def _provider(backend: str, tensors: Sequence[Tensor]) -> ModuleType:
-    """Choose the module that does the work. Called at each use, never at import."""
-    if backend == "auto":
-        return next(p.module for p in _PROVIDERS.values() if p.obstacle(tensors) is None)
-    obstacle = _PROVIDERS[backend].obstacle(tensors)
-    if obstacle is not None:
-        rule = "be able to run on these tensors"
-        raise RuntimeError(
-            error_text("backend", rule, f"backend = {backend!r}, {obstacle}", "Use 'auto'.")
-        )
-    return _PROVIDERS[backend].module
-
-
-def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float, backend: Backend = "auto") -> Tensor:
+def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
     r"""Score each weight by how hard the natural and the adversarial loss pull on it.
 
     .. math:: s_i = \alpha\,|g^{\mathrm{nat}}_i| + (1 - \alpha)\,|g^{\mathrm{adv}}_i|
 
-    The products and the sum are rounded one by one. A term whose factor is 0 is left out, also
-    where its gradient is infinite or NaN.
+    Each product and the sum are rounded. A factor of 0 leaves its term out, also where the gradient
+    is infinite or NaN.
 
     Args:
-        g_nat: Gradient of the natural loss. Any shape; any floating or complex dtype.
+        g_nat: Gradient of the natural loss. Any shape; float16, bfloat16, float32 or float64.
         g_adv: Gradient of the adversarial loss. Shape, dtype and device of ``g_nat``.
         alpha: Share of the natural term, dimensionless, in [0, 1]. 1 ignores ``g_adv``.
-        backend: ``"auto"`` takes the fastest that runs on these tensors; a named one must run.
 
     Returns:
         Scores >= 0, shape of ``g_nat``, float32 (float64 for float64 gradients), in loss units per
@@ -153,30 +53,26 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float, backend: Backend = 
     Raises:
         TypeError: a gradient is not a dense floating tensor.
         ValueError: ``alpha`` is outside [0, 1], or the two gradients do not match.
-        RuntimeError: the named backend cannot run on these tensors.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6.
     """
     _check_pair(g_nat, g_adv, "g_nat", "g_adv")
-    check_fraction("alpha", alpha)
-    check_backend(backend)
     with torch.no_grad():
-        scores: Tensor = _provider(backend, [g_nat]).rgp_score(g_nat, g_adv, float(alpha))
-    return scores
+        return _reference.rgp_score(g_nat, g_adv, check_fraction("alpha", alpha))
 
 
 def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto") -> Tensor:
     r"""Mark the ``k = max(1, round(update_fraction * n))`` highest of n scores.
 
-    Exactly k are marked, except that a score of 0 never is. Ties go to the lowest index, counted in
-    row-major order whatever the strides. NaN ranks above infinity, so that it is seen. 1 marks
-    everything, zeros included; 0 marks nothing. ``round`` takes a half to the even integer.
+    Exactly k are marked, but never a score of 0. Ties go to the lowest index, in row-major order
+    whatever the strides. NaN ranks above infinity, so it surfaces. 1 marks everything, zeros
+    included; 0 marks nothing. ``round`` takes a half to the even integer.
 
     Args:
         score: Scores of one tensor. Any shape; float16, bfloat16, float32 or float64.
         update_fraction: Share of the weights that is updated, dimensionless, in [0, 1]. The paper's
             p is the percentage conserved: ``update_fraction = 1 - p / 100``.
-        backend: ``"auto"`` takes the fastest that runs on these tensors; a named one must run.
+        backend: ``"auto"`` takes the fastest that runs on this tensor; a named one must run.
 
     Returns:
         A mask, bool, shape and device of ``score``: True where the weight is updated.
@@ -184,37 +80,13 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
     Raises:
         TypeError: ``score`` is not a dense tensor of a real floating dtype.
         ValueError: ``update_fraction`` is outside [0, 1].
-        RuntimeError: the named backend cannot run on these tensors.
+        RuntimeError: the named backend cannot run on this tensor.
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
     """
-    return topk_masks([score], [update_fraction], [0], backend)[0]
-
-
-@_disable_dynamo  # what follows works on memory, not on operations that could be traced
-def topk_masks(
-    scores: Sequence[Tensor],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    backend: str = "auto",
-) -> list[Tensor]:
-    """Do what `topk_mask` does for a list of scores; those of one pool share a threshold."""
-    for score in scores:
-        check_tensor("score", score)
-        if score.is_complex():
-            raise TypeError(error_text("score", "have a real dtype", f"score: {score.dtype}"))
-    for fraction in fractions:
-        check_fraction("update_fraction", fraction)
-    check_backend(backend)
-    masks: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for indices in _by_device(scores, pools):
-            mine = [scores[i] for i in indices]
-            got = _provider(backend, mine).topk_masks(
-                mine, [fractions[i] for i in indices], [pools[i] for i in indices]
-            )
-            masks.update(zip(indices, got, strict=True))
-    return [masks[i] for i in range(len(scores))]
+    _check_real("score", score)
+    fraction = check_fraction("update_fraction", update_fraction)
+    return select_scores([score], [fraction], [0], check_choice("backend", backend, BACKENDS))[0]
 
 
 def rgp_topk_masks(
@@ -228,27 +100,27 @@ def rgp_topk_masks(
 ) -> list[Tensor]:
     r"""Score and select over the tensors of a model: which weights are updated, which conserved.
 
-    The rule is `topk_mask`'s over `rgp_score`'s scores: for each tensor on its own
-    (``scope="tensor"``, the paper), or for all weights together (``scope="global"``: n is the sum
-    of the sizes, and ties go to the tensor that comes first).
+    The rule is `topk_mask`'s over `rgp_score`'s scores: in each tensor (``scope="tensor"``, the
+    paper), or over all weights together (``scope="global"``: n is the sum of the sizes, and ties go
+    to the earlier tensor).
 
     Args:
-        g_nats: Gradients of the natural loss, one for each tensor; any shapes, floating or complex
-            dtypes and devices. None counts as 0; a pair of two None is refused.
+        g_nats: Gradients of the natural loss, one per tensor; any shapes and real floating dtypes.
+            None counts as 0; a pair of two None is refused.
         g_advs: Gradients of the adversarial loss, each with shape, dtype and device of its partner.
-        alpha: Share of the natural term, in [0, 1]; one number, or one for each tensor.
+        alpha: Share of the natural term, in [0, 1]; one number, or one per tensor.
         update_fraction: Share of the weights that is updated, in [0, 1]; one number, or, under
-            ``scope="tensor"``, one for each tensor.
-        scope: ``"tensor"`` or ``"global"``.
+            ``scope="tensor"``, one per tensor.
+        scope: ``"tensor"`` or ``"global"``; a global threshold needs all tensors on one device.
         backend: ``"auto"`` takes the fastest that runs on these tensors; a named one must run.
 
     Returns:
-        One mask for each tensor, bool, its shape and device: True where the weight is updated.
+        One mask per tensor, bool, its shape and device: True where the weight is updated.
 
     Raises:
         TypeError: a gradient is not a dense floating tensor.
-        ValueError: a number is outside [0, 1], lengths or gradients do not match, the scope is
-            unknown, or several fractions are given under ``scope="global"``.
+        ValueError: a number is outside [0, 1], lengths or gradients do not match, or the scope is
+            unknown; under ``scope="global"`` several fractions or devices are given.
         RuntimeError: the named backend cannot run on these tensors.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
@@ -260,17 +132,21 @@ def rgp_topk_masks(
     for i, (g_nat, g_adv) in enumerate(zip(g_nats, g_advs, strict=True)):
         _check_pair(g_nat, g_adv, f"g_nats[{i}]", f"g_advs[{i}]")
     check_choice("scope", scope, SCOPES)
-    check_backend(backend)
+    check_choice("backend", backend, BACKENDS)
     alphas = _per_tensor("alpha", alpha, count)
     fractions = _per_tensor("update_fraction", update_fraction, count)
     if scope == "global" and len(set(fractions)) > 1:
         rule = "be one number under scope='global', where all tensors share a threshold"
         raise ValueError(error_text("update_fraction", rule, update_fraction))
     pools = [0] * count if scope == "global" else list(range(count))
-    return select(g_nats, g_advs, alphas, fractions, pools, backend).masks()
+    return select(g_nats, g_advs, alphas, fractions, pools, backend)
 
 
-@_disable_dynamo
+# For arguments that are known to match: the optimizer's way in.
+
+
+@_disable_dynamo  # backends work on memory, not on operations that could be traced
+@torch.no_grad()
 def select(
     g_nats: Sequence[Tensor | None],
     g_advs: Sequence[Tensor | None],
@@ -278,96 +154,173 @@ def select(
     fractions: Sequence[float],
     pools: Sequence[int],
     backend: str = "auto",
-) -> Selection:
-    """Do what `rgp_topk_masks` does, by pools of one threshold; for arguments known to match."""
+) -> list[Tensor]:
+    """Return the masks of `rgp_topk_masks`; equal pool numbers share one threshold."""
     pairs = zip(g_nats, g_advs, strict=True)
-    some = [g_nat if g_nat is not None else g_adv for g_nat, g_adv in pairs]
-    parts: list[tuple[list[int], Selection]] = []
-    with torch.no_grad():
-        for indices in _by_device([g for g in some if g is not None], pools):
-            mine = [[each[i] for i in indices] for each in (g_nats, g_advs)]
-            module = _provider(backend, [g for each in mine for g in each if g is not None])
-            settings = [[each[i] for i in indices] for each in (alphas, fractions, pools)]
-            parts.append((indices, module.select(*mine, *settings)))
-    return parts[0][1] if len(parts) == 1 else _Parts(parts)
+    present = [g_adv if g_nat is None else g_nat for g_nat, g_adv in pairs]
+    _check_pools(present, pools)
+    return _per_device("select", present, (g_nats, g_advs, alphas, fractions, pools), backend)
 
 
-def selection_of(masks: Sequence[Tensor]) -> Selection:
-    """Return the selection that given masks make."""
-    selection: Selection = _provider("auto", masks).Selection(list(masks))
-    return selection
+@_disable_dynamo
+@torch.no_grad()
+def select_scores(
+    scores: Sequence[Tensor],
+    fractions: Sequence[float],
+    pools: Sequence[int],
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Return the masks of `topk_mask`; equal pool numbers share one threshold."""
+    _check_pools(scores, pools)
+    return _per_device("topk_masks", scores, (scores, fractions, pools), backend)
 
 
-def _by_device(tensors: Sequence[Tensor], pools: Sequence[int]) -> list[list[int]]:
-    """Return positions by device; those of pools over several devices come together."""
-    if len({tensor.device for tensor in tensors}) == 1:
-        return [list(range(len(tensors)))]
-    homes: dict[int, set[torch.device]] = {}
+@_disable_dynamo
+@torch.no_grad()
+def zero_and_save_(
+    masks: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    backend: str = "auto",
+) -> list[Tensor | None]:
+    """Set gradients to 0 outside their masks, in place; return copies of the weights."""
+    written = [g if w is None else w for g, w in zip(gradients, weights, strict=True)]
+    return _per_device("zero_and_save_", written, (masks, gradients, weights), backend)
+
+
+@_disable_dynamo
+@torch.no_grad()
+def restore_(
+    masks: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
+    backend: str = "auto",
+) -> None:
+    """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
+    _per_device("restore_", weights, (masks, weights, saved), backend)
+
+
+def _per_device(
+    name: str, tensors: Sequence[Tensor | None], columns: Sequence[Sequence[Any]], backend: str
+) -> list[Any]:
+    """Call a backend's function once per device, with the rows of ``columns`` that lie there."""
+    members: dict[torch.device | None, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(None if tensor is None else tensor.device, []).append(i)
+    results: list[Any] = [None] * len(tensors)
+    for device, indices in members.items():
+        if device is not None:
+            module = _module(backend, name, [tensors[i] for i in indices])
+            rows = [[column[i] for i in indices] for column in columns]
+            for i, result in zip(indices, getattr(module, name)(*rows) or (), strict=False):
+                results[i] = result
+    return results
+
+
+def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
+    """Choose the module that does the work. Called at each use, never at import."""
+    for each in ("cpu", "triton") if backend == "auto" else (backend,):
+        reason = _unsupported_reason(each, name, tensors)
+        if reason is None and (backend != "auto" or _is_trusted(each, tensors[0].device)):
+            return _load(each)
+        if reason is not None and backend != "auto":
+            rule, found = "be able to run on these tensors", f"backend = {backend!r}, {reason}"
+            raise RuntimeError(error_text("backend", rule, found, "Use 'auto'."))
+    return _reference
+
+
+def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str | None:
+    """Say why a backend cannot run on tensors of one device; None if it can."""
+    if backend == "torch":
+        return None
+    device = tensors[0].device.type
+    if device not in (("cpu",) if backend == "cpu" or _INTERPRETED else ("cuda",)):
+        return f"tensors on {device}"
+    if not _installed("numpy" if backend == "cpu" else "triton"):
+        return f"{'numpy' if backend == 'cpu' else 'triton'} is not installed"
+    kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
+    if kinds:  # a subclass need not have its values in memory
+        return f"a {next(iter(kinds)).__name__}"
+    ranked = name in ("select", "topk_masks")
+    if backend == "triton" and ranked and any(t.dtype == torch.float64 for t in tensors):
+        return "a float64 tensor"
+    return None
+
+
+@cache
+def _load(backend: str) -> ModuleType:
+    name = {"cpu": "_cpu", "triton": "_triton", "torch": "_reference"}[backend]
+    return import_module(f"rgp_optim.{name}")
+
+
+@cache
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # hidden on purpose
+        return False
+
+
+def _is_trusted(backend: str, device: torch.device) -> bool:
+    """Compare the kernels with the reference once per process and device; warn if they differ."""
+    if backend != "triton":
+        return True
+    if device not in _trusted:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "The kernels are compared with the reference before their first use, which a CUDA "
+                "graph cannot capture. Take one step before the capture."
+            )
+        try:
+            problem = "" if _agrees(_load("triton"), device) else "their masks differ"
+        except Exception as error:  # a driver, a compiler: whatever it is, the reference runs
+            problem = f"{type(error).__name__}: {error}"
+        _trusted[device] = not problem
+        if problem:
+            warnings.warn(
+                f"The Triton kernels do not run correctly on {device} ({problem}), so weights are "
+                "selected by a sort, which gives the same masks and is slower. backend='triton' "
+                "shows the error.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _trusted[device]
+
+
+def _agrees(kernels: ModuleType, device: torch.device) -> bool:
+    """Run a small selection with ties, zeros and NaN, and one step's masking, both ways."""
+    draws = torch.Generator().manual_seed(0)
+    g_nat = torch.randn(5000, generator=draws, device="cpu").round(decimals=1)
+    g_nat[:3] = float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        nat = [g.to(device, dtype) for g in (g_nat, g_nat[:700].view(7, 100).t())]
+        adv = [g.flip(0) for g in nat]
+        results = []
+        for module in (kernels, _reference):
+            weights, gradients = [g.clone() for g in nat], [g.clone() for g in adv]
+            masks = module.select(nat, adv, [0.3, 0.3], [0.4, 0.4], [0, 0])
+            masks += module.select(nat, adv, [0.3, 0.0], [0.7, 0.1], [0, 1])
+            saved = module.zero_and_save_(masks[:2], gradients, weights)
+            module.restore_(masks[:2], weights, [g.neg() for g in saved])
+            results.append([*masks, *gradients, *weights])
+        pairs = zip(*results, strict=True)
+        if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs):
+            return False
+    return True
+
+
+def _check_pools(tensors: Sequence[Tensor | None], pools: Sequence[int]) -> None:
+    """Refuse one threshold over several devices."""
+    homes: dict[int, torch.device] = {}
     for tensor, pool in zip(tensors, pools, strict=True):
-        homes.setdefault(pool, set()).add(tensor.device)
-    groups: dict[torch.device | None, list[int]] = {}
-    for i, (tensor, pool) in enumerate(zip(tensors, pools, strict=True)):
-        groups.setdefault(tensor.device if len(homes[pool]) == 1 else None, []).append(i)
-    return list(groups.values())
-
-
-class _Parts:
-    """Selections of several devices as one."""
-
-    def __init__(self, parts: list[tuple[list[int], Selection]]) -> None:
-        self._parts = parts
-
-    def masks(self) -> list[Tensor]:
-        masks: dict[int, Tensor] = {}
-        for indices, part in self._parts:
-            masks.update(zip(indices, part.masks(), strict=True))
-        return [masks[i] for i in range(len(masks))]
-
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        weights: Sequence[Tensor | None],
-        saved: Sequence[Tensor | None],
-    ) -> None:
-        for indices, part in self._parts:
-            part.apply_(*([each[i] for i in indices] for each in (targets, weights, saved)))
-
-    def conserve_(self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-        for indices, part in self._parts:
-            part.conserve_(*([each[i] for i in indices] for each in (weights, saved)))
-
-
-def conserve_(weights: Sequence[Tensor], saved: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Put back the saved value of each weight outside its mask, in place and bit for bit.
-
-    Args:
-        weights: Tensors after the optimizer's step; any shapes, dtypes and devices. Changed in
-            place.
-        saved: Their values before the step; the same shapes, dtypes and devices.
-        masks: True where the new value stays, False where the saved one returns; bool, same shapes.
-
-    Raises:
-        TypeError: an entry is not a dense tensor.
-        ValueError: lengths, shapes, dtypes or devices do not match. Nothing is changed then.
-
-    Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1: what is not updated is conserved.
-    """
-    if not len(weights) == len(saved) == len(masks):
-        found = f"{len(weights)} weights, {len(saved)} saved, {len(masks)} masks"
-        raise ValueError(error_text("saved", "match `weights` and `masks` in length", found))
-    for i, (weight, old, mask) in enumerate(zip(weights, saved, masks, strict=True)):
-        check_tensor(f"weights[{i}]", weight)
-        _check_match(weight, old, f"weights[{i}]", f"saved[{i}]")
-        check_tensor(f"masks[{i}]", mask, floating=False)
-        if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
-            rule = f"be a bool tensor with shape and device of `weights[{i}]`"
-            raise ValueError(error_text(f"masks[{i}]", rule, _describe(mask)))
-    with torch.no_grad():
-        selection_of(masks).conserve_(weights, saved)
+        if tensor is not None and homes.setdefault(pool, tensor.device) != tensor.device:
+            rule = "be 'tensor' where weights that share a threshold lie on several devices"
+            found = f"tensors on {homes[pool]} and {tensor.device}"
+            raise ValueError(error_text("scope", rule, found))
 
 
 def _per_tensor(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    """Return one checked fraction for each tensor."""
+    """Return one checked fraction per tensor."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != count:
             rule = f"be a number, or one for each of the {count} tensors"
@@ -381,19 +334,21 @@ def _check_pair(g_nat: Tensor | None, g_adv: Tensor | None, name: str, partner: 
     if g_nat is None and g_adv is None:
         hint = "Leave out a tensor without gradients."
         raise ValueError(error_text(name, f"be a tensor where `{partner}` is None", "None", hint))
-    if g_nat is None or g_adv is None:
-        check_tensor(*((name, g_nat) if g_adv is None else (partner, g_adv)))
-    else:
-        check_tensor(name, g_nat)
-        _check_match(g_nat, g_adv, name, partner)
+    for tensor, each in ((g_nat, name), (g_adv, partner)):
+        if tensor is not None:
+            _check_real(each, tensor)
+    if g_nat is not None and g_adv is not None:
+        if (g_nat.shape, g_nat.dtype, g_nat.device) != (g_adv.shape, g_adv.dtype, g_adv.device):
+            rule = f"match `{name}` in shape, dtype and device"
+            raise ValueError(
+                error_text(partner, rule, f"{_describe(g_adv)} against {_describe(g_nat)}")
+            )
 
 
-def _check_match(first: Tensor, second: Tensor, name: str, partner: str) -> None:
-    """Refuse two tensors of different shape, dtype or device."""
-    check_tensor(partner, second)
-    if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
-        found = f"{_describe(second)} against {_describe(first)}"
-        raise ValueError(error_text(partner, f"match `{name}` in shape, dtype and device", found))
+def _check_real(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(error_text(name, "have a real dtype", f"{name}: {tensor.dtype}"))
 
 
 def _describe(tensor: Tensor) -> str:

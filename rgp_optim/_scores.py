@@ -1,0 +1,183 @@
+"""Gradients for the score: taken in the backward pass of a scored loss, read by a score rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgp_optim import _distributed as distributed
+from rgp_optim._checks import check_dense, error_text
+from rgp_optim._distributed import Ranks, local
+from rgp_optim._reference import rgp_score
+
+ROLES = ("natural", "adversarial")
+DONATED = (
+    "A compiled model's graph was freed by its first backward pass, and the scores need more than "
+    "one. Before the first step set `torch._functorch.config.donated_buffer = False`, and "
+    "`torch._inductor.config.force_disable_caches = True` if a cached graph is still used."
+)
+
+
+class Scored(torch.autograd.Function):
+    """The identity on a loss; its backward pass, the first node to run, takes the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, take: Callable[..., None], losses: dict[str, Tensor]
+    ) -> Any:
+        """Keep the losses of the score until the graph of ``loss`` is freed."""
+        ctx.take, ctx.roles = take, list(losses)
+        ctx.save_for_backward(*losses.values())
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Take the scores under the incoming gradient, then pass it on."""
+        ctx.take(dict(zip(ctx.roles, ctx.saved_tensors, strict=True)), grads[0])
+        return grads[0], None, None
+
+
+class NothingScored(RuntimeError):
+    """A score was asked for, but its gradients were not taken since the last step."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(
+            f"step() needs the gradients of the {role} loss, and none were taken since the last "
+            "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
+            "run `loss.backward()` before `step()`."
+        )
+
+
+@dataclass
+class Scores:
+    """The gradients of both losses since the last step, by role and parameter."""
+
+    taken: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
+    taking: bool = False
+    _walked: bool = False  # the graph of a loss
+
+    @property
+    def waiting(self) -> bool:
+        """Whether scores wait for a step, or are being taken."""
+        return bool(self.taken) or self.taking
+
+    @torch.no_grad()
+    def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
+        """Add the gradients of the losses, which the same incoming gradient multiplies."""
+        if self.taking:
+            raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
+        if all(p.grad is None for p in params):  # the step of earlier scores was skipped
+            self.taken.clear()
+        self.taking = True
+        try:
+            for role, loss in losses.items():
+                factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
+                gradients = distributed.take(loss, params, factor, walk=not self._walked)
+                self._add(role, params, gradients)
+        except BaseException as error:
+            self.taken.clear()  # half a score would select the wrong weights
+            if isinstance(error, RuntimeError) and "donated buffers" in str(error):
+                raise RuntimeError(DONATED) from error
+            raise
+        finally:
+            self.taking = False
+        self._walked = True
+
+    def _add(self, role: str, params: Sequence[Tensor], taken: Sequence[Tensor | None]) -> None:
+        """Add gradients to a role's; never in place, they may share memory."""
+        if params and all(gradient is None for gradient in taken):
+            raise RuntimeError(
+                f"scored: the {role} loss depends on no parameter in which weights are selected, "
+                "or FSDP2's gradient synchronisation is off: leave "
+                "`set_requires_gradient_sync(True)`; in Accelerate use "
+                "`GradientAccumulationPlugin(sync_each_batch=True)`."
+            )
+        held = self.taken.setdefault(role, {})
+        for p, gradient in zip(params, taken, strict=True):
+            if gradient is not None:
+                check_dense(f"gradient of the {role} loss", gradient)
+                gradient = gradient.detach()
+                held[p] = held[p] + gradient if p in held else gradient
+
+    def averaged(self, ranks: Ranks, params: Sequence[Tensor]) -> Scores:
+        """Return the means over ranks that each have gradients of their own batch."""
+        whole = [p for p in params if not distributed.is_sharded(p)]
+        if ranks.size == 1 or not whole or not self.taken:
+            return self
+        keys = [(role, p) for role in ROLES if role in self.taken for p in whole]
+        taken = [self.taken[role].get(p) for role, p in keys]  # None: unused on this rank
+        filled = [
+            torch.zeros_like(p) if g is None else g for g, (_, p) in zip(taken, keys, strict=True)
+        ]
+        means = Scores({role: dict(gradients) for role, gradients in self.taken.items()})
+        for (role, p), gradient in zip(keys, ranks.average(filled), strict=True):
+            means.taken[role][p] = gradient
+        return means
+
+    def get(self, role: str, p: Tensor) -> Tensor | None:
+        """Return this rank's gradient of a role; None where the loss does not depend on ``p``."""
+        if role not in self.taken:
+            raise NothingScored(role)
+        gradient = self.taken[role].get(p)
+        return None if gradient is None else local(distributed.as_parameter(gradient, p))
+
+    def pair(self, p: Tensor, alpha: float) -> tuple[Tensor | None, Tensor | None]:
+        """Return the natural and the adversarial gradient that the score reads, not both None."""
+        g_nat = self.get("natural", p) if alpha > 0.0 else None
+        g_adv = self.get("adversarial", p) if alpha < 1.0 else None
+        if g_nat is None and g_adv is None:
+            g_nat = torch.zeros_like(local(p.detach()))
+        return g_nat, g_adv
+
+    def score(self, p: Tensor, alpha: float, rule: Any) -> Tensor:
+        """Return the scores of this rank's part of a parameter, under a rule."""
+        if rule == "rgp":
+            return rgp_score(*self.pair(p, alpha), alpha)
+        assert p.grad is not None
+        weight, gradient = local(p.detach()), local(distributed.as_parameter(p.grad, p))
+        score = rule(ScoreInputs(p, weight, gradient, alpha, self))
+        if not isinstance(score, Tensor) or not score.is_floating_point():
+            found = f"{getattr(score, 'dtype', type(score).__name__)}"
+            raise TypeError(error_text("score", "return a tensor of a real floating dtype", found))
+        if score.shape != weight.shape or score.device != weight.device:
+            rule = f"return the weight's shape and device, {tuple(weight.shape)} on {weight.device}"
+            found = f"{tuple(score.shape)} on {score.device}"
+            raise ValueError(error_text("score", rule, found))
+        return score.detach()
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """Inputs of a score rule for one parameter; all tensors have the parameter's shape.
+
+    Of a sharded parameter a rule sees this rank's shard, and must treat each weight by itself. A
+    rule that never reads ``natural`` or ``adversarial`` needs no scored loss.
+
+    Attributes:
+        parameter: The parameter, whole or a DTensor.
+        weight: Its values before the step.
+        gradient: Its ``.grad``: of the training loss, after unscaling and clipping.
+        alpha: The group's ``rgp_alpha``, in [0, 1].
+    """
+
+    parameter: Tensor
+    weight: Tensor
+    gradient: Tensor
+    alpha: float
+    _scores: Scores
+
+    @property
+    def natural(self) -> Tensor:
+        """Gradient of the natural loss; zeros where that loss does not depend on the weight."""
+        gradient = self._scores.get("natural", self.parameter)
+        return torch.zeros_like(self.weight) if gradient is None else gradient
+
+    @property
+    def adversarial(self) -> Tensor:
+        """Gradient of the adversarial loss, likewise."""
+        gradient = self._scores.get("adversarial", self.parameter)
+        return torch.zeros_like(self.weight) if gradient is None else gradient
