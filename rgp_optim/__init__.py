@@ -3,7 +3,7 @@
 from rgp_optim import functional
 from rgp_optim.attacks import kl_attack, pgd_attack
 from rgp_optim.groups import rgp_param_groups
-from rgp_optim.losses import kl_adv_loss
+from rgp_optim.losses import consistency_loss, kl_adv_loss
 from rgp_optim.optimizer import RGPSelectiveOptimizer
 from rgp_optim.reviser import ConsistencyReviser
 
@@ -13,6 +13,7 @@ __all__ = [
     "ConsistencyReviser",
     "RGPSelectiveOptimizer",
     "__version__",
+    "consistency_loss",
     "functional",
     "kl_adv_loss",
     "kl_attack",

@@ -1,8 +1,4 @@
-"""Argument checks and the one template of their messages.
-
-Every refusal names the argument, the rule, the value found, and, where it is not obvious, the way
-out.
-"""
+"""Argument checks. Each message names the argument, the rule, the value, and often a way out."""
 
 from __future__ import annotations
 
@@ -16,20 +12,18 @@ from torch import Tensor
 
 
 def error_text(name: str, rule: str, found: object, hint: str = "") -> str:
-    """Return "`name` should RULE. Found `FOUND`. HINT"; a text is shown as it is."""
+    """Return "`name` should RULE. Found `FOUND`. HINT"; a string is shown as it is."""
     shown = found if isinstance(found, str) else f"{name} = {found!r}"
     text = f"`{name}` should {rule}. Found `{shown}`."
     return f"{text} {hint}" if hint else text
 
 
 def check_fraction(name: str, value: Any, hint: str = "") -> float:
-    """Return ``value`` as a float in [0, 1]; a tensor, a bool, a NaN or a number outside raises."""
-    if type(value) is float and 0.0 <= value <= 1.0:
-        return value
+    """Return ``value`` as a float in [0, 1]; a tensor, a bool, NaN or a number outside raises."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_text(name, "be a number in [0, 1]", f"{name}: {_kind(value)}", hint))
     number = float(value)
-    if not 0.0 <= number <= 1.0:  # so for NaN too
+    if not 0.0 <= number <= 1.0:  # true for NaN
         raise ValueError(error_text(name, "be in [0, 1]", value, hint))
     return number
 
@@ -46,7 +40,7 @@ def check_real(name: str, value: Any, *, minimum: float = 0.0, strict: bool = Fa
 
 
 def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
-    """Return ``value`` as an int that is at least ``minimum``."""
+    """Return ``value`` as an int >= ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(error_text(name, f"be an integer >= {minimum}", f"{name}: {_kind(value)}"))
     if value < minimum:

@@ -1,4 +1,4 @@
-"""Param groups: which parameters are selected in, and with which settings."""
+"""Param groups: which parameters take part in the selection, and with which settings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_count, check_fraction, error_text
+from rgp_optim._checks import check_fraction, error_text
+from rgp_optim._models import check_model
 
 __all__ = ["rgp_param_groups"]
 
-KEYS = (
-    "rgp_update_fraction",
-    "rgp_alpha",
-    "rgp_select",
-    "rgp_step",
-)
+KEYS = ("rgp_update_fraction", "rgp_alpha", "rgp_select")
 MISSPELT = {"update_fraction": "rgp_update_fraction", "select": "rgp_select"}
-ALLOWED = "Allowed are rgp_update_fraction, rgp_alpha and options of the inner optimizer."
 
 
 @dataclass(frozen=True)
@@ -32,88 +27,82 @@ class Settings:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Settings:
-        """Read and check them; a value that breaks its rule, or a misspelt name, raises."""
-        hint = "It is a setting of a param group, a fraction: conserving 30 % is 0.7."
+        """Read the settings; a value out of range or a misspelt name raises."""
+        hint = "It is a setting of a param group."
         _check_keys("param_groups", group)
-        check_count("rgp_step", group["rgp_step"])
-        select = group["rgp_select"]
+        fraction, alpha, select = (group[key] for key in KEYS)
         if select is not None and not isinstance(select, bool):
             rule = "be None (two or more dimensions), True (all) or False (none)"
             raise TypeError(error_text("rgp_select", rule, f"rgp_select = {select!r}"))
+        conserving = f"{hint} To conserve 30 %, write 0.7."
         return cls(
-            check_fraction("rgp_update_fraction", group["rgp_update_fraction"], hint),
-            check_fraction("rgp_alpha", group["rgp_alpha"], "It is a setting of a param group."),
+            check_fraction("rgp_update_fraction", fraction, conserving),
+            check_fraction("rgp_alpha", alpha, hint),
             select,
         )
 
     def selects(self, p: Tensor) -> bool:
-        """Tell whether weights are selected in this parameter, or all of it is updated."""
-        return p.dim() >= 2 if self.select is None else self.select
+        """Return whether ``p`` takes part in the selection; complex and integer ones never do."""
+        return p.is_floating_point() and (p.dim() >= 2 if self.select is None else self.select)
 
 
 def rgp_param_groups(
     model: nn.Module, *, leave_out: Iterable[str] = (), **options: Any
 ) -> list[dict[str, Any]]:
-    """Build param groups from a model: in which tensors weights are selected, and which stay free.
+    """Split a model's parameters into a selected group and one that is always updated whole.
 
-    Selected is every parameter with two or more dimensions outside the modules left out; biases,
-    normalisation and what is left out is always updated. The groups carry the parameters' names::
+    Selected are real parameters with two or more dimensions: weights of linear layers and
+    convolutions, and of a transformer also embeddings (two dimensions), class tokens and position
+    embeddings (often three). Name these in ``leave_out`` to update them whole, as biases and
+    normalisation are. The groups carry the parameters' names::
 
-        groups = rgp_param_groups(model, leave_out=["fc"], rgp_update_fraction=0.5)
+        groups = rgp_param_groups(model, leave_out=["cls_token", "pos_embed"], weight_decay=5e-4)
         opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))
 
+    Each group has its own ``lr``, equal at first. Schedulers set both; a loop that sets only
+    ``opt.param_groups[0]["lr"]`` changes the selected parameters alone, so loop over all groups.
+
     Args:
-        model: The model; frozen parameters come along, as in ``model.parameters()``.
-        leave_out: Names of modules or parameters, as in ``model.named_modules()``; what they
-            contain is left out too. Tied weights are left out if any of their names is.
-        **options: Settings of the selected group, such as ``rgp_update_fraction``, ``rgp_alpha``,
-            ``lr``.
+        model: The model; frozen parameters are included, as in ``model.parameters()``.
+        leave_out: Names of modules or parameters, as in ``model.named_modules()``, with all that
+            they contain. Tied weights are left out if any of their names is.
+        **options: Options of both groups: ``lr``, ``weight_decay``, ``rgp_update_fraction``, ...
 
     Returns:
-        At most two param groups: the selected parameters (``rgp_select=True``), then the others
-        (``rgp_select=False``). One that would be empty is missing.
+        The selected parameters (``rgp_select=True``), then the others (``rgp_select=False``). An
+        empty group is omitted.
 
     Raises:
-        ValueError: a name in ``leave_out`` does not exist in the model; an option is no setting of
-            a param group, or is set here already.
-        TypeError: ``model`` is no module, or ``leave_out`` is a string.
+        ValueError: a name in ``leave_out`` does not exist, or an option is misspelt or set here.
+        TypeError: ``model`` is not a module, or ``leave_out`` is a string.
     """
-    if not isinstance(model, nn.Module):
-        hint = "Pass the model itself, not its parameters."
-        raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__, hint))
-    for name in ("params", "rgp_select"):
-        if name in options:
-            hint = f"The model and `leave_out` decide it. {ALLOWED}"
-            raise ValueError(error_text("options", f"not contain '{name}'", name, hint))
+    check_model(model)
+    for name in {"params", "rgp_select"} & options.keys():
+        hint = "The model and `leave_out` decide it."
+        raise ValueError(error_text("options", f"not contain '{name}'", name, hint))
     _check_keys("options", options)
     if isinstance(leave_out, str):
-        rule, hint = "be a list of names", f"Write [{leave_out!r}]."
-        raise TypeError(error_text("leave_out", rule, f"leave_out = {leave_out!r}", hint))
-    names = tuple(leave_out)
+        hint = f"Write [{leave_out!r}]."
+        raise TypeError(error_text("leave_out", "be a list of names", leave_out, hint))
+    left = tuple(leave_out)
     parameters = list(model.named_parameters(remove_duplicate=False))  # each name of tied weights
     known = {n for n, _ in [*model.named_modules(remove_duplicate=False), *parameters]}
-    for name in names:
+    for name in left:
         if name not in known or not name:
             hint = f"The model has {', '.join(n for n, _ in model.named_children())}."
             raise ValueError(error_text("leave_out", "name modules of the model", name, hint))
-    outside = {
-        p
-        for name, p in parameters
-        if any(name == left or name.startswith(f"{left}.") for left in names)
-    }
-    selected: list[tuple[str, Tensor]] = []
-    free: list[tuple[str, Tensor]] = []
-    for name, p in model.named_parameters():
-        (selected if p.dim() >= 2 and p not in outside else free).append((name, p))
+    outside = {p for n, p in parameters if any(n == o or n.startswith(f"{o}.") for o in left)}
     groups: list[dict[str, Any]] = [
-        {"params": selected, "rgp_select": True, **options},
-        {"params": free, "rgp_select": False},
+        {"params": [], "rgp_select": select, **options} for select in (True, False)
     ]
+    for name, p in model.named_parameters():
+        selected = p.is_floating_point() and p.dim() >= 2 and p not in outside
+        groups[0 if selected else 1]["params"].append((name, p))
     return [group for group in groups if group["params"]]
 
 
 def _check_keys(name: str, keys: Iterable[str]) -> None:
-    """Refuse settings that nothing would read; ``alpha`` alone is one of ASGD and RMSprop."""
+    """Refuse misspelt settings; ``alpha`` is an option of ASGD and RMSprop."""
     for key in keys:
         if key in MISSPELT:
             hint = f"Write '{MISSPELT[key]}'."

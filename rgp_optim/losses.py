@@ -1,4 +1,4 @@
-"""The loss that CURE trains with, and the divergence that it shares with attack and reviser."""
+"""The losses of CURE on logits, and the divergence that attacks and reviser share."""
 
 from __future__ import annotations
 
@@ -9,40 +9,79 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgp_optim._checks import check_real, check_tensor, error_text
+from rgp_optim._models import check_classes, check_target
 
-__all__ = ["kl_adv_loss", "kl_divergence"]
+__all__ = ["consistency_loss", "kl_adv_loss", "kl_divergence"]
+
+NO_LABEL = torch.iinfo(torch.int64).min  # in place of -100, which would change the mean
 
 
 def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: float = 1.0) -> Tensor:
-    r"""Add to the natural cross-entropy how far the prediction moves under attack.
+    r"""Add the divergence of the attacked prediction to the natural cross-entropy.
 
-    .. math:: L = \mathrm{CE}(f(x), y)
-              + \beta\,\mathrm{KL}\bigl(p(x) \,\|\, p(x_{adv})\bigr)
+    .. math:: L = \mathrm{CE}(f(x), y) + \beta\,\mathrm{KL}\bigl(p(x) \,\|\, p(x_{adv})\bigr)
 
-    Both terms are means over the batch, and gradients flow into both arguments of the divergence.
+    Both terms are means over the batch; gradients flow into both arguments of the divergence.
 
     Args:
         logits: Output on the natural batch, [batch, classes], floating; float16 and bfloat16 are
             computed in float32.
         logits_adv: Output on the attacked batch; shape, dtype and device of ``logits``.
         target: Class indices, [batch], int64; or class probabilities, [batch, classes], floating.
+            There is no index to ignore, -100 included. Values are validated on the CPU only; on a
+            GPU the check would synchronise, and a label out of range fails inside the kernel.
         beta: Weight of the divergence, >= 0, dimensionless. 1 is the paper's equation; the authors'
-            code used 5, TRADES 6.
+            code uses 5, TRADES 6.
 
     Returns:
         The loss, a scalar >= 0, in nats; float32, or float64 for float64 logits.
 
     Raises:
-        TypeError: an argument is not a tensor of the dtype asked for.
-        ValueError: shapes, dtypes or devices do not match, or ``beta`` is negative.
+        TypeError: an argument is not a tensor of the required dtype.
+        ValueError: shapes, dtypes or devices do not match, a label is out of range, or ``beta`` is
+            negative.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 5; Zhang et al., TRADES, ICML 2019, Eq. 5.
     """
     check_pair(logits, logits_adv, "logits", "logits_adv")
     check_target(target, logits, probabilities=True)
     beta = check_real("beta", beta)
-    natural = F.cross_entropy(widen(logits), target)
+    if target.is_floating_point():
+        natural = F.cross_entropy(widen(logits), target.to(widen(logits).dtype))
+    else:
+        check_classes(target, logits)
+        natural = F.cross_entropy(widen(logits), target, ignore_index=NO_LABEL)
     return natural + beta * kl_divergence(logits, logits_adv)
+
+
+def consistency_loss(
+    revised: Tensor, revised_adv: Tensor, logits: Tensor, logits_adv: Tensor
+) -> Tensor:
+    r"""Measure how far the model's predictions are from those of its averaged copy.
+
+    .. math:: L_{CR} = \mathrm{KL}\bigl(p(x; \theta_{rev}) \,\|\, p(x; \theta)\bigr)
+              + \mathrm{KL}\bigl(p(x_{adv}; \theta_{rev}) \,\|\, p(x_{adv}; \theta)\bigr)
+
+    Args:
+        revised: The copy's logits on the natural batch, [batch, classes], floating; detached here.
+        revised_adv: The copy's logits on the attacked batch, as ``revised``.
+        logits: The model's logits on the natural batch, with their graph; shape and device of
+            ``revised``.
+        logits_adv: The model's logits on the attacked batch, as ``logits``.
+
+    Returns:
+        The loss, a mean over the batch, >= 0, in nats; float32, or float64 if a logit is float64.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: shapes, dtypes or devices do not match.
+
+    Reference: Gowda et al., CURE, ICLR 2024, Eq. 8.
+    """
+    check_pair(logits, logits_adv, "logits", "logits_adv")
+    check_pair(revised, revised_adv, "revised", "revised_adv")
+    check_pair(logits, revised.to(logits.dtype), "logits", "revised")
+    return kl_divergence(revised.detach(), logits) + kl_divergence(revised_adv.detach(), logits_adv)
 
 
 def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "batchmean") -> Tensor:
@@ -59,10 +98,10 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "batchmea
 
 def check_pair(first: Tensor, second: Tensor, name: str, partner: str) -> None:
     """Refuse logits that are not [batch, classes], or do not match."""
-    for each, shown in ((first, name), (second, partner)):
-        check_tensor(shown, each)
-        if each.dim() != 2 or each.is_complex():
-            found = f"{tuple(each.shape)} {each.dtype}"
+    for logits, shown in ((first, name), (second, partner)):
+        check_tensor(shown, logits)
+        if logits.dim() != 2 or logits.is_complex():
+            found = f"{tuple(logits.shape)} {logits.dtype}"
             raise ValueError(error_text(shown, "be real and [batch, classes]", found))
     if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
         found = f"{tuple(second.shape)} {second.dtype} on {second.device}"
@@ -70,23 +109,6 @@ def check_pair(first: Tensor, second: Tensor, name: str, partner: str) -> None:
         raise ValueError(error_text(partner, f"match `{name}` in shape, dtype and device", against))
 
 
-def check_target(target: Tensor, logits: Tensor, *, probabilities: bool) -> None:
-    """Refuse targets that cross-entropy would misread; values are not read."""
-    check_tensor("target", target, floating=False)
-    indices = target.dtype == torch.int64 and target.shape == logits.shape[:1]
-    soft = probabilities and target.is_floating_point() and target.shape == logits.shape
-    if not (indices or soft):
-        rule = f"be class indices, int64, [{logits.shape[0]}]"
-        if probabilities:
-            rule += f", or class probabilities, {list(logits.shape)}"
-        found = f"{tuple(target.shape)} {target.dtype}"
-        whole = not (target.is_floating_point() or target.is_complex())
-        hint = "Write target.long()." if whole and target.shape == logits.shape[:1] else ""
-        raise ValueError(error_text("target", rule, found, hint))
-    if target.device != logits.device:
-        raise ValueError(error_text("target", f"be on {logits.device}", str(target.device)))
-
-
 def widen(logits: Tensor) -> Tensor:
-    """Compute softmax in float32 at least."""
+    """Return the logits in float32 at least, for softmax."""
     return logits if logits.dtype == torch.float64 else logits.float()
