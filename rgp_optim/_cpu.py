@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,43 +25,23 @@ from rgp_optim._reference import restore_, update_count, zero_and_save_
 __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
 Array = npt.NDArray[Any]
-Terms = list[tuple[Tensor, float]]  # flat gradients of one parameter, and their factors
+Source = tuple[Sequence[Tensor], Sequence[float]]  # flat gradients of a tensor and their factors
 
 CHUNK = 1 << 17  # scores per chunk: the buffers stay in the cache
 SMALL = 1 << 14  # smaller pools are ranked whole: a sample would not pay
 RUN = 8  # neighbours sampled together: half a cache line
 SAMPLE = 2.0  # sample size = (SAMPLE * n) ** (2 / 3)
+NAN = {4: 0x7F800001, 8: 0x7FF0000000000001}  # key of every NaN, above infinity's, by itemsize
 WIDTH = 4.0  # half the bracket, in standard deviations of the sample's count
-
-
-class _Kind(NamedTuple):
-    """How scores of one dtype become keys."""
-
-    score: type
-    key: type
-    nan: int  # the key of every NaN, right above infinity
-    highest: int
-    floor: int = 1  # lowest key to select: 1 leaves out scores of 0; signed scores have no floor
-
-
-_NARROW = _Kind(np.float32, np.int32, 0x7F800001, 2**31 - 1)
-_WIDE = _Kind(np.float64, np.int64, 0x7FF0000000000001, 2**63 - 1)
 
 
 def topk_masks(
     scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
 ) -> list[Tensor]:
-    """Select by given scores of any sign; see `_reference.topk_masks`."""
-    if len(wide := {score.dtype == torch.float64 for score in scores}) > 1:
+    """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
+    if any(bool((score < 0).any()) for score in scores):  # their bits do not rank like them
         return _reference.topk_masks(scores, fractions, pools)
-    kind = _WIDE if True in wide else _NARROW
-    kind = kind._replace(floor=-kind.highest - 1)
-    terms = [[(score.detach().reshape(-1), 1.0)] for score in scores]
-    masks = _select(terms, [score.shape for score in scores], fractions, pools, kind)
-    for score, mask, fraction in zip(scores, masks, fractions, strict=True):
-        if fraction != 1.0:
-            mask.logical_and_(score.detach() != 0)
-    return masks
+    return select(scores, [None] * len(scores), [1.0] * len(scores), fractions, pools)
 
 
 def select(
@@ -72,29 +52,17 @@ def select(
     pools: Sequence[int],
 ) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
-    terms: list[Terms] = []
-    shapes, wide = [], set()
+    sources: list[Source] = []
+    shapes = []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
-        shares = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
-        present = [(g.detach(), share) for g, share in shares if g is not None]
-        some = present[0][0]
-        found = [(g.reshape(-1), share) for g, share in present if share != 0.0]
-        terms.append(found or [(torch.zeros_like(some).reshape(-1), 1.0)])
-        shapes.append(some.shape)
-        wide.add(some.dtype == torch.float64)
-    if len(wide) > 1:
+        terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
+        present = [(g.detach(), factor) for g, factor in terms if g is not None]
+        used = [term for term in present if term[1] != 0.0]
+        used = used or [(torch.zeros_like(present[0][0]), 1.0)]
+        sources.append(([g.reshape(-1) for g, _ in used], [factor for _, factor in used]))
+        shapes.append(used[0][0].shape)
+    if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
         return _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    return _select(terms, shapes, fractions, pools, _WIDE if True in wide else _NARROW)
-
-
-def _select(
-    terms: Sequence[Terms],
-    shapes: Sequence[torch.Size],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    kind: _Kind,
-) -> list[Tensor]:
-    """Return one mask per tensor; tensors with equal pool numbers share one threshold."""
     members: dict[int, list[int]] = {}
     for i, pool in enumerate(pools):
         members.setdefault(pool, []).append(i)
@@ -105,29 +73,29 @@ def _select(
             size, fraction = sum(sizes), fractions[indices[0]]
             k = update_count(size, fraction)
             if fraction == 1.0 or k == 0:
-                mask = torch.from_numpy(np.full(size, k > 0))
+                joined = np.full(size, k > 0)
             else:
-                mask = torch.from_numpy(_pool_mask([terms[i] for i in indices], size, k, kind))
-            parts = mask.split(sizes) if len(sizes) > 1 else [mask]
-            masks.update((i, part.view(shapes[i])) for i, part in zip(indices, parts, strict=True))
-    return [masks[i] for i in range(len(terms))]
+                joined = _pool_mask([sources[i] for i in indices], size, k)
+            parts = torch.from_numpy(joined).split_with_sizes(sizes)
+            for i, part in zip(indices, parts, strict=True):
+                masks[i] = part.view(shapes[i])
+    return [masks[i] for i in range(len(shapes))]
 
 
-def _pool_mask(pool: Sequence[Terms], size: int, k: int, kind: _Kind) -> Array:
+def _pool_mask(pool: Sequence[Source], size: int, k: int) -> Array:
     """Return a flat mask of the k highest scores of a pool, its tensors one after another."""
     if size < SMALL:
-        return _highest(_keys(pool, size, kind), k, kind)
-    low, high = _bracket(pool, size, k, kind)
+        return _highest(_keys(pool), k)
+    low, high = _bracket(pool, size, k)
     mask = np.empty(size, bool)
     chunk = -(-min(size, CHUNK) // 8) * 8
-    work, inner = np.empty((2, chunk), kind.key), np.empty(chunk, bool)
+    (work, spare), inner = _empty_keys(pool, chunk), np.empty(chunk, bool)
     places, inside = [], []
     start = above = 0
-    for terms in pool:
-        for parts in zip(*(flat.split(chunk) for flat, _ in terms), strict=True):
-            keys = work[0, : parts[0].numel()]
-            pairs = [(part, share) for part, (_, share) in zip(parts, terms, strict=True)]
-            _write_keys(pairs, keys, work[1], kind)
+    for flats, factors in pool:
+        for parts in zip(*(torch.split(flat, chunk) for flat in flats), strict=True):
+            keys = work[: parts[0].numel()]
+            _write_keys((parts, factors), keys, spare)
             marks, between = mask[start : start + keys.size], inner[: keys.size]
             np.greater(keys, high, out=marks)
             np.greater_equal(keys, low, out=between)
@@ -139,80 +107,74 @@ def _pool_mask(pool: Sequence[Terms], size: int, k: int, kind: _Kind) -> Array:
             places.append(at + start)
             start += keys.size
     missing, keys = k - above, np.concatenate(inside)
-    if missing < 0 or (missing > keys.size and low > kind.floor):  # the bracket missed
-        return _highest(_keys(pool, size, kind), k, kind)
+    if missing < 0 or (missing > keys.size and low > 1):  # the bracket missed
+        return _highest(_keys(pool), k)
     if missing > 0 and keys.size:
-        mask[np.concatenate(places)] = _highest(keys, missing, kind)
+        mask[np.concatenate(places)] = _highest(keys, missing)
     return mask
 
 
-def _bracket(pool: Sequence[Terms], size: int, k: int, kind: _Kind) -> tuple[int, int]:
+def _bracket(pool: Sequence[Source], size: int, k: int) -> tuple[int, int]:
     """Return two keys between which the k-th highest almost surely lies."""
-    picked, count = [], 0
-    for terms in pool:
-        whole = terms[0][0].numel() // RUN
-        runs = _runs(whole, min(1.0, (SAMPLE * size) ** (2 / 3) / size))
-        rows = [(flat[: whole * RUN].view(-1, RUN)[runs], share) for flat, share in terms]
-        picked.append([(row.view(-1), share) for row, share in rows])
-        count += runs.numel() * RUN
-    keys = np.minimum(_keys(picked, count, kind), kind.nan)
-    rank, spread = count * (1 - k / size), (count * k * (size - k)) ** 0.5 / size
+    sample: list[Source] = []
+    for flats, factors in pool:
+        runs = _runs(flats[0].numel() // RUN, min(1.0, (SAMPLE * size) ** (2 / 3) / size))
+        rows = [flat[: flat.numel() // RUN * RUN].view(-1, RUN) for flat in flats]
+        sample.append(([row.index_select(0, runs).view(-1) for row in rows], factors))
+    keys = _keys(sample)
+    n, nan = keys.size, NAN[keys.itemsize]
+    rank, spread = n * (1 - k / size), (n * k * (size - k)) ** 0.5 / size
     low, high = int(rank - WIDTH * spread) - RUN, int(rank + WIDTH * spread) + RUN
-    keys.partition([i for i in (low, high) if 0 <= i < count] or -1)
-    lowest = max(int(keys[low]), kind.floor) if low >= 0 else kind.floor
-    highest = int(keys[high]) if high < count else kind.highest
-    return lowest, highest if highest < kind.nan else kind.highest  # no NaN is above another
+    np.minimum(keys, nan, out=keys).partition([i for i in (low, high) if 0 <= i < n])
+    lowest = int(keys[low]) if low >= 0 else 0
+    highest = int(keys[high]) if high < n else nan
+    return max(lowest, 1), highest if highest < nan else np.iinfo(keys.dtype).max
 
 
 @lru_cache(maxsize=256)
 def _runs(total: int, share: float) -> Tensor:
-    """Return indices of sampled runs: a random one in each of equal strata.
-
-    A regular stride would resonate with the layout of the weights, which repeats by channel.
-    """
+    """Return indices of sampled runs, one per stratum: a fixed stride would follow the channels."""
     count = round(total * share)
     edges = np.arange(count + 1) * total // max(1, count)
     return torch.from_numpy(np.random.default_rng(total).integers(edges[:-1], edges[1:]))
 
 
-def _keys(pool: Sequence[Terms], size: int, kind: _Kind) -> Array:
+def _empty_keys(pool: Sequence[Source], size: int) -> tuple[Array, Array]:
+    """Return memory for keys of a pool and for one term of its scores."""
+    key = np.int64 if pool[0][0][0].dtype == torch.float64 else np.int32
+    return np.empty(size, key), np.empty(size, key)
+
+
+def _keys(pool: Sequence[Source]) -> Array:
     """Return all keys of a pool."""
-    keys, spare = np.empty(size, kind.key), np.empty(size, kind.key)
+    keys, spare = _empty_keys(pool, sum(flats[0].numel() for flats, _ in pool))
     start = 0
-    for terms in pool:
-        stop = start + terms[0][0].numel()
-        _write_keys(terms, keys[start:stop], spare, kind)
+    for source in pool:
+        stop = start + source[0][0].numel()
+        _write_keys(source, keys[start:stop], spare)
         start = stop
     return keys
 
 
-def _write_keys(terms: Terms, keys: Array, spare: Array, kind: _Kind) -> None:
-    """Write the keys of a score: of factor * |gradient|, each rounded, or of their rounded sum."""
-    score = out = keys.view(kind.score)
-    for flat, share in terms:
+def _write_keys(source: Source, keys: Array, spare: Array) -> None:
+    """Write the keys of scores: the sum of factor * |gradient|, each step rounded."""
+    for i, (flat, factor) in enumerate(zip(*source, strict=True)):
         gradient = (flat if flat.itemsize > 2 else flat.float()).numpy()
-        if kind.floor < 1:  # a signed score
-            np.copyto(out, gradient)
-            np.copyto(out, np.nan, where=np.isnan(out))
-            keys ^= (keys >> (8 * keys.itemsize - 1)) & kind.highest  # mirrors negative ones
-        elif share == 1.0:
-            np.absolute(gradient, out=out)
-        else:
-            np.absolute(np.multiply(gradient, share, out=out), out=out)
-        if out is not score:
-            np.add(score, out, out=score)
-        out = spare[: keys.size].view(kind.score)
+        out = (spare[: keys.size] if i else keys).view(gradient.dtype)
+        if factor != 1.0:
+            gradient = np.multiply(gradient, factor, out=out)
+        np.absolute(gradient, out=out)
+    if i:
+        score = keys.view(gradient.dtype)
+        np.add(score, out, out=score)
 
 
-def _highest(keys: Array, k: int, kind: _Kind) -> Array:
-    """Return a mask of the k highest keys, without those below the floor; ties to the first."""
-    np.minimum(keys, kind.nan, out=keys)
+def _highest(keys: Array, k: int) -> Array:
+    """Return a mask of the k highest keys, without the key 0; ties go to the first."""
+    np.minimum(keys, NAN[keys.itemsize], out=keys)
     rank = max(keys.size - k, 0)
-    ranked = keys.copy()
-    ranked.partition(rank)
-    if (threshold := ranked[rank]) < kind.floor:
-        return keys >= kind.floor
-    mask: Array = keys >= threshold
+    threshold = np.partition(keys, rank)[rank]
+    mask: Array = keys >= max(threshold, 1)
     surplus = int(np.count_nonzero(mask)) - k
     if surplus > 0:
         mask[np.flatnonzero(keys == threshold)[-surplus:]] = False
