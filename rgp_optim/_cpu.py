@@ -1,336 +1,47 @@
-"""The fast CPU backend: a sampled bracket, one pass over the gradients, and the rest exactly.
+"""Score and select on a CPU in NumPy: a sampled bracket, one pass, an exact rest.
 
-A jittered sample of the scores brackets the threshold. One pass marks what lies above the bracket
-and collects what lies inside, a few percent; the k-th highest is found among those. A bracket that
-missed is noticed by the exact counts and costs time, never exactness. The idea is that of Floyd and
-Rivest (1975).
+A jittered sample of the scores brackets the threshold. One pass over the gradients computes the
+scores, marks those above the bracket and collects those inside, a few percent, of which the
+highest are selected. Exact counts show a bracket that missed; it costs time, never exactness.
+Scores are compared as integers, their keys: the bits of a float >= 0 rank like the float.
 
-Scores are compared as integers, the *keys*: the bits of a float >= 0 rank like the float, and NaN
-ranks above infinity. A pool is what shares one threshold: a tensor, or all of them.
+Reference: Floyd and Rivest, Expected time bounds for selection, CACM 1975.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
 from rgp_optim import _reference
-from rgp_optim._reference import rgp_score, update_count
+from rgp_optim._reference import restore_, update_count, zero_and_save_
 
-__all__ = ["Selection", "rgp_score", "select", "topk_masks"]
+__all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
 Array = npt.NDArray[Any]
+Source = tuple[Sequence[Tensor], Sequence[float]]  # flat gradients of a tensor and their factors
 
-CHUNK = 1 << 17  # scores at a time: their buffers stay in the cache
-GRAIN = 1 << 15  # torch keeps to one thread for so many elements
-SMALL = 16384  # from here on a sample pays
-SMALLER = 1024
-RUN = 8  # neighbours that are sampled together: what one cache line brings
-SAMPLE = 2.0  # the sample grows as (SAMPLE * n) ** (2 / 3); with it the cost is least
+CHUNK = 1 << 17  # scores per chunk: the buffers stay in the cache
+SMALL = 1 << 14  # smaller pools are ranked whole: a sample would not pay
+RUN = 8  # neighbours sampled together: half a cache line
+SAMPLE = 2.0  # sample size = (SAMPLE * n) ** (2 / 3)
+NAN = {4: 0x7F800001, 8: 0x7FF0000000000001}  # key of every NaN, above infinity's, by itemsize
 WIDTH = 4.0  # half the bracket, in standard deviations of the sample's count
-THREADED = 1 << 19  # weights; below that a second thread costs more than it brings
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Scores of one dtype and their keys."""
-
-    score: type
-    key: type
-    lowest: int
-    highest: int
-    nan: int  # one key for all NaN, right above infinity
-
-
-_ALL = slice(None)
-_KINDS = {
-    torch.float32: _Kind(np.float32, np.int32, -(2**31), 2**31 - 1, 0x7F800001),
-    torch.float64: _Kind(np.float64, np.int64, -(2**63), 2**63 - 1, 0x7FF0000000000001),
-}
-
-
-# What is ranked: two gradients, or scores. Each reads keys, a chunk at a time.
-
-
-Part = slice | Tensor  # of a flat tensor: a range, or numbers of runs of RUN
-
-
-class _Source(Protocol):
-    size: int
-    kind: _Kind
-    floor: int  # no key below it is ever selected
-
-    def read(self, part: Part, keys: Array) -> None:
-        """Write the keys of ``part`` to ``keys``."""
-
-
-class _Gradients:
-    """alpha * |g_nat| + (1 - alpha) * |g_adv|, as `_reference.rgp_score` rounds it."""
-
-    floor = 1  # a score of 0
-
-    def __init__(self, g_nat: Tensor | None, g_adv: Tensor | None, alpha: float) -> None:
-        some = g_adv if g_nat is None else g_nat
-        assert some is not None
-        self.size = some.numel()
-        self.kind = _KINDS[_reference.score_dtype(some)]
-        self._terms: list[tuple[_Flat, float]] = []
-        if g_nat is not None and alpha != 0.0:
-            self._terms.append((_Flat(g_nat), alpha))
-        if g_adv is not None and alpha != 1.0:
-            self._terms.append((_Flat(g_adv), 1.0 - alpha))
-
-    def read(self, part: Part, keys: Array) -> None:
-        if not self._terms:
-            keys.fill(0)
-            return
-        score: Array = keys.view(self.kind.score)
-        self._read_term(0, part, score)
-        if len(self._terms) == 2:
-            other = _BUFFERS.get("term", self.kind.score, score.size)
-            self._read_term(1, part, other)
-            np.add(score, other, out=score)
-
-    def _read_term(self, i: int, part: Part, out: Array) -> None:
-        gradient, share = self._terms[i]
-        if share == 1.0:
-            np.absolute(gradient.read(part), out=out)
-        else:
-            np.multiply(gradient.read(part), share, out=out)
-            np.absolute(out, out=out)
-
-
-class _Scores:
-    """Scores of any sign; negative ones are mirrored, so that they rank like floats."""
-
-    def __init__(self, score: Tensor) -> None:
-        dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
-        self.size = score.numel()
-        self.kind = _KINDS[dtype]
-        self.floor = self.kind.lowest
-        self._flat = _Flat(score)
-
-    def read(self, part: Part, keys: Array) -> None:
-        score: Array = keys.view(self.kind.score)
-        np.copyto(score, self._flat.read(part))
-        if np.isnan(score).any():
-            score[np.isnan(score)] = np.nan
-        sign = keys >> (keys.itemsize * 8 - 1)
-        np.bitwise_xor(keys, sign & self.kind.highest, out=keys)
-
-
-class _Flat:
-    """A tensor's elements in row-major order, given as float32 or float64."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().contiguous()
-        self._array = self._flat.numpy().reshape(-1) if tensor.dtype in _KINDS else None
-
-    def read(self, part: Part) -> Array:
-        if isinstance(part, slice):
-            return (
-                _as_float32(self._flat.view(-1)[part]) if self._array is None else self._array[part]
-            )
-        whole = self._flat.numel() // RUN * RUN
-        found = self._flat.view(-1)[:whole].view(-1, RUN).index_select(0, part).view(-1)
-        return _as_float32(found) if self._array is None else found.numpy()
-
-
-def _as_float32(flat: Tensor) -> Array:
-    out = torch.from_numpy(_BUFFERS.get("float32", np.float32, flat.numel()))
-    for start in range(0, flat.numel(), GRAIN):
-        out[start : start + GRAIN].copy_(flat[start : start + GRAIN])
-    return out.numpy()
-
-
-# The selection.
-
-
-def _small_mask(source: _Gradients, fraction: float, shape: torch.Size) -> Tensor:
-    """Select in one small tensor, without a bracket and with little to set up."""
-    keys: Array = np.empty(source.size, source.kind.key)
-    source.read(_ALL, keys)
-    k = update_count(source.size, fraction)
-    mask, threshold = _highest(keys, k)
-    if threshold > source.kind.nan:  # NaN of several kinds
-        mask, _ = _highest(np.minimum(keys, source.kind.nan), k)
-    elif threshold < source.floor:
-        mask = keys >= source.floor
-    return torch.from_numpy(mask).view(shape)
-
-
-def _sparse_nonzero(flags: Array) -> Array:
-    """Do what np.flatnonzero does, faster where few are set: first by eight, then one by one."""
-    whole = flags.size // 8 * 8
-    eights = flags[:whole].view(np.uint64)
-    some = np.flatnonzero(eights != 0)
-    within = np.flatnonzero(eights.take(some).view(np.bool_))
-    at = some.take(within >> 3)
-    at <<= 3
-    at += within & 7
-    rest = np.flatnonzero(flags[whole:])
-    return np.concatenate([at, rest + whole]) if rest.size else at
-
-
-@dataclass
-class _Pool:
-    """What shares a threshold: sources one after another, of which the k highest are marked."""
-
-    sources: Sequence[_Source]
-    marks: Sequence[Array]  # bool, one for each source: the result
-    fraction: float
-    above: int = 0  # marked so far
-    bracket: tuple[int, int] = (0, 0)
-    inside: list[tuple[int, Array, Array]] = field(default_factory=list)  # source, position, key
-
-    def __post_init__(self) -> None:
-        self.size = sum(source.size for source in self.sources)
-        self.k = update_count(self.size, self.fraction)
-        self.kind = self.sources[0].kind
-        self.floor = self.sources[0].floor
-
-    def prepare(self) -> None:
-        """Find the bracket; a small pool is done here."""
-        if self.k == 0:
-            for mark in self.marks:
-                mark.fill(False)
-        elif self.size < SMALL:
-            self._select_plainly()
-        else:
-            self.bracket = self._bracket()
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Return the parts still to be looked at: source, start, stop."""
-        if self.k == 0 or self.size < SMALL:
-            return []
-        return [
-            (i, start, min(start + 4 * CHUNK, source.size))
-            for i, source in enumerate(self.sources)
-            for start in range(0, source.size, 4 * CHUNK)
-        ]
-
-    def scan(self, span: tuple[int, int, int]) -> tuple[int, list[tuple[int, Array, Array]]]:
-        """Mark what lies above the bracket in ``span``; return how many, and what lies inside."""
-        i, first, last = span
-        low, high = self.bracket
-        source, marks, buffers = self.sources[i], self.marks[i], _BUFFERS
-        count = 0
-        inside = []
-        for start in range(first, last, CHUNK):
-            part = slice(start, min(start + CHUNK, last))
-            keys = buffers.get("keys", self.kind.key, part.stop - start)
-            source.read(part, keys)
-            mark = marks[part]
-            np.greater(keys, high, out=mark)
-            count += int(np.count_nonzero(mark))
-            if low <= high:
-                candidate = buffers.get("candidate", bool, keys.size)
-                np.greater_equal(keys, low, out=candidate)
-                np.not_equal(candidate, mark, out=candidate)
-                at = _sparse_nonzero(candidate)
-                inside.append((i, at + start, keys.take(at)))
-        return count, inside
-
-    def finish(self) -> None:
-        """Mark what is missing among the candidates, in which the threshold lies."""
-        if self.k == 0 or self.size < SMALL:
-            return
-        missing = self.k - self.above
-        found = sum(at.size for _, at, _ in self.inside)
-        if missing < 0 or (missing > found and self.bracket[0] > self.floor):
-            self._select_plainly()
-        elif missing > 0 and found > 0:
-            keys = np.concatenate([keys for *_, keys in self.inside])
-            chosen, _ = _highest(np.minimum(keys, self.kind.nan, out=keys), missing)
-            end = 0
-            for i, at, _ in self.inside:
-                start, end = end, end + at.size
-                self.marks[i][at] = chosen[start:end]
-        self.inside.clear()
-
-    def _select_plainly(self) -> None:
-        """Rank all keys."""
-        keys: Array = np.empty(self.size, self.kind.key)
-        end = 0
-        for source in self.sources:
-            for first in range(0, source.size, CHUNK):
-                part = slice(first, min(first + CHUNK, source.size))
-                source.read(part, keys[end + part.start : end + part.stop])
-            end += source.size
-        np.minimum(keys, self.kind.nan, out=keys)
-        chosen, _ = _highest(keys, self.k)
-        if self.floor > self.kind.lowest:
-            chosen &= keys >= self.floor
-        end = 0
-        for mark in self.marks:
-            start, end = end, end + mark.size
-            mark[:] = chosen[start:end]
-
-    def _bracket(self) -> tuple[int, int]:
-        """Return keys between which the k-th highest almost surely lies."""
-        share = min(1.0, (SAMPLE * self.size) ** (2 / 3) / self.size)
-        keys = np.concatenate([_sample(source, share) for source in self.sources])
-        np.minimum(keys, self.kind.nan, out=keys)
-        updated = self.k / self.size
-        rank = (1.0 - updated) * keys.size
-        half = WIDTH * (keys.size * updated * (1.0 - updated)) ** 0.5 + RUN
-        low, high = int(rank - half), int(rank + half)
-        inner = [i for i in (low, high) if 0 <= i < keys.size]
-        if inner:
-            keys.partition(inner)
-        lowest = int(keys[low]) if low >= 0 else self.kind.lowest
-        highest = int(keys[high]) if high < keys.size else self.kind.highest
-        if highest >= self.kind.nan:
-            highest = self.kind.highest  # NaN all rank alike, so none of them is above another
-        return max(lowest, self.floor), highest
-
-
-def _highest(keys: Array, k: int) -> tuple[Array, int]:
-    """Return a mask of the k highest keys and the lowest key in it; ties go to the first."""
-    rank = max(keys.size - k, 0)
-    if SMALLER < keys.size <= SMALL:  # numpy's vectorised partition is the slower one here
-        threshold = int(torch.from_numpy(keys).kthvalue(rank + 1).values)
-    else:
-        ranked = keys.copy()
-        ranked.partition(rank)
-        threshold = int(ranked[rank])
-    chosen: Array = keys >= threshold
-    surplus = int(np.count_nonzero(chosen)) - k
-    if surplus > 0:
-        chosen[np.flatnonzero(keys == threshold)[-surplus:]] = False
-    return chosen, threshold
-
-
-def _sample(source: _Source, share: float) -> Array:
-    """Return about ``share`` of the keys of a source."""
-    runs = _runs(source.size // RUN, share)
-    keys: Array = np.empty(runs.numel() * RUN, source.kind.key)
-    for start in range(0, runs.numel(), CHUNK // RUN):
-        part = runs[start : start + CHUNK // RUN]
-        source.read(part, keys[start * RUN :][: part.numel() * RUN])
-    return keys
-
-
-@lru_cache(maxsize=256)
-def _runs(total: int, share: float) -> Tensor:
-    """Return numbers of runs: one at random in each of equal strata.
-
-    A regular stride would lock onto the layout of the weights, which repeats with the channels.
-    """
-    draw = np.random.default_rng(total)
-    edges = np.arange(round(total * share) + 1) * total // max(1, round(total * share))
-    return torch.from_numpy(draw.integers(edges[:-1], edges[1:]))
+def topk_masks(
+    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
+) -> list[Tensor]:
+    """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
+    if any(bool((score < 0).any()) for score in scores):  # their bits do not rank like them
+        return _reference.topk_masks(scores, fractions, pools)
+    return select(scores, [None] * len(scores), [1.0] * len(scores), fractions, pools)
 
 
 def select(
@@ -339,192 +50,140 @@ def select(
     alphas: Sequence[float],
     fractions: Sequence[float],
     pools: Sequence[int],
-) -> Selection:
-    """Score and select; what `_reference.select` returns."""
-    present = [a if a is not None else b for a, b in zip(g_nats, g_advs, strict=True)]
-    plain = [g for g in present if g is not None]
-    dtypes = {g.dtype for g in plain}
-    if any(d.is_complex for d in dtypes) or (
-        len(dtypes) > 1 and _mixed(map(_reference.score_dtype, plain), pools)
-    ):
-        pairs = zip(g_nats, g_advs, alphas, strict=True)
-        scores = [rgp_score(*pair) for pair in pairs]
-        return Selection(topk_masks(scores, fractions, pools))
-    sources = [_Gradients(*each) for each in zip(g_nats, g_advs, alphas, strict=True)]
-    masks: list[Tensor | None] = [None] * len(sources)
-    shared = len(set(pools)) < len(pools)
-    uses = Counter(pools) if shared else {}
-    for i, source in enumerate(sources):
-        alone = uses.get(pools[i], 1) == 1 and 0.0 < fractions[i] < 1.0
-        if alone and 0 < source.size < SMALL:
-            masks[i] = _small_mask(source, fractions[i], plain[i].shape)
-    rest = [i for i, mask in enumerate(masks) if mask is None]
-    if rest:
-        found = _select(
-            [sources[i] for i in rest],
-            [plain[i].shape for i in rest],
-            [fractions[i] for i in rest],
-            [pools[i] for i in rest],
-        )
-        for i, mask in zip(rest, found, strict=True):
-            masks[i] = mask
-    return Selection([mask for mask in masks if mask is not None])
-
-
-def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
 ) -> list[Tensor]:
-    """Select by given scores; see `_reference.topk_masks`."""
-    if _mixed((s.dtype == torch.float64 for s in scores), pools):
-        return _reference.topk_masks(scores, fractions, pools)
-    masks = _select([_Scores(s) for s in scores], [s.shape for s in scores], fractions, pools)
-    for score, mask, fraction in zip(scores, masks, fractions, strict=True):
-        if fraction < 1.0:
-            mask.logical_and_(score != 0)
-    return masks
-
-
-def _mixed(kinds: Iterable[Any], pools: Sequence[int]) -> bool:
-    """Tell whether a pool has keys of two kinds."""
-    pairs = set(zip(pools, kinds, strict=True))
-    return len(pairs) > len({pool for pool, _ in pairs})
-
-
-def _select(
-    sources: Sequence[_Source],
-    shapes: Sequence[torch.Size],
-    fractions: Sequence[float],
-    numbers: Sequence[int],
-) -> list[Tensor]:
-    """Mark the highest keys in each pool; return the masks."""
-    masks = [torch.empty(shape, dtype=torch.bool, device="cpu") for shape in shapes]
+    """Score and select; see `_reference.select`."""
+    sources: list[Source] = []
+    shapes = []
+    for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
+        terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
+        present = [(g.detach(), factor) for g, factor in terms if g is not None]
+        used = [term for term in present if term[1] != 0.0]
+        used = used or [(torch.zeros_like(present[0][0]), 1.0)]
+        sources.append(([g.reshape(-1) for g, _ in used], [factor for _, factor in used]))
+        shapes.append(used[0][0].shape)
+    if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
+        return _reference.select(g_nats, g_advs, alphas, fractions, pools)
     members: dict[int, list[int]] = {}
-    for i, number in enumerate(numbers):
-        if fractions[i] == 1.0:
-            masks[i].fill_(True)
-        else:
-            members.setdefault(number, []).append(i)
-    pools = [
-        _Pool(
-            [sources[i] for i in mine],
-            [masks[i].view(-1).numpy() for i in mine],
-            fractions[mine[0]],
-        )
-        for mine in members.values()
-    ]
-    total = sum(pool.size for pool in pools)
-    _each(_Pool.prepare, pools, total)
-    spans = [(pool, span) for pool in pools for span in pool.spans()]
-    for (pool, _), (count, inside) in zip(
-        spans, _each(lambda task: task[0].scan(task[1]), spans, total), strict=True
-    ):
-        pool.above += count
-        pool.inside += inside
-    _each(_Pool.finish, pools, total)
-    return masks
+    for i, pool in enumerate(pools):
+        members.setdefault(pool, []).append(i)
+    masks: dict[int, Tensor] = {}
+    with np.errstate(all="ignore"):  # infinite and NaN gradients are legitimate
+        for indices in members.values():
+            sizes = [shapes[i].numel() for i in indices]
+            size, fraction = sum(sizes), fractions[indices[0]]
+            k = update_count(size, fraction)
+            if fraction == 1.0 or k == 0:
+                joined = np.full(size, k > 0)
+            else:
+                joined = _pool_mask([sources[i] for i in indices], size, k)
+            parts = torch.from_numpy(joined).split_with_sizes(sizes)
+            for i, part in zip(indices, parts, strict=True):
+                masks[i] = part.view(shapes[i])
+    return [masks[i] for i in range(len(shapes))]
 
 
-class Selection(_reference.Selection):
-    """Masks, applied a chunk at a time with bitwise operations on the numbers' bits."""
-
-    @_disable_dynamo
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        weights: Sequence[Tensor | None],
-        saved: Sequence[Tensor | None],
-    ) -> None:
-        for weight, copy in zip(weights, saved, strict=True):
-            if weight is not None and copy is not None:
-                copy.copy_(weight)
-        pairs = zip(self._masks, targets, strict=True)
-        work = [(mask, target) for mask, target in pairs if target is not None]
-        _each(lambda pair: _zero(*pair), work, sum(mask.numel() for mask, _ in work))
-
-    @_disable_dynamo
-    def conserve_(self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-        triples = zip(self._masks, weights, saved, strict=True)
-        work = [(m, w, s) for m, w, s in triples if w is not None and s is not None]
-        _each(lambda triple: _put_back(*triple), work, sum(mask.numel() for mask, *_ in work))
-
-
-def _zero(mask: Tensor, target: Tensor) -> None:
-    """Set ``target`` to 0 where it is not in the mask."""
-    arrays = _in_memory_order(mask, target)
-    if arrays is None:
-        target.masked_fill_(~mask, 0)
-        return
-    marks, bits = arrays
-    for part, ones in _ones(marks, bits.dtype):
-        np.bitwise_and(bits[part], ones, out=bits[part])
+def _pool_mask(pool: Sequence[Source], size: int, k: int) -> Array:
+    """Return a flat mask of the k highest scores of a pool, its tensors one after another."""
+    if size < SMALL:
+        return _highest(_keys(pool), k)
+    low, high = _bracket(pool, size, k)
+    mask = np.empty(size, bool)
+    chunk = -(-min(size, CHUNK) // 8) * 8
+    (work, spare), inner = _empty_keys(pool, chunk), np.empty(chunk, bool)
+    places, inside = [], []
+    start = above = 0
+    for flats, factors in pool:
+        for parts in zip(*(torch.split(flat, chunk) for flat in flats), strict=True):
+            keys = work[: parts[0].numel()]
+            _write_keys((parts, factors), keys, spare)
+            marks, between = mask[start : start + keys.size], inner[: keys.size]
+            np.greater(keys, high, out=marks)
+            np.greater_equal(keys, low, out=between)
+            np.not_equal(between, marks, out=between)
+            inner[keys.size :] = False
+            at = _sparse_nonzero(inner)
+            above += int(np.count_nonzero(marks))
+            inside.append(keys.take(at))
+            places.append(at + start)
+            start += keys.size
+    missing, keys = k - above, np.concatenate(inside)
+    if missing < 0 or (missing > keys.size and low > 1):  # the bracket missed
+        return _highest(_keys(pool), k)
+    if missing > 0 and keys.size:
+        mask[np.concatenate(places)] = _highest(keys, missing)
+    return mask
 
 
-def _put_back(mask: Tensor, weight: Tensor, old: Tensor) -> None:
-    """Set ``weight`` to ``old`` where it is not in the mask."""
-    arrays = _in_memory_order(mask, weight, old)
-    if arrays is None:
-        torch.where(mask, weight, old, out=weight)
-        return
-    marks, new, olds = arrays
-    for part, ones in _ones(marks, new.dtype):
-        changed = _BUFFERS.get("changed", new.dtype.type, ones.size)
-        np.bitwise_xor(new[part], olds[part], out=changed)
-        np.bitwise_and(changed, ones, out=changed)
-        np.bitwise_xor(olds[part], changed, out=new[part])
+def _bracket(pool: Sequence[Source], size: int, k: int) -> tuple[int, int]:
+    """Return two keys between which the k-th highest almost surely lies."""
+    sample: list[Source] = []
+    for flats, factors in pool:
+        runs = _runs(flats[0].numel() // RUN, min(1.0, (SAMPLE * size) ** (2 / 3) / size))
+        rows = [flat[: flat.numel() // RUN * RUN].view(-1, RUN) for flat in flats]
+        sample.append(([row.index_select(0, runs).view(-1) for row in rows], factors))
+    keys = _keys(sample)
+    n, nan = keys.size, NAN[keys.itemsize]
+    rank, spread = n * (1 - k / size), (n * k * (size - k)) ** 0.5 / size
+    low, high = int(rank - WIDTH * spread) - RUN, int(rank + WIDTH * spread) + RUN
+    np.minimum(keys, nan, out=keys).partition([i for i in (low, high) if 0 <= i < n])
+    lowest = int(keys[low]) if low >= 0 else 0
+    highest = int(keys[high]) if high < n else nan
+    return max(lowest, 1), highest if highest < nan else np.iinfo(keys.dtype).max
 
 
-def _ones(marks: Array, dtype: Any) -> Iterable[tuple[slice, Array]]:
-    """Yield parts of the marks as integers: all bits set, or none."""
-    for start in range(0, marks.size, CHUNK):
-        part = slice(start, min(start + CHUNK, marks.size))
-        ones = _BUFFERS.get("ones", dtype.type, part.stop - start)
-        np.negative(marks[part].view(np.int8), out=ones, dtype=dtype)
-        yield part, ones
+@lru_cache(maxsize=256)
+def _runs(total: int, share: float) -> Tensor:
+    """Return indices of sampled runs, one per stratum: a fixed stride would follow the channels."""
+    count = round(total * share)
+    edges = np.arange(count + 1) * total // max(1, count)
+    return torch.from_numpy(np.random.default_rng(total).integers(edges[:-1], edges[1:]))
 
 
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _empty_keys(pool: Sequence[Source], size: int) -> tuple[Array, Array]:
+    """Return memory for keys of a pool and for one term of its scores."""
+    key = np.int64 if pool[0][0][0].dtype == torch.float64 else np.int32
+    return np.empty(size, key), np.empty(size, key)
 
 
-def _in_memory_order(mask: Tensor, first: Tensor, *others: Tensor) -> list[Array] | None:
-    """Return the mask and the bits of tensors with equal strides as flat arrays, or None.
-
-    Without a copy but of the mask, and of that only where the tensors are not in row-major order.
-    """
-    if any(type(t) is not Tensor for t in (first, *others)):
-        return None
-    strides = first.stride()
-    order = sorted(range(first.dim()), key=lambda d: -strides[d])
-    flat = [t.detach().permute(order) for t in (first, *others)]
-    if first.is_complex() or not all(t.is_contiguous() for t in flat):
-        return None
-    ints = [t.view(_INTS[t.element_size()]).reshape(-1).numpy() for t in flat]
-    return [mask.permute(order).contiguous().view(-1).numpy(), *ints]
+def _keys(pool: Sequence[Source]) -> Array:
+    """Return all keys of a pool."""
+    keys, spare = _empty_keys(pool, sum(flats[0].numel() for flats, _ in pool))
+    start = 0
+    for source in pool:
+        stop = start + source[0][0].numel()
+        _write_keys(source, keys[start:stop], spare)
+        start = stop
+    return keys
 
 
-# Buffers and threads.
+def _write_keys(source: Source, keys: Array, spare: Array) -> None:
+    """Write the keys of scores: the sum of factor * |gradient|, each step rounded."""
+    for i, (flat, factor) in enumerate(zip(*source, strict=True)):
+        gradient = (flat if flat.itemsize > 2 else flat.float()).numpy()
+        out = (spare[: keys.size] if i else keys).view(gradient.dtype)
+        if factor != 1.0:
+            gradient = np.multiply(gradient, factor, out=out)
+        np.absolute(gradient, out=out)
+    if i:
+        score = keys.view(gradient.dtype)
+        np.add(score, out, out=score)
 
 
-class _Buffers(threading.local):
-    """Memory of a thread that is used again and again."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[str, type], Array] = {}
-
-    def get(self, name: str, dtype: type, size: int) -> Array:
-        """Return an array of that size; its content is what was left there."""
-        found = self.held.get((name, dtype))
-        if found is None or found.size < size:
-            found = self.held[name, dtype] = np.empty(max(size, CHUNK), dtype)
-        return found[:size]
+def _highest(keys: Array, k: int) -> Array:
+    """Return a mask of the k highest keys, without the key 0; ties go to the first."""
+    np.minimum(keys, NAN[keys.itemsize], out=keys)
+    rank = max(keys.size - k, 0)
+    threshold = np.partition(keys, rank)[rank]
+    mask: Array = keys >= max(threshold, 1)
+    surplus = int(np.count_nonzero(mask)) - k
+    if surplus > 0:
+        mask[np.flatnonzero(keys == threshold)[-surplus:]] = False
+    return mask
 
 
-_BUFFERS = _Buffers()
-
-
-def _each(function: Callable[[Any], Any], tasks: Sequence[Any], total: int) -> list[Any]:
-    """Map over ``tasks``; on torch's number of threads where there are ``total`` >> 0 weights."""
-    threads = min(torch.get_num_threads(), len(tasks))
-    if threads < 2 or total < THREADED:
-        return [function(task) for task in tasks]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, tasks))
+def _sparse_nonzero(flags: Array) -> Array:
+    """Return np.flatnonzero, faster where few are set: groups of eight first, then their flags."""
+    eights = flags.view(np.uint64)
+    groups = np.flatnonzero(eights != 0)
+    within = np.flatnonzero(eights.take(groups).view(np.bool_))
+    return groups.take(within >> 3) * 8 + (within & 7)
