@@ -1,4 +1,4 @@
-"""Score, select, conserve in plain torch: the specification that every backend is tested against.
+"""Score, select, mask and restore in plain torch: the specification of every backend.
 
 Nothing here checks its arguments; `functional` does.
 """
@@ -13,23 +13,22 @@ from torch import Tensor
 
 
 def update_count(n: int, update_fraction: float) -> int:
-    """Return k, how many of ``n`` weights are updated: max(1, round(update_fraction * n))."""
+    """Return k, the number of weights updated out of ``n``: max(1, round(update_fraction * n))."""
     if n == 0 or update_fraction == 0.0:
         return 0
     return max(1, round(update_fraction * n))
 
 
 def score_dtype(gradient: Tensor) -> torch.dtype:
-    """Return float64 for float64 and complex128 gradients, float32 for all others."""
-    wide = gradient.dtype in (torch.float64, torch.complex128)
-    return torch.float64 if wide else torch.float32
+    """Return float64 for float64 gradients, float32 for all others."""
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
 
 
 def rgp_score(g_nat: Tensor | None, g_adv: Tensor | None, alpha: float) -> Tensor:
-    """Return alpha * |g_nat| + (1 - alpha) * |g_adv|; a gradient that is missing counts as 0.
+    """Return alpha * |g_nat| + (1 - alpha) * |g_adv|; a missing gradient counts as 0.
 
     Two products and one sum, each rounded: no fused multiply-add, so that all backends agree. A
-    weight of 0 takes its term out altogether, so that an infinite gradient there is no NaN.
+    factor of 0 leaves its term out, so that an infinite gradient there gives no NaN.
     """
     terms = []
     for gradient, share in ((g_nat, alpha), (g_adv, 1.0 - alpha)):
@@ -44,12 +43,12 @@ def rgp_score(g_nat: Tensor | None, g_adv: Tensor | None, alpha: float) -> Tenso
 
 
 def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
-    """Return a mask of the k highest scores, without those that are 0; ties go to the lowest index.
+    """Return a mask of the k highest scores, without zeros; ties go to the lowest index.
 
     NaN ranks above infinity, all NaN alike. 1 selects everything, zeros included; 0 nothing.
     """
     if update_fraction == 1.0:
-        return torch.ones_like(score, dtype=torch.bool)
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     flat = score.reshape(-1)
     ranked = torch.where(flat.isnan(), math.nan, flat)  # one NaN: sorts may rank their payloads
     order = torch.sort(ranked, descending=True, stable=True).indices
@@ -61,26 +60,21 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
 def topk_masks(
     scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
 ) -> list[Tensor]:
-    """Return one mask for each score; those with the same pool number share one threshold."""
+    """Return one mask per score; scores with equal pool numbers share one threshold."""
     members: dict[int, list[int]] = {}
     for i, pool in enumerate(pools):
         members.setdefault(pool, []).append(i)
     masks: dict[int, Tensor] = {}
     for indices in members.values():
-        mine = [scores[i] for i in indices]
-        if len(mine) > 1:
-            joined = topk_mask(_join(mine), fractions[indices[0]])
-            parts = torch.split(joined, [score.numel() for score in mine])
-            for i, score, part in zip(indices, mine, parts, strict=True):
-                masks[i] = part.view(score.shape).to(score.device)
-        else:
-            masks[indices[0]] = topk_mask(mine[0], fractions[indices[0]])
+        parts = [scores[i] for i in indices]
+        wide = any(score.dtype == torch.float64 for score in parts)
+        dtype = torch.float64 if wide else torch.float32
+        joined = torch.cat([score.reshape(-1).to(dtype) for score in parts])
+        mask = topk_mask(joined, fractions[indices[0]])
+        pieces = mask.split([score.numel() for score in parts])
+        for i, score, piece in zip(indices, parts, pieces, strict=True):
+            masks[i] = piece.view(score.shape)
     return [masks[i] for i in range(len(scores))]
-
-
-def _join(scores: Sequence[Tensor]) -> Tensor:
-    dtype = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
-    return torch.cat([score.reshape(-1).to(scores[0].device, dtype) for score in scores])
 
 
 def select(
@@ -89,40 +83,28 @@ def select(
     alphas: Sequence[float],
     fractions: Sequence[float],
     pools: Sequence[int],
-) -> Selection:
+) -> list[Tensor]:
     """Score and select; see `rgp_score` and `topk_masks`."""
     pairs = zip(g_nats, g_advs, alphas, strict=True)
-    return Selection(topk_masks([rgp_score(*pair) for pair in pairs], fractions, pools))
+    return topk_masks([rgp_score(*pair) for pair in pairs], fractions, pools)
 
 
-class Selection:
-    """What was selected in a list of tensors, and what a step does with it."""
+def zero_and_save_(
+    masks: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Zero each gradient outside its mask, in place, NaN and infinity too; copy each weight."""
+    for mask, gradient in zip(masks, gradients, strict=True):
+        if gradient is not None:
+            gradient.masked_fill_(~mask, 0)
+    return [None if weight is None else weight.clone() for weight in weights]
 
-    def __init__(self, masks: list[Tensor]) -> None:
-        self._masks = masks
 
-    def masks(self) -> list[Tensor]:
-        """Return the masks: True where a weight is updated."""
-        return self._masks
-
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        weights: Sequence[Tensor | None],
-        saved: Sequence[Tensor | None],
-    ) -> None:
-        """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``.
-
-        NaN and infinity become 0 too. An entry that is None is left out.
-        """
-        for mask, target, weight, copy in zip(self._masks, targets, weights, saved, strict=True):
-            if target is not None:
-                target.masked_fill_(~mask, 0)
-            if weight is not None and copy is not None:
-                copy.copy_(weight)
-
-    def conserve_(self, weights: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-        """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
-        for mask, weight, old in zip(self._masks, weights, saved, strict=True):
-            if weight is not None and old is not None:
-                torch.where(mask, weight, old, out=weight)
+def restore_(
+    masks: Sequence[Tensor], weights: Sequence[Tensor], saved: Sequence[Tensor | None]
+) -> None:
+    """Put back the saved value of each weight outside its mask, in place and bit for bit."""
+    for mask, weight, old in zip(masks, weights, saved, strict=True):
+        if old is not None:
+            torch.where(mask, weight, old, out=weight)
