@@ -1,280 +1,384 @@
-"""The GPU backend: tables of what is where, the launches of `_kernels`, and what was selected.
+"""The GPU backend: exact selection by counting, then masking and restoring, all tensors at once.
 
-A plan has what does not change from step to step; the settings of its groups and the addresses of
-its tensors are tables of their own. All are copied to the device without waiting for it, kept for
-the next steps, and awaited by each stream that reads them.
+Scores become integer keys of the same order. Each counting pass takes the next digit of the keys
+that share the threshold's digits so far, and counts how often each value occurs; the last program
+of a pool to finish (a ticket) picks the digit of the k-th highest key. After the last pass the
+threshold is known bit by bit, and a mask kernel compares. No step depends on the data.
+
+A table of addresses, sizes and strides describes the tensors: launches do not depend on their
+number. Indices are row-major whatever the strides. Nothing synchronises with the host.
+
+All tensors of a call are on one device. The digits and the ticket follow AIR Top-K (Zhang et al.,
+SC 2023), the tables apex.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from rgp_optim import _kernels as kernels
 from rgp_optim import _reference
-from rgp_optim._checks import error_text
-from rgp_optim._kernels import CODES, MIXED, OPTIONS, WORD
-from rgp_optim._reference import rgp_score, topk_masks, update_count
+from rgp_optim._reference import update_count
 
-__all__ = ["Selection", "rgp_score", "select", "topk_masks"]
+__all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
-HALF_WIDTH = 4.5  # half the window, in standard deviations of the sample's count
-EXACTNESS = 8  # its edges are found as exactly as an eighth of that
-LIST_SHARE = 128  # one weight in so many has a place in the list,
-LIST_LEAST = 1024  # and so many more
-HOST = torch.device("cpu")  # named: a program may have another default device
-ALL_K = -1  # P_K of a pool of which everything is selected
-NONE, SOME, EACH = (int(each.value) for each in (kernels.NONE, kernels.SOME, kernels.EACH))
-KEPT = 16  # tables of each kind that a plan keeps
-CAPTURES = 32  # tables of addresses that CUDA graphs can have of a plan
+CHUNK = 32768  # elements per program, a multiple of BLOCK
+BLOCK = 2048  # elements at a time
+# Bits per counting pass, 32 in all. Before Triton 3.8 histograms cost an instruction for every few
+# bins and element: four passes of 256 bins are faster there than three of 2048.
+DIGITS = (11, 11, 10) if triton.__version__ >= "3.8" else (8, 8, 8, 8)
+KEPT_TABLES = 16  # on the device, for the next steps
+CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA graphs
+# Each product and sum is rounded, as in the reference: no fused multiply-add.
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
-Column = Sequence[Tensor | None]
+# Columns of a tensor's row. N1 .. S2 give its memory order, see `_offsets`.
+SIZE, FIRST_CHUNK, CODE, FAST, N1, N2, S0, S1, S2, MASK = (tl.constexpr(i) for i in range(10))
+NAT, ADV, SHARE_NAT, SHARE_ADV, PLACE, POOL = (tl.constexpr(i) for i in range(10, 16))  # _count
+TARGET, SOURCE = NAT, ADV  # _merge
+WIDTH = tl.constexpr(16)
+# Columns of a pool's row; of its state on the device, which the counts of a digit follow.
+K, POOL_CHUNK, POOL_CHUNKS, POOL_WIDTH = (tl.constexpr(i) for i in (0, 1, 2, 4))
+PREFIX, WANTED, TICKET, COUNTS = (tl.constexpr(i) for i in (0, 1, 2, 4))
 
-
-# Tables on the device.
-
-
-class _Tables:
-    """Tables that are copied to the device on one stream and read on any."""
-
-    def __init__(self, device: torch.device, *values: Any, dtypes: Sequence[torch.dtype]) -> None:
-        self.device = device
-        self.on_device = [_copied(v, d, device) for v, d in zip(values, dtypes, strict=True)]
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record(stream)
-            self._awaited = {stream}
-
-    def get(self) -> list[Tensor]:
-        """Return the tables for use on the current stream."""
-        if self.device.type == "cuda" and not _capturing(self.device):
-            stream = torch.cuda.current_stream(self.device)
-            if stream not in self._awaited:  # once is enough
-                stream.wait_event(self._arrived)
-                for table in self.on_device:
-                    table.record_stream(stream)
-                self._awaited.add(stream)
-        return self.on_device
+EVERYTHING = tl.constexpr(-1)  # k of a fraction of 1: zeros too
+ALL_TIES = tl.constexpr(1 << 30)
+ABSENT = -1  # bits of a share whose term is left out
+NAN_KEY = tl.constexpr(0x7F800001)  # one key above infinity
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLAT = (1, 1, 1, 0, 0)  # N1 .. S2 of contiguous memory
+KEYS, GRADIENTS, SCORES = (tl.constexpr(i) for i in range(3))  # what a counting pass reads
 
 
-def _copied(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy numbers to the device without waiting for it."""
-    table = torch.as_tensor(values, dtype=dtype, device=HOST)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+# Kernels.
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+@triton.jit
+def _offsets(row, at, lane):
+    """Return offsets in memory of the elements ``at + lane`` of row-major order.
+
+    The tensor has at most three dimensions, (any, N1, N2) with strides S0, S1, S2, after joining
+    neighbours. Divisions of vectors are in 32 bits, which are faster.
+    """
+    n1, n2 = tl.load(row + N1), tl.load(row + N2)
+    s0, s1, s2 = tl.load(row + S0), tl.load(row + S1), tl.load(row + S2)
+    offsets = (at + lane) * s0
+    if n1 * n2 > 1:
+        outer = at // n2
+        i2 = (at % n2).to(tl.int32) + lane
+        i1 = (outer % n1).to(tl.int32) + i2 // n2.to(tl.int32)
+        i0 = outer // n1 + i1 // n1.to(tl.int32)
+        offsets = i0 * s0 + (i1 % n1.to(tl.int32)) * s1 + (i2 % n2.to(tl.int32)) * s2
+    return offsets
 
 
-class _Kept(OrderedDict[Any, Any]):
-    """The last few of something, by what they were made from."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def find(self, key: Any) -> Any:
-        """Return what is kept, or None."""
-        found = self.pop(key, None)
-        if found is not None:
-            self[key] = found
-        return found
-
-    def keep(self, key: Any, value: Any) -> Any:
-        self[key] = value
-        while len(self) > self.most:
-            self.popitem(last=False)
-        return value
+@triton.jit
+def _load_pair(row, nat, adv, at, lane, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Load a block of both gradients as float32."""
+    p = nat.to(tl.pointer_type(DTYPE))
+    q = adv.to(tl.pointer_type(DTYPE))
+    if (tl.load(row + FAST) != 0) & (at + BLOCK <= size):
+        # Loads of 16 bytes need the hint here, behind all arithmetic, and no mask.
+        a = tl.load(tl.multiple_of(p + at, 16) + lane)
+        b = tl.load(tl.multiple_of(q + at, 16) + lane)
+    else:
+        offsets = _offsets(row, at, lane)
+        a = tl.load(p + offsets, mask=at + lane < size, other=0)
+        b = tl.load(q + offsets, mask=at + lane < size, other=0)
+    return a.to(tl.float32), b.to(tl.float32)
 
 
-class _Plan:
-    """All that does not change from step to step: who is where, and what is sampled."""
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        layouts: Sequence[tuple[int, int]],
-        dtypes: Sequence[torch.dtype],
-        pools: Sequence[int],
-        device: torch.device,
-    ) -> None:
-        self.device = device
-        self.code = CODES[dtypes[0]] if len(set(dtypes)) == 1 else MIXED
-        members: dict[int, list[int]] = {}
-        for i, pool in enumerate(pools):
-            members.setdefault(pool, []).append(i)
-        self.groups = [_Group([(i, sizes[i]) for i in mine]) for mine in members.values()]
-        self.groups.sort(key=lambda group: group.whole)  # those that are counted come first
-        tensors = [[0] * kernels.T_WIDTH.value for _ in sizes]
-        chunk_tensor: list[int] = []
-        chunk_start: list[int] = []
-        samples = []
-        self.rows: list[list[int]] = []
-        runs = self.room = self.counted = self.listed = 0
-        for number, group in enumerate(self.groups):
-            base, first = 0, len(chunk_tensor)
-            for i, size in group.members:
-                tensors[i] = [size, number, base, *layouts[i], CODES[dtypes[i]]]
-                base += size
-                starts = range(0, size, kernels.CHUNK.value)
-                chunk_tensor += [i] * len(starts)
-                chunk_start += starts
-            chunks = 0 if group.whole else len(chunk_tensor) - first
-            samples.append(group.sample())
-            group.sampled = len(samples[-1][0])
-            self.rows.append([first, chunks, runs, group.sampled, self.room, group.room])
-            runs += group.sampled
-            self.room += group.room
-            self.counted += chunks
-            self.listed += not group.whole
-        self.chunks = len(chunk_tensor)
-        run_tensor, run_start = (torch.cat(each) for each in zip(*samples, strict=True))
-        long, short = torch.int64, torch.int32
-        self.tables = _Tables(
-            device, tensors, chunk_tensor, chunk_start, run_tensor, run_start,
-            dtypes=(long, short, long, short, long),
-        )  # fmt: skip
-        self._settings = _Kept(KEPT)
-        self._addresses = _Kept(KEPT)
-        self._captured: dict[tuple[int, ...], Tensor] = {}
-        self._in_graphs: list[_Tables] = []
-        # Host memory for the tables of captured steps: none can be pinned during a capture.
-        shape = CAPTURES if device.type == "cuda" else 0, len(sizes) * kernels.A_WIDTH.value
-        self._staged = list(torch.empty(shape, dtype=long, device=HOST, pin_memory=shape[0] > 0))
-
-    def settings(self, alphas: Sequence[float], fractions: Sequence[float]) -> _Tables:
-        """Return the tables of what is asked of each pool and tensor."""
-        key = tuple(alphas), tuple(fractions)
-        found: _Tables | None = self._settings.find(key)
-        if found is None:
-            if _capturing(self.device):
-                raise RuntimeError(_EAGER_FIRST)
-            rows = []
-            for group, row in zip(self.groups, self.rows, strict=True):
-                k, *ranks = group.ranks(fractions[group.members[0][0]])
-                first, chunks, run, runs, place, room = row
-                only = group.members[0][0] if len(group.members) == 1 else -1
-                rows.append([group.size, k, first, chunks, run, runs, *ranks, place, room, only])
-            shares = [[a, 1.0 - a] for a in alphas]
-            types = torch.int64, torch.float32
-            found = self._settings.keep(key, _Tables(self.device, rows, shares, dtypes=types))
-        return found
-
-    def tables_with(self, settings: _Tables) -> list[Tensor]:
-        """Return the tables of the plan and of settings; a graph that is captured keeps both."""
-        if _capturing(self.device) and settings not in self._in_graphs:
-            self._in_graphs.append(settings)
-            _in_graphs.add(self)
-        return [*settings.get(), *self.tables.get()]
-
-    def addresses(self, *columns: Column) -> Tensor:
-        """Return the table of where the tensors are; five columns, as `_kernels` numbers them."""
-        flat = tuple(
-            0 if t is None else t.data_ptr() for row in zip(*columns, strict=True) for t in row
-        )
-        if _capturing(self.device):
-            return self._capture(flat)
-        found: _Tables | None = self._addresses.find(flat)
-        if found is None:
-            made = _Tables(self.device, flat, dtypes=(torch.int64,))
-            found = self._addresses.keep(flat, made)
-        return found.get()[0]
-
-    def _capture(self, flat: tuple[int, ...]) -> Tensor:
-        """Return a table that a graph copies to the device at each replay."""
-        if flat not in self._captured:
-            if not self._staged:
-                raise RuntimeError(
-                    "step() was captured in CUDA graphs too often with the same parameters: its "
-                    "tables of addresses are used up. Capture it once and replay that graph."
-                )
-            staged = self._staged.pop()
-            staged.copy_(torch.tensor(flat, dtype=torch.int64, device=HOST))
-            self._captured[flat] = staged
-            _in_graphs.add(self)
-        return self._captured[flat].to(self.device, non_blocking=True)
+@triton.jit
+def _new_keys(row, at, lane, size, READ: tl.constexpr, BLOCK: tl.constexpr):
+    """Return integers that rank like the scores: NaN highest, both zeros 0."""
+    nat, adv, code = tl.load(row + NAT), tl.load(row + ADV), tl.load(row + CODE)
+    if code == 0:
+        a, b = _load_pair(row, nat, adv, at, lane, size, tl.float32, BLOCK)
+    elif code == 1:
+        a, b = _load_pair(row, nat, adv, at, lane, size, tl.bfloat16, BLOCK)
+    else:
+        a, b = _load_pair(row, nat, adv, at, lane, size, tl.float16, BLOCK)
+    if READ == SCORES:
+        score = a
+    else:
+        share_a = tl.load(row + SHARE_NAT).to(tl.int32)
+        share_b = tl.load(row + SHARE_ADV).to(tl.int32)
+        score = tl.where(share_a >= 0, tl.abs(a) * share_a.to(tl.float32, bitcast=True), 0.0)
+        score += tl.where(share_b >= 0, tl.abs(b) * share_b.to(tl.float32, bitcast=True), 0.0)
+    bits = score.to(tl.int32, bitcast=True)
+    size_bits = bits & 0x7FFFFFFF
+    return tl.where(size_bits >= NAN_KEY, NAN_KEY, tl.where(bits < 0, -size_bits, bits))
 
 
-@dataclass
-class _Group:
-    """Tensors that share a threshold, by number and size."""
+@triton.jit
+def _count(
+    rows,  # int64 [tensors, WIDTH]
+    owners,  # int64 [chunks]: the tensor of each
+    pools,  # int64 [pools, POOL_WIDTH]
+    states,  # int64 [pools, STATE], zeros at first
+    keys,  # int32: scratch, each tensor padded to whole blocks
+    ties,  # int32 [chunks, 2**BITS]: counts of the last digit
+    rooms,  # int32 [chunks]: how many ties of each chunk are selected
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    READ: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the digit ``key >> SHIFT`` of all keys that share the digits before."""
+    BINS: tl.constexpr = 1 << BITS
+    FIRST: tl.constexpr = READ != KEYS
+    pid = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(owners + pid) * WIDTH
+    size, place, pool = tl.load(row + SIZE), tl.load(row + PLACE), tl.load(row + POOL)
+    state = states + pool * STATE
+    prefix = tl.load(state + PREFIX).to(tl.int32)
+    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    lane = tl.arange(0, BLOCK)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
+        at = start + block * BLOCK
+        scratch = tl.multiple_of(keys + place + at, 16) + lane
+        counted = at + lane < size
+        if FIRST:
+            key = _new_keys(row, at, lane, size, READ, BLOCK)
+            tl.store(scratch, key)
+            digit = (key >> SHIFT) + BINS // 2  # shifts keep the sign
+        else:
+            key = tl.load(scratch)
+            counted &= (key >> (SHIFT + BITS)) == prefix
+            digit = (key >> SHIFT) & (BINS - 1)
+        counts += tl.histogram(digit, BINS, mask=counted)
+    tl.atomic_add(state + COUNTS + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    if SHIFT == 0:
+        tl.store(ties + pid * BINS + bins, counts)
 
-    members: list[tuple[int, int]]
-    sampled: int = 0  # runs
-
-    def __post_init__(self) -> None:
-        self.size = sum(size for _, size in self.members)
-        chunk = kernels.CHUNK.value
-        if sum(-(-size // chunk) * chunk for _, size in self.members) > kernels.PLACES.value:
-            rule = f"have fewer than 2**{kernels.PLACE_BITS.value} weights with one threshold"
-            found = f"{self.size} weights in {len(self.members)} tensors"
-            hint = "Use backend='torch', or scope='tensor'."
-            raise RuntimeError(error_text("backend 'triton'", rule, found, hint))
-        self.runs = sum(-(-size // kernels.RUN.value) for _, size in self.members)
-        self.whole = self.runs <= kernels.SAMPLE.value // kernels.RUN.value
-        self.room = 0 if self.whole else self.size // LIST_SHARE + LIST_LEAST
-
-    def sample(self) -> tuple[Tensor, Tensor]:
-        """Return tensor and start of each run that is sampled; of a small group, all of them."""
-        numbers = torch.tensor([i for i, _ in self.members], device=HOST)
-        sizes = torch.tensor([size for _, size in self.members], device=HOST)
-        runs = -(-sizes // kernels.RUN.value)  # what lies behind a tensor's end is left out
-        ends = runs.cumsum(0)
-        wanted = min(kernels.SAMPLE.value // kernels.RUN.value, self.runs)
-        chosen = torch.arange(wanted, device=HOST)
-        if not self.whole:  # one at random in each of equal strata
-            edges = torch.arange(wanted + 1, device=HOST) * self.runs // wanted
-            generator = torch.Generator(HOST).manual_seed(self.runs)
-            draws = torch.rand(wanted, generator=generator, dtype=torch.float64, device=HOST)
-            chosen = edges[:-1] + (draws * edges.diff()).long()
-        member = torch.searchsorted(ends, chosen, right=True)
-        return numbers[member], (chosen - (ends - runs)[member]) * kernels.RUN.value
-
-    def ranks(self, fraction: float) -> tuple[int, int, int, int]:
-        """Return k, and ranks in the sample above and below it, and how exactly to find them."""
-        k = ALL_K if fraction == 1.0 else update_count(self.size, fraction)
-        if self.whole or k <= 0:
-            return k, 0, 0, 0
-        sampled = self.sampled * kernels.RUN.value
-        expected = sampled * k / self.size
-        half = HALF_WIDTH * (expected * (1 - k / self.size)) ** 0.5 + kernels.RUN.value
-        below = int(expected + half) + 1
-        return (
-            k,
-            max(int(expected - half), 0),
-            below if below <= sampled else self.size + 1,
-            max(1, int(half / EXACTNESS)),
-        )
+    tl.debug_barrier()  # all of the program's adds come before its ticket
+    chunks = tl.load(pools + pool * POOL_WIDTH + POOL_CHUNKS)
+    if tl.atomic_add(state + TICKET, 1, sem="acq_rel") == chunks - 1:
+        total = tl.load(state + COUNTS + bins, cache_modifier=".cg")
+        tl.store(state + COUNTS + bins, tl.zeros([BINS], tl.int64))
+        tl.store(state + TICKET, 0)
+        if FIRST:
+            wanted = tl.load(pools + pool * POOL_WIDTH + K)
+        else:
+            wanted = tl.load(state + WANTED)
+        above = tl.sum(total) - tl.cumsum(total)
+        found = (above < wanted) & (wanted <= above + total)
+        digit = tl.sum(tl.where(found, bins, 0))
+        wanted -= tl.sum(tl.where(found, above, 0))
+        if FIRST:
+            tl.store(state + PREFIX, digit - BINS // 2)
+        else:
+            tl.store(state + PREFIX, (prefix << BITS) | digit)
+        tl.store(state + WANTED, wanted)
+        if SHIFT == 0:
+            _split_ties(ties + digit, rooms, pools + pool * POOL_WIDTH, wanted, BINS)
 
 
-_EAGER_FIRST = (
-    "A CUDA graph can capture step() only after an eager step with the same parameters and "
-    "settings: run a few steps before the capture, as torch.cuda.graph asks for."
-)
-_plans = _Kept(8)
-_in_graphs: set[_Plan] = set()  # replays read their tables: they are kept for good
+@triton.jit
+def _split_ties(ties, rooms, pool, wanted, BINS: tl.constexpr):
+    """Give ``wanted`` ties to the chunks of a pool: the first ones get all that they can take."""
+    first = tl.load(pool + POOL_CHUNK)
+    chunks = tl.load(pool + POOL_CHUNKS)
+    for i in range(0, chunks.to(tl.int32), 1024):
+        chunk = i + tl.arange(0, 1024)
+        there = chunk < chunks
+        count = tl.load(ties + (first + chunk) * BINS, mask=there, other=0, cache_modifier=".cg")
+        count = count.to(tl.int64)
+        room = wanted - (tl.cumsum(count) - count)
+        room = tl.where(room >= count, ALL_TIES, tl.maximum(room, 0))
+        tl.store(rooms + first + chunk, room.to(tl.int32), mask=there)
+        wanted -= tl.sum(count)
 
 
-def _plan(*key: Any) -> _Plan:
-    """Return the plan for these arguments; the last few are kept."""
-    found: _Plan | None = _plans.find(key)
+@triton.jit
+def _mask(
+    rows, owners, pools, states, keys, rooms, STATE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the masks: keys above the threshold, the first ties, no zeros."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(owners + pid) * WIDTH
+    size, place, pool = tl.load(row + SIZE), tl.load(row + PLACE), tl.load(row + POOL)
+    mask = tl.load(row + MASK).to(tl.pointer_type(tl.int8))
+    threshold = tl.load(states + pool * STATE + PREFIX).to(tl.int32)
+    k = tl.load(pools + pool * POOL_WIDTH + K)
+    room = tl.load(rooms + pid)
+    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    lane = tl.arange(0, BLOCK)
+    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
+        at = start + block * BLOCK
+        inside = at + lane < size
+        key = tl.load(tl.multiple_of(keys + place + at, 16) + lane)
+        tie = (key == threshold) & inside
+        selected = (key > threshold) | (tie & (room == ALL_TIES))
+        if (room > 0) & (room < ALL_TIES):  # at most one chunk per pool
+            selected |= tie & (tl.cumsum(tie.to(tl.int32)) <= room)
+            room = tl.maximum(room - tl.sum(tie.to(tl.int32)), 0)
+        selected = ((selected & (key != 0)) & (k > 0)) | (k == EVERYTHING)
+        if at + BLOCK <= size:
+            tl.store(tl.multiple_of(mask + at, 16) + lane, selected.to(tl.int8))
+        else:
+            tl.store(mask + at + lane, selected.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _merge(rows, owners, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Set each target to its source (0 if there is none) outside its mask; copies bits."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(owners + pid) * WIDTH
+    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    code = tl.load(row + CODE)
+    if code == 2:
+        _merge_chunk(row, start, tl.int16, CHUNK, BLOCK)
+    elif code == 4:
+        _merge_chunk(row, start, tl.int32, CHUNK, BLOCK)
+    else:
+        _merge_chunk(row, start, tl.int64, CHUNK, BLOCK)
+
+
+@triton.jit
+def _merge_chunk(row, start, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    size, fast = tl.load(row + SIZE), tl.load(row + FAST)
+    has_mask, has_source = tl.load(row + MASK) != 0, tl.load(row + SOURCE) != 0
+    mask = tl.load(row + MASK).to(tl.pointer_type(tl.int8))
+    target = tl.load(row + TARGET).to(tl.pointer_type(DTYPE))
+    source = tl.load(row + SOURCE).to(tl.pointer_type(DTYPE))
+    lane = tl.arange(0, BLOCK)
+    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
+        at = start + block * BLOCK
+        inside = at + lane < size
+        new = tl.zeros([BLOCK], DTYPE)
+        if (fast != 0) & (at + BLOCK <= size):
+            there = tl.multiple_of(target + at, 16) + lane
+            if has_source:
+                new = tl.load(tl.multiple_of(source + at, 16) + lane)
+            if has_mask:
+                kept = tl.load(tl.multiple_of(mask + at, 16) + lane) != 0
+                new = tl.where(kept, tl.load(there), new)
+            tl.store(there, new)
+        else:
+            offsets = _offsets(row, at, lane)
+            if has_source:
+                new = tl.load(source + offsets, mask=inside, other=0)
+            if has_mask:
+                kept = tl.load(mask + at + lane, mask=inside, other=0) != 0
+                new = tl.where(kept, tl.load(target + offsets, mask=inside, other=0), new)
+            tl.store(target + offsets, new, mask=inside)
+
+
+# Tables.
+
+
+_kept: OrderedDict[Any, list[Tensor]] = OrderedDict()
+_captured: dict[Any, Tensor] = {}  # graphs copy these at each replay: never freed
+_capture_space: list[Tensor] = []  # what is left for them
+
+
+def _tables(rows: list[list[int]], pools: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Return rows, pools and the owner of each chunk on the device, for the current stream."""
+    values = tuple(chain.from_iterable(rows)), tuple(chain.from_iterable(pools))
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.is_current_stream_capturing():
+        table = _in_graph(values, rows).to(device, non_blocking=True)
+        return _split(table, rows, pools)
+    # A table is copied, used and freed on one stream only, so that its order is enough.
+    key = values, CHUNK, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    found = _kept.pop(key, None)
     if found is None:
-        if _capturing(key[-1]):
-            raise RuntimeError(_EAGER_FIRST)
-        found = _plans.keep(key, _Plan(*key))
+        table = _on_host(values, rows)
+        if cuda:
+            if not _capture_space:
+                space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
+                _capture_space.append(space)
+            table = table.pin_memory().to(device, non_blocking=True)
+        found = _split(table, rows, pools)
+    _kept[key] = found
+    while len(_kept) > KEPT_TABLES:
+        _kept.popitem(last=False)
     return found
 
 
+def _on_host(values: tuple[tuple[int, ...], ...], rows: list[list[int]]) -> Tensor:
+    chunks = torch.tensor([-(-row[0] // CHUNK) for row in rows], device="cpu")
+    owners = torch.repeat_interleave(chunks)
+    numbers = torch.tensor([*values[0], *values[1]], dtype=torch.int64, device="cpu")
+    return torch.cat([numbers, owners])
+
+
+def _split(table: Tensor, rows: list[list[int]], pools: list[list[int]]) -> list[Tensor]:
+    a, b = len(rows) * WIDTH.value, len(pools) * POOL_WIDTH.value
+    return [table[:a], table[a : a + b], table[a + b :]]
+
+
+def _in_graph(values: tuple[tuple[int, ...], ...], rows: list[list[int]]) -> Tensor:
+    """Return a table in pinned memory that was there before the capture and stays for good."""
+    if values not in _captured:
+        table = _on_host(values, rows)
+        if not _capture_space or _capture_space[0].numel() < table.numel():
+            raise RuntimeError(
+                "The tables of this step do not fit into the pinned memory for CUDA graphs. Run "
+                "an eager step before the first capture; capture once and replay that graph."
+            )
+        _captured[values], _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
+        _captured[values].copy_(table)
+    return _captured[values]
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return N1, N2, S0, S1, S2 of a tensor, or None if it takes more than three dimensions."""
+    dims: list[tuple[int, int]] = []
+    for n, s in zip(shape, stride, strict=True):
+        if dims and dims[-1][1] == n * s:
+            dims[-1] = dims[-1][0] * n, s
+        elif n != 1:
+            dims.append((n, s))
+    if len(dims) > 3:
+        return None
+    (_, s0), (n1, s1), (n2, s2) = [*dims, (1, 0), (1, 0), (1, 0)][:3]
+    return (n1, n2, s0, s1, s2) if max(n1, n2) < 1 << 30 else None
+
+
+def _row(
+    size: int, layout: tuple[int, ...], code: int, pointers: tuple[int, ...], *rest: int
+) -> list[int]:
+    """Return a tensor's row; its first chunk comes later."""
+    fast = layout[:3] == (1, 1, 1) and all(pointer % 16 == 0 for pointer in pointers)
+    row = [size, 0, code, fast, *layout, *pointers, *rest]
+    return row + [0] * (WIDTH.value - len(row))
+
+
+def _guard(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 # Select.
+
+
+@_disable_dynamo
+def topk_masks(
+    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
+) -> list[Tensor]:
+    """Select by scores of any sign; see `_reference.topk_masks`."""
+    if any(score.dtype not in CODES for score in scores):
+        return _reference.topk_masks(scores, fractions, pools)
+    shares = [(ABSENT, ABSENT)] * len(scores)
+    return _select([(score, score) for score in scores], shares, fractions, pools, SCORES.value)
 
 
 @_disable_dynamo
@@ -284,196 +388,167 @@ def select(
     alphas: Sequence[float],
     fractions: Sequence[float],
     pools: Sequence[int],
-) -> Selection:
-    """Score and select; what `_reference.select` returns, as bits."""
-    pairs, layouts = [], []
+) -> list[Tensor]:
+    """Score and select; see `_reference.select`."""
+    pairs, shares = [], []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
-        some = g_adv if g_nat is None else g_nat
-        assert some is not None
-        layout = _layout(some)
-        if layout is None or (g_nat is not None and g_adv is not None and not _alike(g_nat, g_adv)):
-            g_nat = None if g_nat is None else g_nat.contiguous()
-            g_adv = None if g_adv is None else g_adv.contiguous()
-            some, layout = some.contiguous(), (1, 1)
-        layouts.append(layout)
-        pairs.append((some, g_nat if alpha > 0.0 else None, g_adv if alpha < 1.0 else None))
-    likes = [some for some, _, _ in pairs]
-    plan = _plan(
-        tuple(like.numel() for like in likes),
-        tuple(layouts),
-        tuple(like.dtype for like in likes),
-        tuple(pools),
-        likes[0].device,
-    )
-    nats, advs = [nat for _, nat, _ in pairs], [adv for _, _, adv in pairs]
-    return Selection(plan, plan.settings(alphas, fractions), likes, nats, advs)
+        nat = None if alpha == 0.0 else g_nat
+        adv = None if 1.0 - alpha == 0.0 else g_adv
+        shares.append((_share_bits(nat, alpha), _share_bits(adv, 1.0 - alpha)))
+        # A term that is left out reads what the other reads, or any tensor, and drops it.
+        present = next(g for g in (nat, adv, g_nat, g_adv) if g is not None)
+        pairs.append((present if nat is None else nat, present if adv is None else adv))
+    if any(nat.dtype not in CODES for nat, _ in pairs):
+        return _reference.select(g_nats, g_advs, alphas, fractions, pools)
+    return _select(pairs, shares, fractions, pools, GRADIENTS.value)
 
 
-def _layout(tensor: Tensor) -> tuple[int, int] | None:
-    """Return inner and outer of the memory order, as `_row_major` takes them, if it has any."""
-    if tensor.is_contiguous():
-        return 1, 1
-    if tensor.dim() == 2 and tensor.t().is_contiguous():
-        return tensor.shape[0], tensor.shape[1]
-    if tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous():
-        return tensor.shape[1], tensor[0, 0].numel()
-    return None
+def _share_bits(gradient: Tensor | None, share: float) -> int:
+    """Return the bits of a float32."""
+    if gradient is None:
+        return ABSENT
+    bits: int = struct.unpack("<i", struct.pack("<f", share))[0]
+    return bits
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.stride() == b.stride()
+def _select(
+    pairs: list[tuple[Tensor, Tensor]],
+    shares: list[tuple[int, int]],
+    fractions: Sequence[float],
+    pools: Sequence[int],
+    read: int,
+) -> list[Tensor]:
+    members: dict[int, list[int]] = {}
+    for i, pool in enumerate(pools):
+        members.setdefault(pool, []).append(i)
+    masks = [torch.empty(nat.shape, dtype=torch.bool, device=nat.device) for nat, _ in pairs]
+    rows, pool_rows, owned = [], [], []
+    chunk = place = 0
+    for pool, indices in enumerate(members.values()):
+        fraction, first = fractions[indices[0]], chunk
+        n = sum(masks[i].numel() for i in indices)
+        for i in indices:
+            nat, adv, layout = _same_layout(*pairs[i])
+            owned += [nat, adv]  # copies live until they are read
+            size = nat.numel()
+            pointers = masks[i].data_ptr(), nat.data_ptr(), adv.data_ptr()
+            row = _row(size, layout, CODES[nat.dtype], pointers, *shares[i], place, pool)
+            row[FIRST_CHUNK.value] = chunk
+            rows.append(row)
+            chunk += -(-size // CHUNK)
+            place += -(-size // BLOCK) * BLOCK
+        k = EVERYTHING.value if fraction == 1.0 else update_count(n, fraction)
+        pool_rows.append([k, first, chunk - first, 0])
+    if chunk > 0:
+        _launch_select(rows, pool_rows, chunk, place, read, masks[0].device)
+    return masks
 
 
-class Selection:
-    """What was selected; see `_reference.Selection`. One bit for each weight."""
+def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return two gradients, copied if need be, and the layout that they share."""
+    layout = _layout(nat.shape, nat.stride())
+    if layout is None or layout != _layout(adv.shape, adv.stride()):
+        nat, adv = nat.contiguous(), adv.contiguous()
+        layout = _layout(nat.shape, nat.stride())
+    assert layout is not None
+    return nat, adv, layout
 
-    def __init__(
-        self, plan: _Plan, settings: _Tables, likes: list[Tensor], nats: Column, advs: Column
-    ) -> None:
-        self._plan, self._settings = plan, settings
-        self._likes = [(t.shape, t.stride(), t.dtype) for t in likes]
-        self._none: list[None] = [None] * len(likes)
-        self._gradients: tuple[Column, Column] | None = (nats, advs)
-        self._both = _presence(nats) == _presence(advs) == EACH
-        self._bits = self._empty(plan.chunks * (kernels.CHUNK.value // WORD), torch.int32)
-        self._state = self._empty(len(plan.groups) * kernels.S_WIDTH.value, torch.int64)
-        if plan.chunks == 0:
-            return
-        tables = plan.tables_with(settings)
-        pools, shares, tensors, chunk_tensor, chunk_start, run_tensor, run_start = tables
-        addresses = plan.addresses(nats, advs, self._none, self._none, self._none)
-        with self._guard():
-            kernels._bracket[(len(plan.groups),)](
-                pools, tensors, shares, addresses, run_tensor, run_start, self._state,
-                CODE=plan.code, **_threaded("_bracket"),
+
+def _launch_select(
+    rows: list[list[int]],
+    pool_rows: list[list[int]],
+    chunks: int,
+    scratch: int,
+    read: int,
+    device: torch.device,
+) -> None:
+    state = COUNTS.value + (1 << max(DIGITS))
+    sizes = {"STATE": state, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    with _guard(device):
+        table, pool_table, owners = _tables(rows, pool_rows, device)
+        states = torch.zeros(len(pool_rows) * state, dtype=torch.int64, device=device)
+        keys = torch.empty(scratch, dtype=torch.int32, device=device)
+        ties = torch.empty(chunks << DIGITS[-1], dtype=torch.int32, device=device)
+        rooms = torch.empty(chunks, dtype=torch.int32, device=device)
+        shift = 32
+        for bits in DIGITS:
+            shift -= bits
+            _count[(chunks,)](
+                table, owners, pool_table, states, keys, ties, rooms, SHIFT=shift, BITS=bits,
+                READ=read, **sizes, **OPTIONS,
             )  # fmt: skip
-            if plan.counted:
-                counts = self._empty(plan.counted * 4, torch.int64)
-                kernels._count[(plan.counted,)](
-                    pools, tensors, shares, addresses, chunk_tensor, chunk_start, counts,
-                    self._state, CODE=plan.code, ALIGNED=_aligned(nats, advs), BOTH=self._both,
-                    **OPTIONS["_count"],
-                )  # fmt: skip
-
-    @_disable_dynamo
-    def masks(self) -> list[Tensor]:
-        """Return the masks: True where a weight is updated."""
-        self._finish(self._none, self._none, self._none)
-        masks = [
-            torch.empty_strided(shape, stride, dtype=torch.bool, device=self._plan.device)
-            for shape, stride, _ in self._likes
-        ]
-        self._use_bits(2, masks, self._none, self._none)
-        return masks
-
-    @_disable_dynamo
-    def apply_(self, targets: Column, weights: Column, saved: Column) -> None:
-        """Set the targets to 0, in place, where conserved, and copy each weight to ``saved``."""
-        masked = [self._fits(i, target) for i, target in enumerate(targets)]
-        kept = [self._fits(i, *pair) for i, pair in enumerate(zip(weights, saved, strict=True))]
-        columns = _only(targets, masked), *_pairs(_only(weights, kept), _only(saved, kept))
-        if self._gradients is not None:
-            self._finish(*columns)
-        else:
-            self._use_bits(1, *columns)
-        if not all(masked + kept):  # in another memory order than their gradients
-            self._plainly().apply_(
-                _only(targets, masked, False),
-                _only(weights, kept, False),
-                _only(saved, kept, False),
-            )
-
-    @_disable_dynamo
-    def conserve_(self, weights: Column, saved: Column) -> None:
-        """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
-        self._finish(self._none, self._none, self._none)
-        kept = [self._fits(i, *pair) for i, pair in enumerate(zip(weights, saved, strict=True))]
-        self._use_bits(0, self._none, *_pairs(_only(weights, kept), _only(saved, kept)))
-        if not all(kept):
-            self._plainly().conserve_(_only(weights, kept, False), _only(saved, kept, False))
-
-    def _plainly(self) -> _reference.Selection:
-        return _reference.Selection(self.masks())
-
-    def _fits(self, i: int, *tensors: Tensor | None) -> bool:
-        """Tell whether tensors lie in memory as the gradients of entry i do, or are missing."""
-        if any(t is None for t in tensors):
-            return True
-        _, stride, dtype = self._likes[i]
-        return all(
-            t is not None and type(t) is Tensor and t.stride() == stride and t.dtype == dtype
-            for t in tensors
-        )  # a subclass may have no memory of its own
-
-    def _finish(self, targets: Column, weights: Column, saved: Column) -> None:
-        """Write the bits, once, and what goes with them."""
-        if self._gradients is None:
-            return
-        columns = (*self._gradients, targets, weights, saved)
-        self._gradients = None
-        plan = self._plan
-        if plan.chunks == 0:
-            return
-        tables = plan.tables_with(self._settings)
-        pools, shares, tensors, chunk_tensor, chunk_start, _, _ = tables
-        addresses = plan.addresses(*columns)
-        entries = self._empty(plan.room + 1, torch.int64)
-        with self._guard():
-            kernels._mask[(plan.chunks,)](
-                pools, tensors, shares, addresses, chunk_tensor, chunk_start, entries, self._state,
-                self._bits, CODE=plan.code, ALIGNED=_aligned(*columns), BOTH=self._both,
-                TARGET=_presence(targets), SAVED=_presence(saved), **OPTIONS["_mask"],
-            )  # fmt: skip
-            if plan.listed:
-                kernels._resolve[(plan.listed,)](
-                    pools, tensors, addresses, chunk_tensor, chunk_start, entries, self._state,
-                    self._bits, CODE=plan.code, **_threaded("_resolve"),
-                )  # fmt: skip
-
-    def _use_bits(self, what: int, targets: Column, weights: Column, saved: Column) -> None:
-        plan = self._plan
-        if plan.chunks == 0:
-            return
-        tensors, chunk_tensor, chunk_start, _, _ = plan.tables.get()
-        addresses = plan.addresses(self._none, self._none, targets, weights, saved)
-        with self._guard():
-            kernels._use_bits[(plan.chunks,)](
-                tensors, addresses, chunk_tensor, chunk_start, self._bits, CODE=plan.code,
-                WHAT=what, **OPTIONS["_use_bits"],
-            )  # fmt: skip
-
-    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=self._plan.device)
-
-    def _guard(self) -> Any:
-        device = self._plan.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            read = KEYS.value
+        _mask[(chunks,)](table, owners, pool_table, states, keys, rooms, **sizes, **OPTIONS)
 
 
-def _threaded(kernel: str) -> dict[str, Any]:
-    """Return the options of a kernel that wants to know its threads."""
-    return {"THREADS": 32 * OPTIONS[kernel]["num_warps"], **OPTIONS[kernel]}
+# Mask and restore.
 
 
-def _only(column: Column, flags: Sequence[bool], wanted: bool = True) -> list[Tensor | None]:
-    """Return the column with None where the flag is another."""
-    return [t if flag is wanted else None for t, flag in zip(column, flags, strict=True)]
+@_disable_dynamo
+def zero_and_save_(
+    masks: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Zero each gradient outside its mask and copy each weight; see `_reference`."""
+    rows, saved, owned = [], [], []
+    for mask, gradient in zip(masks, gradients, strict=True):
+        if gradient is not None:
+            owned.append(mask.contiguous())
+            row = _merge_row(gradient, None, owned[-1])
+            if row is not None:
+                rows.append(row)
+            else:
+                gradient.masked_fill_(~mask, 0)
+    for weight in weights:
+        copy = None if weight is None else torch.empty_like(weight)
+        if weight is not None and copy is not None:
+            row = _merge_row(copy, weight, None)
+            if row is not None:
+                rows.append(row)
+            else:
+                copy = weight.clone()
+        saved.append(copy)
+    _launch_merge(rows, masks)
+    return saved
 
 
-def _pairs(weights: Column, saved: Column) -> tuple[Column, Column]:
-    """Return both columns with None where either has it."""
-    whole = [w is not None and s is not None for w, s in zip(weights, saved, strict=True)]
-    return _only(weights, whole), _only(saved, whole)
+@_disable_dynamo
+def restore_(
+    masks: Sequence[Tensor], weights: Sequence[Tensor], saved: Sequence[Tensor | None]
+) -> None:
+    """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
+    rows, owned = [], []
+    for mask, weight, old in zip(masks, weights, saved, strict=True):
+        if old is not None:
+            owned.append(mask.contiguous())
+            row = _merge_row(weight, old, owned[-1])
+            if row is not None:
+                rows.append(row)
+            else:
+                torch.where(mask, weight, old, out=weight)
+    _launch_merge(rows, masks)
 
 
-def _presence(column: Column) -> int:
-    """Tell how many of a column's tensors are there, as the kernels want to know it."""
-    there = sum(t is not None for t in column)
-    if there == 0:
-        return NONE
-    return EACH if there == len(column) else SOME
+def _merge_row(target: Tensor, source: Tensor | None, mask: Tensor | None) -> list[int] | None:
+    """Return a row of `_merge`, or None for the rare tensors that it cannot take."""
+    if source is not None and source.stride() != target.stride():
+        return None  # with equal strides `torch.empty_like` has found the tensor dense
+    layout = FLAT if mask is None else _layout(target.shape, target.stride())
+    if layout is None or target.element_size() not in (2, 4, 8):
+        return None
+    mask_at, source_at = (0 if t is None else t.data_ptr() for t in (mask, source))
+    pointers = mask_at, target.data_ptr(), source_at
+    return _row(target.numel(), layout, target.element_size(), pointers)
 
 
-def _aligned(*columns: Column) -> bool:
-    """Tell whether all tensors begin where loads of 16 bytes can."""
-    return all(t is None or t.data_ptr() % 16 == 0 for column in columns for t in column)
+def _launch_merge(rows: list[list[int]], masks: Sequence[Tensor]) -> None:
+    chunks = 0
+    for row in rows:
+        row[FIRST_CHUNK.value] = chunks
+        chunks += -(-row[SIZE.value] // CHUNK)
+    if chunks > 0:
+        device = masks[0].device
+        with _guard(device):
+            table, _, owners = _tables(rows, [], device)
+            _merge[(chunks,)](table, owners, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS)
