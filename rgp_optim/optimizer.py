@@ -490,10 +490,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             shown = ", ".join(differing[:4]) + ", ..." * (len(differing) > 4)
             raise RuntimeError(
                 f"step(): the ranks differ in {shown}. Nothing was changed. Weights differ if the "
-                "ranks start or load differently. A gradient differs if it was not reduced: the model was "
-                "not called through DistributedDataParallel, or another loss had its backward pass "
-                "first. Masks differ if a score rule draws at random. Models that train apart need "
-                "a `process_group` each."
+                "ranks start or load differently. A gradient differs if it was not reduced: the "
+                "model was not called through DistributedDataParallel, or another loss had its "
+                "backward pass first. Masks differ if a score rule draws at random. Models that "
+                "train apart need a `process_group` each."
             )
 
     def _needed_roles(self) -> set[str]:
