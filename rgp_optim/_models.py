@@ -32,6 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def set_eval(model: nn.Module) -> None:
+    """Call ``eval`` unless all modules are in eval mode already."""
+    if any(module.training for module in model.modules()):
+        model.eval()
+
+
 def modes_of(model: nn.Module) -> dict[str, bool]:
     """Return the ``training`` flag of each module by name."""
     return {name: module.training for name, module in model.named_modules()}
@@ -45,10 +51,10 @@ def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Itera
     """
     before = modes_of(model)
     try:
-        if modes is not None:
+        if modes is None:
+            set_eval(model)
+        else:
             _set_modes(model, modes)
-        elif any(before.values()):
-            model.eval()
         yield
     finally:
         _set_modes(model, before)
@@ -63,7 +69,7 @@ def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
     for _ in range(2):
         for name, module in list(model.named_modules()):
             if module.training != modes.get(name, module.training):
-                _ = module.eval() if module.training else module.train()
+                (module.eval if module.training else module.train)()
     for name, module in model.named_modules():
         module.training = modes.get(name, module.training)
 

@@ -104,13 +104,17 @@ def pgd_attack(
     returned. The defaults are the field's PGD-20; result tables call ``loss="margin"`` C&W.
 
     Args:
-        model, x, eps, bounds, generator: As in `kl_attack`.
+        model: As in `kl_attack`.
+        x: As in `kl_attack`.
         target: Class indices, [batch], int64, on the device of ``x``; the range is validated on the
             CPU only.
         loss: ``"cross_entropy"`` or ``"margin"``.
+        eps: As in `kl_attack`.
         step_size: Length of a step, > 0, in units of ``x``. None is ``0.003 * eps / (8 / 255)``.
         steps: Number of steps, >= 0.
         random_start: Start from a uniform draw in the ball (True) or from ``x``.
+        bounds: As in `kl_attack`.
+        generator: As in `kl_attack`.
 
     Returns:
         The attacked images: shape, dtype and device of ``x``, without a graph.
@@ -233,15 +237,17 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     with switched(model):
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in net.modules()):
             # A compiled backward pass computes the gradient of every parameter that requires one.
-            candidates = (p for p in net.parameters() if p.requires_grad and p.is_leaf)
-            constant = [p.requires_grad_(False) for p in candidates if local(p) is p]
+            parameters = [p for p in net.parameters() if id(local(p)) == id(p)]  # not sharded
+            constant = [p for p in parameters if p.requires_grad and p.is_leaf]
         try:
+            for p in constant:
+                p.requires_grad = False
             # Gradients exist under torch.inference_mode too, on copies that are ordinary tensors.
             with torch.inference_mode(False), torch.no_grad():
                 yield net
         finally:
             for p in constant:
-                p.requires_grad_()
+                p.requires_grad = True
 
 
 def _generator(generator: Any, device: torch.device) -> torch.Generator | None:
@@ -250,21 +256,19 @@ def _generator(generator: Any, device: torch.device) -> torch.Generator | None:
     return torch.Generator(device).manual_seed(check_count("generator", generator))
 
 
-def _check_inputs(model: Any, x: Any, eps: Any, bounds: Any) -> float:
+def _check_inputs(model: Any, x: Any, radius: Any, bounds: Any) -> float:
     """Return the radius; refuse what does not fit the bounds."""
     check_model(model)
     check_tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
     if x.is_complex():
         raise TypeError(error_text("x", "be real", str(x.dtype)))
-    eps = check_real("eps", eps)
+    eps: float = check_real("eps", radius)
     if bounds is None:
         return eps
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(error_text("bounds", "be a pair (lowest, highest) or None", bounds))
-    lowest, highest = (check_real("bounds", value, minimum=-float("inf")) for value in bounds)
-    if lowest >= highest:
-        raise ValueError(error_text("bounds", "have lowest < highest", bounds))
-    pixels = (lowest, highest) == (0.0, 1.0)
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise ValueError(error_text("bounds", "be (lowest, highest), or None", bounds))
+    lowest, highest = bounds
+    pixels = (lowest, highest) == (0, 1)
     if eps > highest - lowest:
         hint = "Pixels are in [0, 1]: write 8 / 255." if pixels else "It is in units of `x`."
         rule = f"be at most {highest - lowest:g}, the width of `bounds`"

@@ -3,79 +3,67 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_choice, check_count, check_fraction, check_real, error_text
+from rgp_optim._checks import check_count, check_fraction, check_real, check_tensor, error_text
 from rgp_optim._distributed import local
-from rgp_optim.losses import check_pair, kl_divergence
+from rgp_optim._models import check_model, logits_of, modes_of, set_eval, switched, unwrapped
+from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]
 
-DECAY = 0.999  # of the paper
+DECAY = 0.999  # the paper's
+HALF = (torch.float16, torch.bfloat16)
+FEW_BATCHES = 50  # seen by BatchNorm
+MANY_CALLS = 1000  # without an update
+SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
+READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
 
 
 class ConsistencyReviser:
-    r"""Average the model's weights at random steps and ask it to agree with the average.
+    r"""Average the model's weights at random steps, and tie the model to the average.
 
-    With probability ``rate`` a step, :math:`\theta_{rev} \leftarrow d\,\theta_{rev} + (1 -
-    d)\,\theta`. The consistency loss is
+    With probability ``rate`` per step, :math:`\theta_{rev} \leftarrow d\,\theta_{rev} + (1 -
+    d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``, and call
+    `update` after each step. CURE starts from a network trained on natural images; until the first
+    `update` the copy follows the model, so these weights may be loaded after the reviser is made.
 
-    .. math:: L_{CR} = \mathrm{KL}\bigl(p(x; \theta_{rev}) \,\|\, p(x; \theta)\bigr)
-              + \mathrm{KL}\bigl(p(x_{adv}; \theta_{rev}) \,\|\, p(x_{adv}; \theta)\bigr)
+    d = 0.999 at rate 0.2 averages over 5,000 steps, 6.4 % of the published run. In a shorter run
+    the copy would stay at its start and pull the model back: give ``horizon`` and ``total_steps``.
 
-    without a gradient into :math:`\theta_{rev}`; train with ``loss + gamma * reviser(...)`` and
-    call `update` after each step::
-
-        reviser = ConsistencyReviser(model, rate=0.2, decay=0.999)
-        loss = loss + gamma * reviser(x, x_adv, logits, logits_adv)
-        ...
-        opt.step()
-        reviser.update()
-
-    d = 0.999 at rate 0.2 averages over 5,000 steps, which is 6.4 % of the published run. In a
-    shorter run the copy would never leave the weights it began with, and pull the model back to
-    them: give ``horizon=0.064`` and ``total_steps`` there.
-
-    **BatchNorm.** The copy is always in eval mode: it normalises with its own running statistics
-    and never changes them by looking. They are averaged with the same d and at the same steps as
-    the weights, or, with ``buffers="copy"``, taken over from the model at these steps. Integer
-    buffers (``num_batches_tracked``) are always taken over.
-
-    **FSDP2.** Make the reviser first, then ``fully_shard`` the model and ``reviser.model`` alike.
+    The copy runs in eval mode. Of its buffers, BatchNorm's ``running_mean`` and ``running_var`` are
+    averaged as the weights are; all others are copied with each update. Forward hooks are copied
+    with the model, as ``weight_norm`` and pruning need it: a hook that records activations runs for
+    the copy too, unless it is registered after the reviser is made. With FSDP2, make the reviser
+    first, then ``fully_shard`` the model and ``reviser.model`` alike.
 
     Args:
-        model: The model that is trained. It is copied now, without shared storage; later updates
-            read it again.
-        rate: Probability of an update at each step, in [0, 1]; or a function from the number of
-            steps made so far to that probability, to let it decay.
+        model: The model that is trained; copied now, and read by `update`.
+        rate: Probability of an update at each step, in [0, 1].
         decay: d, in [0, 1). Default 0.999.
-        horizon: In place of ``decay``: the time constant as a fraction of the run, in (0, 1], which
-            makes ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
+        horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
+            ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
-        ramp: Let d grow as ``min(1 - 1 / (t + 1), d)`` with t the steps made so far, as the
-            authors' code does. The first update then copies the model.
-        buffers: ``"average"`` or ``"copy"``: what happens to floating buffers.
-        seed: Of the draws, >= 0. They come from a generator of their own on the CPU: the same in
-            every process, without waiting for the device, apart from torch's global draws.
+        seed: Of the draws, >= 0. A draw depends on the seed and the step alone: it is the same in
+            every process, and leaves torch's generators as they are.
+        revised: A ready copy of the model, where ``copy.deepcopy`` cannot make one.
 
     Attributes:
-        model: The averaged copy, for evaluation; eval mode, no gradients, on the model's device and
-            in its dtype. Weights in float16 or bfloat16 are averaged in float32 aside. What you
-            load into it, or a dtype that you give it, is what the next update starts from.
-        decay: d; may be changed.
-        rate: May be changed.
+        model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
+            float32 internally. After the first `update`, weights loaded into it are averaged on.
+        decay, rate: May be assigned.
         steps: Number of calls of `update`.
 
     Raises:
-        TypeError: ``model`` is no module, or an argument has the wrong type.
-        ValueError: a number is out of its range; both ``decay`` and ``horizon`` are given;
-            only one of ``horizon`` and ``total_steps`` is; the model is sharded already; the copy
-            shares storage with it.
+        TypeError: ``model`` is not a module, or an argument has the wrong type.
+        ValueError: a number is out of range, ``decay``, ``horizon`` and ``total_steps`` contradict
+            each other, or the model cannot be copied without shared storage.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 7 and 8.
     """
@@ -84,240 +72,263 @@ class ConsistencyReviser:
         self,
         model: nn.Module,
         *,
-        rate: float | Callable[[int], float] = 0.2,
+        rate: float = 0.2,
         decay: float | None = None,
         horizon: float | None = None,
         total_steps: int | None = None,
-        ramp: bool = False,
-        buffers: Literal["average", "copy"] = "average",
         seed: int = 0,
+        revised: nn.Module | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(error_text("model", "be a torch.nn.Module", type(model).__name__))
-        self.rate = rate
+        check_model(model)
+        self.rate = check_fraction("rate", rate)
+        self.decay = _decay(decay, horizon, total_steps, self.rate)
         self.steps = 0
-        self._rate_now()
-        self.decay = self._decay(decay, horizon, total_steps)
-        self._ramp = ramp
-        self._buffers = check_choice("buffers", buffers, ("average", "copy"))
-        self._generator = torch.Generator().manual_seed(check_count("seed", seed))
+        self._seed = check_count("seed", seed)
         self._student = model
-        if _sharded(_unwrapped(model)):
-            hint = "Make the reviser first, then shard the model and `reviser.model` alike."
-            raise ValueError(error_text("model", "be given before `fully_shard`", "FSDP", hint))
-        self.model = copy.deepcopy(_unwrapped(model)).eval().requires_grad_(False)
-        student = {_address(t) for t in _tensors(_unwrapped(model)).values()}
-        for name, tensor in _tensors(self.model).items():
-            tensor.grad = None
-            if _address(tensor) and _address(tensor) in student:
-                hint = "Its __deepcopy__ must copy parameters and buffers."
-                raise ValueError(
-                    error_text("model", "be copied without shared storage", name, hint)
-                )
         self._masters: dict[str, Tensor] = {}
+        self._calls = 0  # since the last update
+        self._checked = self._reminded = False
+        self.model = _copy(unwrapped(model)) if revised is None else revised
+        check_model(self.model)
+        name = "model" if revised is None else "revised"
+        student, ours = _tensors(unwrapped(model)), _tensors(self.model)
+        _check_same(ours, student, name)
+        taken = {_address(tensor) for tensor in student.values()} - {0}
+        for key, tensor in ours.items():
+            tensor.grad = None
+            if _address(tensor) in taken:
+                rule, hint = "be copied without shared storage", "Copy parameters and buffers."
+                raise ValueError(error_text(name, rule, key, hint))
+        set_eval(self.model.requires_grad_(False))
 
     def __repr__(self) -> str:
-        ours = f"rate={self.rate!r}, decay={self.decay!r}, ramp={self._ramp!r}"
-        return (
-            f"{type(self).__name__}({type(self.model).__name__}, {ours}, "
-            f"buffers={self._buffers!r}, steps={self.steps})"
-        )
+        settings = f"rate={self.rate}, decay={self.decay}, steps={self.steps}"
+        return f"{type(self).__name__}({type(self.model).__name__}, {settings})"
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
-        """Return the consistency loss of a batch.
+        """Return the `consistency_loss` of a batch, after two forward passes of the copy.
 
         Args:
-            x: Natural images, as the model gets them.
+            x: Natural images, the model's input.
             x_adv: Attacked images, shape of ``x``.
             logits: The model's output on ``x``, [batch, classes], with its graph.
             logits_adv: The model's output on ``x_adv``, shape of ``logits``.
 
         Returns:
-            The loss, a scalar >= 0, in nats, a mean over the batch; float32, or float64 for
-            float64.
+            The loss, a mean over the batch, >= 0, in nats; float32, or float64 for float64.
 
         Raises:
+            TypeError: the model returns no plain tensor, or an argument is none.
             ValueError: shapes, dtypes or devices do not match.
         """
-        check_pair(logits, logits_adv, "logits", "logits_adv")
-        if x.shape != x_adv.shape or x.shape[0] != logits.shape[0]:
-            found = f"{tuple(x_adv.shape)} against {tuple(x.shape)}, {logits.shape[0]} logits"
-            raise ValueError(error_text("x_adv", "have the shape of `x`, one row a logit", found))
-        self.model.eval()  # whoever switched it
-        with torch.no_grad():  # apart: BatchNorm without running statistics would mix the two
-            revised, revised_adv = self.model(x), self.model(x_adv)
-        return kl_divergence(revised, logits) + kl_divergence(revised_adv, logits_adv)
+        check_tensor("x", x, floating=False)
+        check_tensor("x_adv", x_adv, floating=False)
+        if x.shape != x_adv.shape:
+            found = f"{tuple(x_adv.shape)} against {tuple(x.shape)}"
+            raise ValueError(error_text("x_adv", "have the shape of `x`", found))
+        if self.steps == 0:
+            self._move(1.0)
+        self._warn()
+        set_eval(self.model)  # a trainer may have switched it
+        hint = "Or pass logits to `consistency_loss`."
+        with torch.no_grad():  # one by one: BatchNorm without running statistics would mix them
+            revised, revised_adv = (logits_of(self.model, batch, hint) for batch in (x, x_adv))
+        return consistency_loss(revised, revised_adv, logits, logits_adv)
 
     def update(self) -> bool:
-        """Draw, and with probability ``rate`` move the copy towards the model. Call it once a step.
+        """Draw, and with probability ``rate`` move the copy towards the model. Call once per step.
 
         Returns:
-            Whether the copy moved.
+            Whether the draw moved the copy.
 
         Raises:
-            ValueError: the model's parameters or buffers are no longer those that were copied;
-                ``rate`` gave a number outside [0, 1]. Nothing is changed then.
+            ValueError: the model's parameters or buffers are no longer those of the copy, or
+                ``rate`` or ``decay`` is out of range. Nothing is changed then.
         """
-        rate = self._rate_now()
-        student, mine = _tensors(_unwrapped(self._student)), _tensors(self.model)
-        _check_same(mine, student, "model")
-        draws, cpu = self._generator, self._generator.device  # not the program's default device
-        draw = torch.rand((), generator=draws, dtype=torch.float64, device=cpu).item()
-        decay = _check_decay("decay", self.decay)
-        if self._ramp:
-            decay = min(1.0 - 1.0 / (self.steps + 1), decay)
-        if draw < rate:
-            self._average(mine, student, decay)
+        rate, decay = check_fraction("rate", self.rate), _check_decay("decay", self.decay)
+        moves = random.Random(f"{self._seed} {self.steps}").random() < rate
+        if self.steps == 0:
+            self._move(1.0)
+        elif moves:
+            self._move(1.0 - decay)
         self.steps += 1
-        return draw < rate
+        self._calls = 0
+        return moves
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the copy and its draws: tensors and plain numbers."""
         return {
-            "model": _tensors(self.model),
+            "model": {name: tensor.detach() for name, tensor in _tensors(self.model).items()},
             "masters": dict(self._float32()),
             "steps": self.steps,
             "decay": self.decay,
-            "generator": self._generator.get_state(),
+            "seed": self._seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, draws included. What does not fit is refused unchanged."""
-        hint = "Pass what `ConsistencyReviser.state_dict()` returned."
-        mine = self.state_dict()
-        missing = set(mine) - set(state_dict if isinstance(state_dict, Mapping) else ())
-        if missing:
-            found = f"no {', '.join(sorted(missing))}"
-            raise ValueError(error_text("state_dict", "be a reviser's", found, hint))
+        """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
+        ours = self.state_dict()
+        if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
+            hint = "Pass what `ConsistencyReviser.state_dict()` returned."
+            found = type(state_dict).__name__
+            raise ValueError(error_text("state_dict", f"have {', '.join(ours)}", found, hint))
         for part in ("model", "masters"):
-            theirs = state_dict[part]
-            if not isinstance(theirs, Mapping) or not all(map(torch.is_tensor, theirs.values())):
-                name = f"state_dict['{part}']"
-                found = f"{part}: {type(theirs).__name__}"
-                raise ValueError(error_text(name, "hold tensors by name", found, hint))
-            _check_same(mine[part], theirs, "state_dict")
+            _check_same(ours[part], state_dict[part], "state_dict")
         decay = _check_decay("state_dict['decay']", state_dict["decay"])
-        steps = check_count("state_dict['steps']", state_dict["steps"])
-        draws = torch.Generator()
-        try:
-            draws.set_state(state_dict["generator"].cpu())
-        except (AttributeError, RuntimeError, TypeError) as error:
-            name, rule = "state_dict['generator']", "be the state of a CPU generator"
-            raise ValueError(error_text(name, rule, str(error), hint)) from error
+        steps, seed = (check_count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
         with torch.no_grad():
             for part in ("model", "masters"):
-                for name, tensor in mine[part].items():
+                for name, tensor in ours[part].items():
                     tensor.copy_(state_dict[part][name])
-        self.decay, self.steps, self._generator = decay, steps, draws
+        self.decay, self.steps, self._seed = decay, steps, seed
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles continue the same draws."""
-        return {**self.__dict__, "_generator": self._generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._generator = torch.Generator()
-        self._generator.set_state(state["_generator"])
+    @torch.no_grad()
+    def _move(self, weight: float) -> None:
+        """Move the copy towards the model by ``weight``; 1 copies the model."""
+        student = unwrapped(self._student)
+        with switched(self.model, modes_of(student)):  # merged weights differ from unmerged ones
+            theirs, ours = _tensors(student), _tensors(self.model)
+            _check_same(ours, theirs, "model")
+            devices = {tensor.device for tensor in theirs.values()}
+            if weight == 1.0 and len(devices) == 1:
+                self.model.to(devices.pop())  # the model may have moved since it was copied
+                ours = _tensors(self.model)
+            masters = {name: local(master) for name, master in self._float32().items()}
+            averaged = _averaged(self.model) if weight < 1.0 else set()
+            starts, ends = list[Tensor](), list[Tensor]()
+            for name, tensor in ours.items():
+                now, target = masters.get(name, local(tensor)), local(theirs[name]).detach()
+                if name in averaged:
+                    starts.append(now)
+                    ends.append(target.to(now))
+                else:
+                    now.copy_(target)
+            if starts:
+                torch._foreach_lerp_(starts, ends, weight)
+            for name, master in masters.items():
+                local(ours[name]).copy_(master)
 
     @torch.no_grad()
     def _float32(self) -> dict[str, Tensor]:
-        """Return the averages of low-precision tensors, begun at first need: sharded by then.
+        """Return the float32 averages of half-precision tensors, made when first needed.
 
-        Where a tensor no longer is its average rounded, others have written it: it counts.
+        A tensor that differs from its rounded average was loaded: the average restarts from it.
         """
-        masters: dict[str, Tensor] = {}
+        masters, averaged = self._masters, _averaged(self.model)
+        self._masters = {}
         for name, tensor in _tensors(self.model).items():
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                master = self._masters.get(name)
-                if master is None or _place(master) != _place(tensor):
+            if tensor.dtype in HALF and name in averaged:
+                master = masters.get(name)
+                if master is None or _layout(master) != _layout(tensor):
                     master = tensor.detach().float()
-                ours, theirs = local(master), local(tensor)
-                ours.copy_(torch.where(ours.to(theirs.dtype) == theirs, ours, theirs.float()))
-                masters[name] = master
-        self._masters = masters
-        return masters
+                average, rounded = local(master), local(tensor)
+                same = average.to(rounded.dtype) == rounded
+                average.copy_(torch.where(same, average, rounded.float()))
+                self._masters[name] = master
+        return self._masters
 
-    @torch.no_grad()
-    def _average(self, mine: dict[str, Tensor], student: dict[str, Tensor], decay: float) -> None:
-        masters = {name: local(tensor) for name, tensor in self._float32().items()}
-        mine = {name: local(tensor) for name, tensor in mine.items()}
-        student = {name: local(tensor) for name, tensor in student.items()}
-        averaged: list[Tensor] = []
-        towards: list[Tensor] = []
-        parameters = {name for name, _ in self.model.named_parameters()}
-        for name, tensor in mine.items():
-            floating = tensor.is_floating_point() or tensor.is_complex()
-            if floating and (name in parameters or self._buffers == "average"):
-                averaged.append(masters.get(name, tensor))
-                towards.append(student[name].detach().to(averaged[-1]))
-            else:
-                tensor.copy_(student[name])
-                if name in masters:
-                    masters[name].copy_(student[name])
-        if averaged:
-            torch._foreach_lerp_(averaged, towards, 1.0 - decay)
-        for name, master in masters.items():
-            mine[name].copy_(master)
-
-    def _rate_now(self) -> float:
-        rate = self.rate
-        return check_fraction("rate", rate(self.steps) if callable(rate) else rate)
-
-    def _decay(self, decay: float | None, horizon: float | None, total: int | None) -> float:
-        """Return d, from either way to give it."""
-        if horizon is None:
-            if total is not None:
-                hint = "Without it nothing depends on the steps of the run."
-                raise ValueError(
-                    error_text("horizon", "be given with `total_steps`", "horizon = None", hint)
+    def _warn(self) -> None:
+        """Warn once of statistics that are not filled, and once of a forgotten `update`."""
+        self._calls += 1
+        if self._calls >= MANY_CALLS and not self._reminded:
+            self._reminded = True
+            text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
+            warnings.warn(text, UserWarning, stacklevel=3)
+        if not self._checked:  # at the first call only: on a GPU reading a buffer synchronises
+            self._checked = True
+            counts = [b for n, b in self.model.named_buffers() if "num_batches_tracked" in n]
+            fewest = min((int(local(count)) for count in counts), default=FEW_BATCHES)
+            if fewest < FEW_BATCHES:
+                text = (
+                    f"BatchNorm's statistics come from {fewest} batches, and the averaged copy "
+                    "predicts with them: CURE starts from a network trained on natural images."
                 )
-            return _check_decay("decay", DECAY if decay is None else decay)
-        if decay is not None:
-            found = f"decay = {decay}, horizon = {horizon}"
-            raise ValueError(error_text("horizon", "be given in place of `decay`", found))
-        if check_real("horizon", horizon, strict=True) > 1.0:
-            hint = "It is a fraction of the run."
-            raise ValueError(error_text("horizon", "be in (0, 1]", horizon, hint))
-        if total is None:
-            hint = "Pass the steps of the whole run."
-            raise ValueError(
-                error_text("total_steps", "be given with `horizon`", "total_steps = None", hint)
-            )
-        check_count("total_steps", total, minimum=1)
-        rate = self.rate
-        if callable(rate):
-            drawn = sum(check_fraction("rate", rate(step)) for step in range(total))
-        else:
-            drawn = check_fraction("rate", rate) * total
-        if horizon * drawn < 1.0:
-            found = f"{horizon} of {drawn:g} expected updates"
-            rule = "span at least one update, horizon * rate * total_steps >= 1"
-            hint = "Train longer, or give `decay`."
-            if drawn > 1.0:
-                least = math.ceil(1000 / drawn) / 1000
-                hint = f"For {total} steps it should be {least:g} or more; or give `decay`."
-            raise ValueError(error_text("horizon", rule, found, hint))
-        return 1.0 - 1.0 / (horizon * drawn)
+                warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside torch.compile's and the parallel wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy, or name the attribute that refuses."""
+    # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
+    derived = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, dict(derived))
+    except Exception as error:
+        rule = f"be copied, but `{_refusing(model, derived)}` refuses `copy.deepcopy`"
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            error_text("model", rule, found, SHARD if _sharded(model) else READY)
+        ) from error
+
+
+def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
+    for path, module in model.named_modules():
+        for name, value in {**vars(module), **module._parameters}.items():
+            try:
+                if name not in ("_modules", "_parameters"):
+                    copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"{path}.{name}".lstrip(".")
+    return type(model).__name__
+
+
+def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
+    """Return d, from itself or from the horizon."""
+    if horizon is None:
+        if total is not None:
+            raise ValueError(error_text("horizon", "be given with `total_steps`", horizon))
+        return _check_decay("decay", DECAY if decay is None else decay)
+    if decay is not None:
+        found = f"decay = {decay}, horizon = {horizon}"
+        raise ValueError(error_text("horizon", "be given in place of `decay`", found))
+    if check_real("horizon", horizon, strict=True) > 1.0:
+        raise ValueError(error_text("horizon", "be in (0, 1], a fraction of the run", horizon))
+    if total is None:
+        hint = "Pass the steps of the whole run."
+        raise ValueError(error_text("total_steps", "be given with `horizon`", total, hint))
+    expected = check_count("total_steps", total, minimum=1) * rate
+    if horizon * expected < 1.0:
+        rule = "span at least one update, horizon * rate * total_steps >= 1"
+        hint = "Give `decay`" + (f", or {1 / expected:.3g} or more." if expected > 1 else ".")
+        found = f"{horizon} of {expected:g} expected updates"
+        raise ValueError(error_text("horizon", rule, found, hint))
+    return 1.0 - 1.0 / (horizon * expected)
+
+
+def _check_decay(name: str, decay: Any) -> float:
+    if check_fraction(name, decay) == 1.0:
+        raise ValueError(error_text(name, "be in [0, 1): 1 would never move", f"{name} = 1"))
+    return float(decay)
 
 
 def _sharded(model: nn.Module) -> list[Any]:
     """Return the modules that FSDP2 has sharded."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    from torch.distributed.fsdp import FSDPModule  # slow to import, so only where it can matter
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, each tensor once."""
+    for module in _sharded(model):
+        module.reshard()  # after a forward pass, writes to gathered weights would be lost
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _averaged(model: nn.Module) -> set[str]:
+    """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
+    names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    statistics = {"running_mean", "running_var"}
+    for path, module in model.named_modules():
+        if statistics <= module._buffers.keys():
+            names |= {f"{path}.{name}".lstrip(".") for name in statistics}
+    return names
 
 
 def _address(tensor: Tensor) -> int:
@@ -326,33 +337,16 @@ def _address(tensor: Tensor) -> int:
         return local(tensor).untyped_storage().data_ptr()
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, each tensor once."""
-    for module in _sharded(model):
-        module.reshard()  # a forward may leave them gathered: what is written there is lost
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.shape, getattr(tensor, "placements", None)
 
 
-def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
+def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
     """Refuse tensors whose names, shapes or shards are not those of the copy."""
-    wrong = sorted(set(mine) ^ set(theirs)) or [
-        n for n, tensor in mine.items() if _layout(tensor) != _layout(theirs[n])
+    wrong = sorted(set(ours) ^ set(theirs)) or [
+        n for n, tensor in ours.items() if _layout(tensor)[1:] != _layout(theirs[n])[1:]
     ]
     if wrong:
         rule = "have the parameters and buffers that were copied"
         hint = "Make a new reviser for a changed model; shard `reviser.model` as the model."
         raise ValueError(error_text(name, rule, f"a difference at {', '.join(wrong)}", hint))
-
-
-def _layout(tensor: Tensor) -> tuple[torch.Size, Any]:
-    return tensor.shape, getattr(tensor, "placements", None)
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, *_layout(tensor)
-
-
-def _check_decay(name: str, decay: Any) -> float:
-    if check_fraction(name, decay) == 1.0:
-        raise ValueError(error_text(name, "be in [0, 1): 1 would never move", f"{name} = 1"))
-    return float(decay)

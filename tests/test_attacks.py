@@ -1,4 +1,4 @@
-"""Attacks: in the ball, in [0, 1], stronger than noise, and without a trace on the model."""
+"""Attacks: in the ball and the bounds, stronger than noise, the model left as it was."""
 
 from fractions import Fraction
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import DEVICE, cpu_only, make_net, rng_states, seeded
+from common import DEVICE, cpu_only, make_net, rng_states, seeded, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rgp_optim import kl_attack, pgd_attack
 
@@ -49,15 +50,23 @@ ATTACKS = {
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
 
 
+BOUNDS = [(0.0, 1.0), (-2.1, 1.9), (0, 255), None]
+
+
 @each_attack
-@given(eps=st.floats(0, 0.5), steps=st.integers(0, 3))
-def test_inside_the_ball_and_the_pixel_range(attack, eps, steps):
-    x = torch.rand(4, 2, 5, 5, generator=seeded(steps))
-    x[0], x[1] = 0.0, 1.0
-    x_adv = attack(make_net(), x, eps=eps, steps=steps)
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
-    assert (x_adv - x).abs().max() <= eps + 1e-6
+@pytest.mark.parametrize("bounds", BOUNDS)
+@given(share=st.floats(0, 0.5), steps=st.integers(0, 3))
+def test_inside_the_ball_and_the_bounds(attack, bounds, share, steps):
+    low, high = bounds or (-3.0, 3.0)
+    eps = share * (high - low)
+    x = low + (high - low) * torch.rand(4, 2, 5, 5, generator=seeded(steps))
+    x[0], x[1] = low, high
+    x = x.clamp(low, high)
+    x_adv = attack(make_net(), x, eps=eps, steps=steps, step_size=eps + 0.01, bounds=bounds)
+    assert (x_adv - x).abs().max() <= eps + 1e-6 * max(1, high)
+    if bounds:
+        assert x_adv.min() >= low
+        assert x_adv.max() <= high
     assert x_adv.dtype == x.dtype
     assert not x_adv.requires_grad
 
@@ -65,16 +74,45 @@ def test_inside_the_ball_and_the_pixel_range(attack, eps, steps):
 @each_attack
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 8 / 255, 0.125, 0.3])
-def test_inside_the_ball_in_16_bits_and_up_to_its_border(attack, dtype, eps):
-    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # each number in [0, 1]
-    every = every[(every >= 0) & (every <= 1)]
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.7, 0.7), None])
+def test_inside_the_ball_in_16_bits_and_up_to_its_border(attack, dtype, eps, bounds):
+    low, high = bounds or (-1.0, 1.0)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # each number in bounds
+    every = every[(every.double() >= low) & (every.double() <= high)]
     x = every[: len(every) // 50 * 50].view(-1, 2, 5, 5)[:: len(every) // 2500]
-    x_adv = attack(make_net(dtype=dtype), x, eps=eps, step_size=max(eps, 0.01), steps=2)
+    net, step = make_net(dtype=dtype), max(eps, 0.01)
+    x_adv = attack(net, x, eps=eps, step_size=step, steps=2, bounds=bounds)
     moved = (x_adv.double() - x.double()).abs()
     assert moved.max() <= eps
-    assert x_adv.min() >= 0
-    assert x_adv.max() <= 1
+    if bounds:
+        assert x_adv.double().min() >= low
+        assert x_adv.double().max() <= high
     assert moved.max() >= eps - torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+def test_the_kl_attack_starts_at_unclipped_noise(bounds):
+    """Of saturated pixels, clipping would remove half of the noise."""
+    seen, model = [], make_net()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    x = torch.ones(4, 2, 5, 5)
+    kl_attack(model, x, steps=2, eps=5e-4, bounds=bounds, generator=3)
+    start = x + 0.001 * torch.randn(x.shape, generator=seeded(3))
+    assert torch.equal(seen[0], x)
+    assert torch.equal(seen[1], start)
+    assert (start - x).abs().max() > 5e-4  # outside the ball
+    assert (seen[2] - x).abs().max() <= 5e-4 + 1e-7
+
+
+def test_without_bounds_the_radius_may_exceed_one():
+    """A linear model in closed form: as far as the steps reach, at negative values too."""
+    model, x = nn.Linear(2, 2, bias=False), torch.tensor([[-3.0, 40.0]])
+    model.weight.data = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    y = torch.tensor([0])
+    x_adv = pgd_attack(model, x, y, eps=5, step_size=2, steps=9, random_start=False, bounds=None)
+    torch.testing.assert_close(x_adv, x + torch.tensor([[-5.0, 5.0]]))
+    x_adv = kl_attack(model, x, eps=5, step_size=2, steps=9, bounds=None)
+    torch.testing.assert_close((x_adv - x).abs(), torch.full((1, 2), 5.0))
 
 
 @each_attack
@@ -208,11 +246,12 @@ def test_gradients_that_overflow_leave_no_nan_in_an_image(attack):
 
 
 @each_attack
-def test_a_generator_makes_it_repeatable_and_spares_the_global_one(attack):
+def test_a_generator_or_a_seed_makes_it_repeatable_and_spares_the_global_one(attack):
     model, x = make_net(), torch.rand(4, 2, 5, 5)
     before = rng_states()
-    runs = [attack(model, x, generator=seeded(1)) for _ in range(2)]
-    assert torch.equal(*runs)
+    first, second, seed = (attack(model, x, generator=g) for g in (seeded(1), seeded(1), 1))
+    assert torch.equal(first, second)
+    assert torch.equal(first, seed)
     assert all(map(torch.equal, before, rng_states()))
 
 
@@ -252,6 +291,91 @@ def test_the_model_is_left_as_it_was(attack, fails):
     assert torch.equal(x, kept)
     assert not x.requires_grad
     assert x.grad is None
+
+
+class LowRank(nn.Linear):
+    """Adds a product of low rank to its weight in eval mode, as layers for adaptation do."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.down, self.up = nn.Parameter(torch.ones(1, 4)), nn.Parameter(torch.ones(4, 1))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
+
+
+class Cached(nn.Module):
+    """Stores the weight it computes as long as it is in eval mode; only `eval` begins that."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.matrix = nn.Parameter(torch.ones(())), nn.Parameter(torch.eye(4))
+        self.weight = None
+
+    def eval(self):
+        super().eval()
+        self.weight = (self.scale * self.matrix).detach()
+        return self
+
+    def train(self, mode=True):
+        self.weight = None
+        return super().train(mode)
+
+    def forward(self, x):
+        return x @ (self.scale * self.matrix if self.weight is None else self.weight)
+
+
+@each_attack
+@pytest.mark.parametrize("layer", [LowRank, Cached])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all train", "one layer in eval"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_modes_that_act_are_undone_by_calls(attack, layer, frozen, bare):
+    """A restored flag alone would leave the layer merged, without gradients."""
+    model = layer() if bare else nn.Sequential(layer(), nn.ReLU(), layer(), nn.Linear(4, 3))
+    model.train()
+    acting = [m for m in model.modules() if isinstance(m, layer)]
+    if frozen:
+        acting[-1].eval()
+    before, x = snapshot(model), torch.rand(8, 4)
+    inside = [getattr(m, "merged", getattr(m, "weight", None) is not None) for m in acting]
+    attack(model, x, steps=2)
+    after = [getattr(m, "merged", getattr(m, "weight", None) is not None) for m in acting]
+    assert [m.training for m in acting] == [True] * (len(acting) - frozen) + [False] * frozen
+    assert after == inside == [m.training is False for m in acting]
+    for p, expected in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, expected)
+    model(x.requires_grad_()).sum().backward()
+    assert all(p.grad is not None for m in acting if m.training for p in m.parameters())
+
+
+class KeepsOneFrozen(nn.Sequential):
+    """Its `train` leaves the first layer in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+@each_attack
+def test_modes_of_modules_with_several_parents_or_a_train_of_their_own(attack):
+    shared = nn.Dropout(0.0)
+    model = nn.Sequential(KeepsOneFrozen(nn.Dropout(0.0), nn.Linear(4, 4)), nn.Sequential(shared))
+    model = nn.Sequential(model, nn.Sequential(shared, nn.Linear(4, 3))).train()
+    shared.eval()
+    model[0][1].training = False  # by hand, its child is in eval mode as well
+    before = [m.training for m in model.modules()]
+    assert len(set(before)) == 2
+    attack(model, torch.rand(8, 4), steps=1)
+    assert [m.training for m in model.modules()] == before
 
 
 @each_attack
@@ -301,10 +425,62 @@ def test_a_parallel_model_is_left_as_it_was(two):
     two.run(attack_then_train)
 
 
+class Returns(nn.Module):
+    """A linear model whose output, or whose view of the images, is changed by ``how``."""
+
+    def __init__(self, how, before=False, use_reentrant=None):
+        super().__init__()
+        self.linear, self.how, self.before = nn.Linear(50, 3), how, before
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.use_reentrant is not None:
+            return checkpoint(self.linear, x, use_reentrant=self.use_reentrant)
+        return self.linear(self.how(x)) if self.before else self.how(self.linear(x))
+
+
+CUT = {
+    "detached images": Returns(torch.Tensor.detach, before=True),
+    "detached logits": Returns(torch.Tensor.detach),
+    "no_grad": Returns(torch.no_grad()(lambda z: 2 * z)),
+    "numpy": Returns(lambda x: torch.tensor(x.tolist()), before=True),
+    "labels": Returns(lambda z: F.one_hot(z.argmax(1), 3).float()),
+}
+OTHER = {"tuple": Returns(lambda z: (z, z)), "dict": Returns(lambda z: {"logits": z})}
+
+
+@each_attack
+@pytest.mark.parametrize("model", CUT.values(), ids=CUT.keys())
+def test_models_that_cut_the_graph_are_refused(attack, model):
+    message = r"`model\(x\)` should depend on the images through autograd.*Remove detach"
+    with pytest.raises(ValueError, match=message):
+        attack(model.to(DEVICE), X, steps=1)
+    assert model.training
+
+
+@each_attack
+@pytest.mark.parametrize("kind", OTHER)
+def test_models_that_return_no_tensor_are_refused(attack, kind):
+    message = rf"`model\(x\)` should be a tensor of logits. Found `{kind}`. Wrap the model in"
+    with pytest.raises(TypeError, match=message):
+        attack(OTHER[kind].to(DEVICE), X)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # checkpoint's own
+@each_attack
+def test_reentrant_checkpointing_is_refused(attack):
+    plain = attack(Returns(None, use_reentrant=False).to(DEVICE), X, steps=1)
+    assert plain.shape == X.shape
+    message = "`model` should checkpoint activations with use_reentrant=False"
+    with pytest.raises(RuntimeError, match=message):
+        attack(Returns(None, use_reentrant=True).to(DEVICE), X, steps=1)
+
+
 X = torch.rand(2, 2, 5, 5, device=DEVICE)
 NET = make_net()
 ONE = nn.Sequential(nn.Flatten(), nn.Linear(50, 1)).to(DEVICE)
-values_are_read = cpu_only("elsewhere reading values would wait for the device")
+values_are_read = cpu_only("elsewhere reading values would synchronise")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +500,17 @@ values_are_read = cpu_only("elsewhere reading values would wait for the device")
             "`step_size` should be finite and > 0",
         ),
         (lambda: kl_attack(NET, X, steps=2.5), TypeError, "`steps` should be an integer >= 0"),
-        (lambda: kl_attack(lambda x: x, X), TypeError, "`model` should be a torch.nn.Module"),
+        (lambda: kl_attack(lambda x: x, X), TypeError, "Wrap a function in an nn.Module"),
+        (lambda: kl_attack(X, NET), TypeError, "The model is the first argument"),
+        (lambda: kl_attack(NET, X, bounds=1.0), ValueError, "`bounds` should be .lowest, highest"),
+        (lambda: kl_attack(NET, X, bounds=(1, 0)), ValueError, "`bounds` should be .lowest, high"),
+        (
+            lambda: kl_attack(NET, X, bounds=(-2, 2), eps=5),
+            ValueError,
+            "`eps` should be at most 4, the width of `bounds`",
+        ),
+        (lambda: kl_attack(NET, X, generator=-1), ValueError, "`generator` should be an integer"),
+        (lambda: kl_attack(NET, X, generator="1"), TypeError, "`generator` should be an integer"),
         (
             lambda: kl_attack(nn.Conv2d(2, 2, 3), X),
             ValueError,
@@ -348,7 +534,7 @@ values_are_read = cpu_only("elsewhere reading values would wait for the device")
         ),
         (lambda: pgd_attack(NET, X, Y[:2].int()), ValueError, r"torch.int32`. Write target.long"),
         (lambda: pgd_attack(NET, X, Y[:2].byte()), ValueError, r"torch.uint8`. Write target.long"),
-        (lambda: kl_attack(ONE, X), ValueError, r"two classes or more. Found `\(2, 1\)`. Of one"),
+        (lambda: kl_attack(ONE, X), ValueError, r"two classes or more. Found `\(2, 1\)`. Turn one"),
         (
             lambda: pgd_attack(ONE, X, Y[:2] * 0),
             ValueError,
@@ -363,16 +549,18 @@ def test_refusals(call, error, message):
 
 @values_are_read
 @pytest.mark.parametrize(
-    ("factor", "shift", "message"),
+    ("factor", "shift", "bounds", "message"),
     [
-        (2, -1, r"`x` should be in \[0, 1\]. Found `values from -.* normalise inside the model"),
-        (float("nan"), 0, r"`x` should be in \[0, 1\]"),
-        (255, 0, r"Found `values from .*0 to 255, x / 255"),
+        (2, -1, (0, 1), r"`x` should be in \[0, 1\]. Found `values from -.*Normalise inside the m"),
+        (float("nan"), 0, (0, 1), r"`x` should be in \[0, 1\]"),
+        (255, 0, (0.0, 1.0), r"Found `values from .*0 to 255, pass x / 255"),
+        (9, -5, [-2, 2], r"`x` should be in \[-2, 2\].*or give the range of `x` as `bounds`"),
     ],
 )
-def test_pixels_outside_their_range_are_refused(factor, shift, message):
+def test_pixels_outside_their_range_are_refused(factor, shift, bounds, message):
     with pytest.raises(ValueError, match=message):
-        kl_attack(NET, X * factor + shift)
+        kl_attack(NET, X * factor + shift, bounds=bounds)
+    kl_attack(NET, X * factor + shift, bounds=None, steps=1)
 
 
 @values_are_read

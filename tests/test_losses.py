@@ -1,4 +1,4 @@
-"""kl_adv_loss against hand-computed values and numpy."""
+"""kl_adv_loss and consistency_loss against hand-computed values and numpy."""
 
 import math
 from fractions import Fraction
@@ -6,12 +6,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from common import DEVICE, from_numpy
+from common import DEVICE, cpu_only, from_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rgp_optim import kl_adv_loss
+from rgp_optim import consistency_loss, kl_adv_loss
 from rgp_optim.losses import kl_divergence
 
 LOGITS = hnp.arrays(np.float64, (3, 4), elements=st.floats(-30, 30))
@@ -101,11 +101,45 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_class_probabilities_as_targets():
-    z = torch.randn(3, 4)
-    y = torch.tensor([1, 0, 3])
-    hard, soft = kl_adv_loss(z, z, y), kl_adv_loss(z, z, torch.eye(4)[y])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64, torch.float16])
+def test_class_probabilities_as_targets(wide):
+    """They do not widen the loss; the values are those of the class indices."""
+    z, y = torch.randn(3, 4), torch.tensor([1, 0, 3])
+    hard, soft = kl_adv_loss(z, z, y), kl_adv_loss(z, z, torch.eye(4)[y].to(wide))
+    assert soft.dtype == torch.float32
     torch.testing.assert_close(hard, soft)
+    assert kl_adv_loss(z.double(), z.double(), torch.eye(4)[y]).dtype == torch.float64
+
+
+@cpu_only("elsewhere reading values would synchronise")
+@pytest.mark.parametrize("y", [[0, -100], [-100, -100], [-1, 0], [0, 3]])
+def test_labels_without_a_class_are_refused(y):
+    """Ignoring some would average the two terms over different samples."""
+    with pytest.raises(ValueError, match=r"`target` should be in \[0, 2\].*without a label"):
+        kl_adv_loss(Z, Z, torch.tensor(y))
+
+
+@given(LOGITS, LOGITS, LOGITS, LOGITS)
+def test_the_consistency_loss_is_the_sum_of_two_divergences(revised, revised_adv, z, z_adv):
+    def softmax(a):
+        return np.exp(a) / np.exp(a).sum(1, keepdims=True)
+
+    want = sum(
+        (softmax(p) * np.log(softmax(p) / softmax(q))).sum(1).mean()
+        for p, q in ((revised, z), (revised_adv, z_adv))
+    )
+    got = consistency_loss(*map(from_numpy, (revised, revised_adv, z, z_adv)))
+    assert got.item() == pytest.approx(want, rel=1e-9, abs=1e-9)
+
+
+def test_the_consistency_loss_has_no_gradient_into_the_copy():
+    tensors = [torch.randn(4, 3, requires_grad=True) for _ in range(4)]
+    consistency_loss(*tensors).backward()
+    assert [t.grad is None for t in tensors] == [True, True, False, False]
+    half = consistency_loss(
+        *(t.detach() for t in tensors[:2]), *(t.bfloat16() for t in tensors[2:])
+    )
+    assert half.dtype == torch.float32  # logits of the model under autocast
 
 
 Z, Y = torch.zeros(2, 3, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
@@ -128,3 +162,20 @@ Z, Y = torch.zeros(2, 3, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
 def test_refusals(args, beta, error, message):
     with pytest.raises(error, match=message):
         kl_adv_loss(*args, beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "value", "error", "message"),
+    [
+        (0, Z[:1], ValueError, "`revised_adv` should match `revised`"),
+        (1, Z[:, :2], ValueError, "`revised_adv` should match `revised`"),
+        (2, (Z, Z), TypeError, "`logits` should be a tensor"),
+        (3, Z.double(), ValueError, "`logits_adv` should match `logits`"),
+    ],
+)
+def test_refusals_of_the_consistency_loss(wrong, value, error, message):
+    args = [value if i == wrong else Z for i in range(4)]
+    with pytest.raises(error, match=message):
+        consistency_loss(*args)
+    with pytest.raises(ValueError, match="`revised` should match `logits`"):
+        consistency_loss(Z[:1], Z[:1], Z, Z)

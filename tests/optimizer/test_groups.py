@@ -1,0 +1,148 @@
+"""rgp_param_groups and the settings of a group."""
+
+import pytest
+import torch
+from common import make_net
+from torch import nn
+
+from rgp_optim import rgp_param_groups
+from rgp_optim.groups import Settings
+
+
+def names(group):
+    return [name for name, _ in group["params"]]
+
+
+class Transformer(nn.Module):
+    """The parameters of a vision transformer's input, and one complex weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 4))
+        self.tokens = nn.Embedding(6, 4)
+        self.proj = nn.Linear(4, 4)
+        self.filter = nn.Parameter(torch.zeros(4, 3, dtype=torch.complex64))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.head.weight = self.embed.weight
+        self.again = self.body
+
+
+class Names(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv2 = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "leave_out", "selected"),
+    [
+        (make_net, (), ["conv.weight", "head.weight"]),
+        (make_net, ["head"], ["conv.weight"]),
+        (make_net, ("head.weight", "norm"), ["conv.weight"]),
+        (Names, ["conv"], ["conv2.weight"]),  # a name is no prefix
+        (Transformer, (), ["cls_token", "pos_embed", "tokens.weight", "proj.weight"]),
+        (Transformer, ["cls_token", "pos_embed", "tokens"], ["proj.weight"]),
+        (Tied, ["embed"], ["body.weight"]),
+        (Tied, ["head"], ["body.weight"]),
+        (Tied, ["again"], ["embed.weight"]),
+        (Tied, ["again.bias"], ["embed.weight", "body.weight"]),
+    ],
+)
+def test_each_parameter_is_in_one_of_two_groups(make, leave_out, selected):
+    model = make()
+    first, second = rgp_param_groups(model, leave_out=leave_out)
+    assert names(first) == selected
+    assert sorted(names(first) + names(second)) == sorted(n for n, _ in model.named_parameters())
+    assert (first["rgp_select"], second["rgp_select"]) == (True, False)
+
+
+def test_options_hold_in_both_groups():
+    groups = rgp_param_groups(make_net(), rgp_update_fraction=0.5, lr=0.2, alpha=0.9)
+    for group, select in zip(groups, (True, False), strict=True):
+        del group["params"]
+        assert group == dict(rgp_select=select, rgp_update_fraction=0.5, lr=0.2, alpha=0.9)
+
+
+def test_each_group_has_a_learning_rate():
+    """As the docstring says: a scheduler sets both; an assignment to the first sets only that."""
+    inner = torch.optim.SGD(rgp_param_groups(make_net()), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    inner.step()
+    scheduler.step()
+    assert [group["lr"] for group in inner.param_groups] == [0.05, 0.05]
+    inner.param_groups[0]["lr"] = 0.0
+    assert [group["lr"] for group in inner.param_groups] == [0.0, 0.05]
+
+
+def test_an_empty_group_is_omitted():
+    (only,) = rgp_param_groups(nn.Linear(2, 2, bias=False))
+    assert only["rgp_select"]
+    (only,) = rgp_param_groups(nn.LayerNorm(3))
+    assert not only["rgp_select"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rgp_select": True}, ValueError, "`options` should not contain 'rgp_select'"),
+        ({"params": []}, ValueError, "`options` should not contain 'params'.*`leave_out` decide"),
+        ({"rgp_fraction": 0.5}, ValueError, "Found `rgp_fraction`. Known are rgp_update_fraction"),
+        ({"rgp_step": 1}, ValueError, "`options` should have rgp_. settings that exist"),
+        ({"update_fraction": 0.5}, ValueError, "Write 'rgp_update_fraction'"),
+        ({"leave_out": ["haed"]}, ValueError, "`leave_out` should name modules.*The model has co"),
+        ({"leave_out": [""]}, ValueError, "`leave_out` should name modules"),
+        ({"leave_out": "head"}, TypeError, r"Write \['head'\]"),
+    ],
+)
+def test_refusals(options, error, message):
+    with pytest.raises(error, match=message):
+        rgp_param_groups(make_net(), **options)
+
+
+def test_the_parameters_in_place_of_the_model_are_refused():
+    with pytest.raises(TypeError, match=r"`model` should be a torch.nn.Module. Found `generator`"):
+        rgp_param_groups(make_net().parameters())
+
+
+GROUP = {"rgp_update_fraction": 0.7, "rgp_alpha": 0.1, "rgp_select": None}
+
+
+@pytest.mark.parametrize(
+    ("select", "shape", "dtype", "selected"),
+    [
+        (None, (2, 2), torch.float32, True),
+        (None, (4,), torch.float32, False),
+        (None, (), torch.float32, False),
+        (True, (4,), torch.bfloat16, True),
+        (False, (2, 2), torch.float32, False),
+        (None, (2, 2), torch.complex64, False),
+        (True, (2, 2), torch.complex64, False),
+        (True, (2, 2), torch.int8, False),
+    ],
+)
+def test_which_parameters_a_group_selects(select, shape, dtype, selected):
+    settings = Settings.of({**GROUP, "rgp_select": select, "lr": 0.1})
+    assert settings.selects(torch.zeros(shape, dtype=dtype)) is selected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("rgp_update_fraction", 1.5, ValueError, r"in \[0, 1\].*a param group. To conserve 30 %"),
+        ("rgp_update_fraction", True, TypeError, "`rgp_update_fraction` should be a number"),
+        ("rgp_alpha", float("nan"), ValueError, r"`rgp_alpha` should be in \[0, 1\]"),
+        ("rgp_alpha", torch.tensor(0.5), TypeError, "`rgp_alpha` should be a number"),
+        ("rgp_select", 1, TypeError, "`rgp_select` should be None"),
+        ("rgp_fraction", 0.5, ValueError, "Found `rgp_fraction`"),
+        ("select", True, ValueError, "Write 'rgp_select'"),
+    ],
+)
+def test_settings_are_checked(key, value, error, message):
+    with pytest.raises(error, match=message):
+        Settings.of({**GROUP, key: value})
