@@ -39,7 +39,7 @@ def topk_masks(
     scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
 ) -> list[Tensor]:
     """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
-    if any(bool((score < 0).any()) for score in scores):  # their bits do not rank like them
+    if any(score.itemsize < 2 or bool((score < 0).any()) for score in scores):  # float8: no "<"
         return _reference.topk_masks(scores, fractions, pools)
     return select(scores, [None] * len(scores), [1.0] * len(scores), fractions, pools)
 
@@ -52,8 +52,7 @@ def select(
     pools: Sequence[int],
 ) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
-    sources: list[Source] = []
-    shapes = []
+    sources, shapes = [], []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
         terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
         present = [(g.detach(), factor) for g, factor in terms if g is not None]
@@ -125,7 +124,8 @@ def _bracket(pool: Sequence[Source], size: int, k: int) -> tuple[int, int]:
     n, nan = keys.size, NAN[keys.itemsize]
     rank, spread = n * (1 - k / size), (n * k * (size - k)) ** 0.5 / size
     low, high = int(rank - WIDTH * spread) - RUN, int(rank + WIDTH * spread) + RUN
-    np.minimum(keys, nan, out=keys).partition([i for i in (low, high) if 0 <= i < n])
+    if inner := [i for i in (low, high) if 0 <= i < n]:
+        np.minimum(keys, nan, out=keys).partition(inner)
     lowest = int(keys[low]) if low >= 0 else 0
     highest = int(keys[high]) if high < n else nan
     return max(lowest, 1), highest if highest < nan else np.iinfo(keys.dtype).max

@@ -1,0 +1,142 @@
+"""The reference against Python's sort and NumPy."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from common import from_numpy, numpy_topk, same_bits, to_numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rgp_optim._reference import (
+    restore_,
+    rgp_score,
+    score_dtype,
+    select,
+    topk_masks,
+    update_count,
+    zero_and_save_,
+)
+
+FRACTIONS = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
+# Few distinct values, so that ties and zeros are common.
+VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, 1e-45, 3.5, math.inf, -math.inf, math.nan])
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
+ARRAYS = hnp.arrays(np.float32, SHAPES, elements=VALUES)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def one(score, fraction):
+    return topk_masks([score], [fraction], [0])[0]
+
+
+@given(st.integers(0, 10**9), FRACTIONS)
+def test_update_count(n, fraction):
+    k = update_count(n, fraction)
+    assert 0 <= k <= n
+    assert (k == 0) == (n == 0 or fraction == 0)
+    if k > 1:
+        assert abs(k - Fraction(fraction) * n) <= 0.5 + 1e-7
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (0,), (2, 0, 3)])
+def test_limits(shape):
+    assert one(torch.zeros(shape), 1.0).all()
+    assert not one(torch.ones(shape), 0.0).any()
+    assert one(torch.ones(shape), 1e-9).sum() == min(1, math.prod(shape))
+
+
+@given(ARRAYS, FRACTIONS)
+def test_the_rule(score, fraction):
+    k = update_count(score.size, fraction)
+    want = np.ones(score.shape, bool) if fraction == 1 else numpy_topk(score, k)
+    np.testing.assert_array_equal(to_numpy(one(from_numpy(score), fraction)), want)
+
+
+@given(st.lists(ARRAYS, min_size=1, max_size=5), FRACTIONS, st.data())
+def test_pools(scores, fraction, data):
+    """One threshold per pool; ties go to the earlier tensor."""
+    pools = [data.draw(st.integers(0, 2)) for _ in scores]
+    dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in scores]
+    tensors = [from_numpy(score).to(dtype) for score, dtype in zip(scores, dtypes, strict=True)]
+    masks = topk_masks(tensors, [fraction] * len(scores), pools)
+    for pool in set(pools):
+        members = [i for i, number in enumerate(pools) if number == pool]
+        joined = np.concatenate([to_numpy(tensors[i].double()).reshape(-1) for i in members])
+        want = numpy_topk(joined, update_count(joined.size, fraction)) | (fraction == 1)
+        got = np.concatenate([to_numpy(masks[i]).reshape(-1) for i in members])
+        np.testing.assert_array_equal(got, want)
+    assert [mask.shape for mask in masks] == [score.shape for score in scores]
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-4, 4, width=32), unique=True),
+    FRACTIONS,
+    st.randoms(use_true_random=False),
+)
+def test_permuted_scores_give_the_permuted_mask(score, fraction, random):
+    order = list(range(len(score)))
+    random.shuffle(order)
+    mask, permuted = (one(from_numpy(s), fraction) for s in (score, score[order]))
+    assert torch.equal(permuted, mask[order])
+
+
+def test_ties_go_to_the_lowest_row_major_index_whatever_the_strides():
+    score = torch.ones(2, 3, 4, 5)
+    for other in (
+        score,
+        score.to(memory_format=torch.channels_last),
+        score.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        torch.ones(1, 3, 1, 5).expand(2, 3, 4, 5),
+    ):
+        mask = one(other, 0.3)
+        assert mask.reshape(-1)[:36].all()
+        assert int(mask.sum()) == 36
+
+
+def test_all_nan_are_alike():
+    bits = torch.tensor([0, 0x7FC00123, -0x400000, 0x7FC00000, 0x7F800000], dtype=torch.int32)
+    assert one(bits.view(torch.float32), 0.4).tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
+def test_the_score_is_computed_in_float32_or_float64(dtype, alpha):
+    g_nat, g_adv = torch.randn(2, 1000, dtype=torch.float64).to(dtype)
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    nat, adv = (np.abs(to_numpy(g.double()).astype(wide)) for g in (g_nat, g_adv))
+    got = rgp_score(g_nat, g_adv, alpha)
+    assert got.dtype == score_dtype(g_nat)
+    np.testing.assert_array_equal(to_numpy(got), wide(alpha) * nat + wide(1.0 - alpha) * adv)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_alpha_at_its_ends_ignores_the_other_gradient(alpha):
+    bad, good = torch.tensor([math.nan, math.inf, -math.inf]), torch.tensor([-1.0, 2.0, -0.0])
+    pair = (good, bad) if alpha == 1.0 else (bad, good)
+    torch.testing.assert_close(rgp_score(*pair, alpha), good.abs(), rtol=0, atol=0)
+
+
+def test_a_missing_gradient_counts_as_zero():
+    g = torch.tensor([1.0, -3.0])
+    assert [m.tolist() for m in select([None], [g], [0.9], [0.5], [0])] == [[0, 1]]
+    assert [m.tolist() for m in select([g], [None], [0.0], [0.5], [0])] == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restore_puts_back_every_bit(dtype):
+    old = torch.randn(3, 4).to(dtype)
+    old[0, 0], old[0, 1] = -0.0, math.nan
+    weight, gradient = old.t().contiguous().t(), torch.full((3, 4), math.nan, dtype=dtype)
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[2] = True
+    saved = zero_and_save_([mask, mask], [gradient, None], [weight, None])
+    assert saved[1] is None
+    assert gradient.isnan().sum(1).tolist() == [0, 0, 4]
+    weight.fill_(7.0)
+    restore_([mask, mask], [weight, gradient], saved)
+    assert same_bits(weight[:2], old[:2])
+    assert (weight[2] == 7).all()
