@@ -109,8 +109,9 @@ def losses(model, x, x_adv, y):
 def cure_step(model, opt, seed=0, dtype=torch.float32):
     """One step of the README's loop, on a batch drawn from ``seed``."""
     loss, nat, adv = losses(model, *make_batch(seed, dtype))
+    loss = opt.scored(loss, natural=nat, adversarial=adv)
     opt.zero_grad()
-    opt.backward(loss, natural=nat, adversarial=adv)
+    loss.backward()
     opt.step()
     return loss
 

@@ -20,15 +20,12 @@ settings.register_profile("suite", deadline=None, max_examples=60, derandomize=T
 settings.load_profile("suite")
 
 
-STAY = {  # on the CPU
-    "test_analysis": "small networks of the analysis",
-    "test_benchmarks": "scripts, tables, figures",
-    "test_datasets": "files and pixels",
-    "test_distributed": "processes of a gloo group",
-    "test_example": "the script, which has --device",
+STAY = {  # on the CPU: by folder or module
+    "distributed": "processes of a gloo group",
+    "examples": "scripts, which have --device; trainers, which choose it",
+    "robustness": "the benchmark, which has --device",
+    "test_speed": "scripts, tables, figures",
     "test_project": "files of the project",
-    "test_robustness": "the benchmark, which has --device",
-    "test_trainers": "the trainers choose the device",
 }
 
 
@@ -38,8 +35,9 @@ def on_device(request):
     if DEVICE.type == "cpu":
         yield
         return
-    if (name := request.module.__name__) in STAY:
-        pytest.skip(f"on the CPU only: {STAY[name]}")
+    for name in (request.module.__name__, request.path.parent.name):
+        if name in STAY:
+            pytest.skip(f"on the CPU only: {STAY[name]}")
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device(None)
