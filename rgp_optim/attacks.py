@@ -120,7 +120,7 @@ def pgd_attack(
         The attacked images: shape, dtype and device of ``x``, without a graph.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As in `kl_attack`; or a label is out of range.
+        ValueError: a label is out of range; other errors as in `kl_attack`.
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
