@@ -230,11 +230,9 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, dict(derived))
     except Exception as error:
-        rule = f"be copied, but `{_refusing(model, derived)}` refuses `copy.deepcopy`"
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            error_text("model", rule, found, SHARD if _sharded(model) else READY)
-        ) from error
+        found = f"{_refusing(model, derived)}: {type(error).__name__}: {error}".splitlines()[0]
+        hint = SHARD if _sharded(model) else READY
+        raise ValueError(error_text("model", "be copyable", found, hint)) from error
 
 
 def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
