@@ -121,6 +121,18 @@ def test_limits(attack, trained):
     assert 0 < (start - x).abs().max() <= 0.1 + 1e-6
 
 
+def test_the_pgd_attack_starts_at_a_uniform_draw_in_the_ball_and_the_bounds():
+    model, seen = make_net(), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    for centre, lowest in ((0.5, 0.4), (0.0, 0.0)):
+        x = torch.full((40, 2, 5, 5), centre)
+        pgd_attack(model, x, Y[:40], eps=0.1, steps=1, generator=0)
+        start = seen.pop()
+        assert start.min() == pytest.approx(lowest, abs=1e-3)
+        assert start.max() == pytest.approx(centre + 0.1, abs=1e-3)
+        assert (start > centre + 0.05).float().mean() == pytest.approx(0.25, abs=0.04)
+
+
 def test_a_linear_model_has_a_closed_form():
     """Short of the walls, steps * step_size along the sign of the gradient, at most eps."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False)).double()
@@ -332,6 +344,13 @@ def test_modes_that_act_are_undone_by_calls(attack, layer, frozen, bare):
     assert all(p.grad is not None for m in acting if m.training for p in m.parameters())
 
 
+class Refuses(nn.Dropout):
+    """Its `train` leaves it in eval mode."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
 class KeepsOneFrozen(nn.Sequential):
     """Its `train` leaves the first layer in eval mode."""
 
@@ -342,16 +361,18 @@ class KeepsOneFrozen(nn.Sequential):
 
 
 @each_attack
-def test_modes_of_modules_with_several_parents_or_a_train_of_their_own(attack):
-    shared = nn.Dropout(0.0)
-    model = nn.Sequential(KeepsOneFrozen(nn.Dropout(0.0), nn.Linear(4, 4)), nn.Sequential(shared))
-    model = nn.Sequential(model, nn.Sequential(shared, nn.Linear(4, 3))).train()
-    shared.eval()
-    model[0][1].training = False  # by hand, its child is in eval mode as well
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_of_modules_with_several_parents_or_a_train_of_their_own(attack, mode):
+    shared, refuses = LowRank(), Refuses(0.0)
+    first = nn.Sequential(shared, KeepsOneFrozen(nn.Dropout(0.0), nn.Linear(4, 4)), refuses)
+    model = nn.Sequential(first, nn.Sequential(shared, nn.Linear(4, 3))).train(mode)
+    model[1].train(not mode)
+    shared.train(mode)  # against the parent that comes last
+    refuses.training = True  # by hand
     before = [m.training for m in model.modules()]
-    assert len(set(before)) == 2
     attack(model, torch.rand(8, 4), steps=1)
     assert [m.training for m in model.modules()] == before
+    assert shared.merged == (not mode)
 
 
 @each_attack
