@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from collections.abc import Mapping
@@ -259,7 +260,8 @@ def _decay(decay: float | None, horizon: float | None, total: int | None, rate: 
     expected = check_count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update, horizon * rate * total_steps >= 1"
-        hint = "Give `decay`" + (f", or {1 / expected:.3g} or more." if expected > 1 else ".")
+        least = f", or {math.ceil(1000 / expected) / 1000:g} or more" if expected > 1 else ""
+        hint = f"Give `decay`{least}."
         raise ValueError(error_text("horizon", rule, f"{horizon} of {expected:g}", hint))
     return 1.0 - 1.0 / (horizon * expected)
 

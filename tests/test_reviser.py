@@ -624,9 +624,9 @@ class Shares(nn.Linear):
         ),
         (
             LINEAR,
-            {"horizon": 0.064, "total_steps": 50},
+            {"horizon": 0.064, "total_steps": 15},
             ValueError,
-            r"total_steps >= 1.* Give `decay`, or 0.1 or more",
+            r"total_steps >= 1.* Give `decay`, or 0.334 or more",
         ),
         (Shares(2, 2), {}, ValueError, "`model` .*without shared storage. Found `weight`"),
         (LINEAR, {"revised": LINEAR}, ValueError, "`revised` .*without shared storage"),
