@@ -76,12 +76,12 @@ def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
 
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
     """Return the model's output if it is a tensor [batch, classes]; ``hint`` ends the refusal."""
+    check_tensor("x", x, floating=False, hint=hint)
     logits = model(x)
     if not isinstance(logits, Tensor):
         way = f"Wrap the model in an nn.Module whose forward returns the logits alone. {hint}"
         found = type(logits).__name__
         raise TypeError(error_text("model(x)", "be a tensor of logits", found, way.rstrip()))
-    check_tensor("model(x)", logits)
     if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         found = f"{tuple(logits.shape)} for a batch of {x.shape[0]}"
         raise ValueError(error_text("model(x)", "be logits, [batch, classes]", found, hint))

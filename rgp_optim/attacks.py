@@ -20,8 +20,6 @@ __all__ = ["kl_attack", "pgd_attack"]
 PGD_STEP = 0.003  # at a radius of 8/255
 START_NOISE = 0.001  # standard deviation, in units of the pixels
 
-Bounds = tuple[float, float]
-
 
 def kl_attack(
     model: nn.Module,
@@ -30,7 +28,7 @@ def kl_attack(
     eps: float = 8 / 255,
     step_size: float | None = None,
     steps: int = 10,
-    bounds: Bounds | None = (0.0, 1.0),
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Find images near ``x`` whose prediction is as far as possible from that of ``x``.
@@ -91,7 +89,7 @@ def pgd_attack(
     step_size: float | None = None,
     steps: int = 20,
     random_start: bool = True,
-    bounds: Bounds | None = (0.0, 1.0),
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
     r"""Find images near ``x`` that the model assigns to another class than ``target``.
@@ -120,7 +118,7 @@ def pgd_attack(
         The attacked images: shape, dtype and device of ``x``, without a graph.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As in `kl_attack`; or a label is out of range.
+        ValueError: a label is out of range; other errors as in `kl_attack`.
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
@@ -158,11 +156,7 @@ def _ascend(
     step_size: float,
     steps: int,
 ) -> Tensor:
-    """Take ``steps`` signed steps up ``objective``, each clipped to ``ball``.
-
-    The objective takes logits in float32 at least, and sums over the batch, so that an image does
-    not depend on the others.
-    """
+    """Take ``steps`` signed steps up ``objective``, a sum over the batch, clipped to ``ball``."""
     x_adv = start
     for _ in range(steps):
         x_adv.requires_grad_()
@@ -195,7 +189,7 @@ def _gradient(logits: Tensor, x: Tensor, pull: Tensor) -> Tensor:
     return gradient
 
 
-def _ball(x: Tensor, eps: float, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+def _ball(x: Tensor, eps: float, bounds: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """Return the lowest and highest pixels within the radius and the bounds.
 
     In 16 bits rounding could leave the ball by a large part of ``eps``: round inwards there.
@@ -215,10 +209,9 @@ def _ball(x: Tensor, eps: float, bounds: Bounds | None) -> tuple[Tensor, Tensor]
 
 
 def _scaled(gradient: Tensor) -> Tensor:
-    """Scale each row by a power of two, its largest entry to between 2**8 and 2**9.
+    """Scale the largest entry of each row to 2**8 or more, by a power of two.
 
-    In float16 the gradient of a confident prediction would underflow. Only its sign counts, and a
-    power of two changes nothing else in wider dtypes.
+    In float16 the gradient of a confident prediction would underflow; only its sign counts.
     """
     exponent = gradient.abs().amax(1, keepdim=True).log2().floor()
     return gradient * torch.exp2((8 - exponent).clamp(max=100))  # finite for a row of zeros
@@ -228,8 +221,8 @@ def _scaled(gradient: Tensor) -> Tensor:
 def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the module to run, in eval mode; afterwards restore modes and ``requires_grad``.
 
-    A forward pass through DistributedDataParallel would count as a training iteration, after which
-    a static graph no longer reduces, and would broadcast the buffers of rank 0.
+    A forward pass through DistributedDataParallel would broadcast buffers, and count as a training
+    iteration, after which a static graph no longer reduces.
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model

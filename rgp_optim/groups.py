@@ -28,18 +28,14 @@ class Settings:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Settings:
         """Read the settings; a value out of range or a misspelt name raises."""
-        hint = "It is a setting of a param group."
         _check_keys("param_groups", group)
         fraction, alpha, select = (group[key] for key in KEYS)
         if select is not None and not isinstance(select, bool):
             rule = "be None (two or more dimensions), True (all) or False (none)"
             raise TypeError(error_text("rgp_select", rule, f"rgp_select = {select!r}"))
-        conserving = f"{hint} To conserve 30 %, write 0.7."
-        return cls(
-            check_fraction("rgp_update_fraction", fraction, conserving),
-            check_fraction("rgp_alpha", alpha, hint),
-            select,
-        )
+        hint = "It is the fraction updated: to conserve 30 %, write 0.7."
+        fraction = check_fraction("rgp_update_fraction", fraction, hint)
+        return cls(fraction, check_fraction("rgp_alpha", alpha), select)
 
     def selects(self, p: Tensor) -> bool:
         """Return whether ``p`` takes part in the selection; complex and integer ones never do."""
@@ -69,8 +65,7 @@ def rgp_param_groups(
         **options: Options of both groups: ``lr``, ``weight_decay``, ``rgp_update_fraction``, ...
 
     Returns:
-        The selected parameters (``rgp_select=True``), then the others (``rgp_select=False``). An
-        empty group is omitted.
+        The selected group (``rgp_select=True``), then the other (False); an empty one is omitted.
 
     Raises:
         ValueError: a name in ``leave_out`` does not exist, or an option is misspelt or set here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_count, check_fraction, check_real, check_tensor, error_text
+from rgp_optim._checks import check_count, check_fraction, check_real, error_text
 from rgp_optim._distributed import local
 from rgp_optim._models import check_model, logits_of, modes_of, set_eval, switched, unwrapped
 from rgp_optim.losses import consistency_loss
@@ -44,7 +45,7 @@ class ConsistencyReviser:
     first, then ``fully_shard`` the model and ``reviser.model`` alike.
 
     Args:
-        model: The model that is trained; copied now, and read by `update`.
+        model: The model that is trained; copied now, on its device, and read by `update`.
         rate: Probability of an update at each step, in [0, 1].
         decay: d, in [0, 1). Default 0.999.
         horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
@@ -97,35 +98,15 @@ class ConsistencyReviser:
         for key, tensor in ours.items():
             tensor.grad = None
             if _address(tensor) in taken:
-                rule, hint = "be copied without shared storage", "Copy parameters and buffers."
-                raise ValueError(error_text(name, rule, key, hint))
+                raise ValueError(error_text(name, "be copied without shared storage", key))
         set_eval(self.model.requires_grad_(False))
-
-    def __repr__(self) -> str:
-        settings = f"rate={self.rate}, decay={self.decay}, steps={self.steps}"
-        return f"{type(self).__name__}({type(self.model).__name__}, {settings})"
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
 
-        Args:
-            x: Natural images, the model's input.
-            x_adv: Attacked images, shape of ``x``.
-            logits: The model's output on ``x``, [batch, classes], with its graph.
-            logits_adv: The model's output on ``x_adv``, shape of ``logits``.
-
-        Returns:
-            The loss, a mean over the batch, >= 0, in nats; float32, or float64 for float64.
-
-        Raises:
-            TypeError: the model returns no plain tensor, or an argument is none.
-            ValueError: shapes, dtypes or devices do not match.
+        ``logits`` and ``logits_adv`` are the model's outputs on ``x`` and ``x_adv``, with their
+        graph. For a model whose input or output is no single tensor, use `consistency_loss`.
         """
-        check_tensor("x", x, floating=False)
-        check_tensor("x_adv", x_adv, floating=False)
-        if x.shape != x_adv.shape:
-            found = f"{tuple(x_adv.shape)} against {tuple(x.shape)}"
-            raise ValueError(error_text("x_adv", "have the shape of `x`", found))
         if self.steps == 0:
             self._move(1.0)
         self._warn()
@@ -136,14 +117,10 @@ class ConsistencyReviser:
         return consistency_loss(revised, revised_adv, logits, logits_adv)
 
     def update(self) -> bool:
-        """Draw, and with probability ``rate`` move the copy towards the model. Call once per step.
+        """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Returns:
-            Whether the draw moved the copy.
-
-        Raises:
-            ValueError: the model's parameters or buffers are no longer those of the copy, or
-                ``rate`` or ``decay`` is out of range. Nothing is changed then.
+        Call it once per step. A model whose parameters or buffers are no longer those of the copy
+        raises a ValueError, and nothing is changed.
         """
         rate, decay = check_fraction("rate", self.rate), _check_decay("decay", self.decay)
         moves = random.Random(f"{self._seed} {self.steps}").random() < rate
@@ -189,10 +166,6 @@ class ConsistencyReviser:
         with switched(self.model, modes_of(student)):  # merged weights differ from unmerged ones
             theirs, ours = _tensors(student), _tensors(self.model)
             _check_same(ours, theirs, "model")
-            devices = {tensor.device for tensor in theirs.values()}
-            if weight == 1.0 and len(devices) == 1:
-                self.model.to(devices.pop())  # the model may have moved since it was copied
-                ours = _tensors(self.model)
             masters = {name: local(master) for name, master in self._float32().items()}
             averaged = _averaged(self.model) if weight < 1.0 else set()
             starts, ends = list[Tensor](), list[Tensor]()
@@ -236,7 +209,7 @@ class ConsistencyReviser:
             warnings.warn(text, UserWarning, stacklevel=3)
         if not self._checked:  # at the first call only: on a GPU reading a buffer synchronises
             self._checked = True
-            counts = [b for n, b in self.model.named_buffers() if "num_batches_tracked" in n]
+            counts = [b for n, b in self.model.named_buffers() if n.endswith("num_batches_tracked")]
             fewest = min((int(local(count)) for count in counts), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
                 text = (
@@ -258,11 +231,9 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, dict(derived))
     except Exception as error:
-        rule = f"be copied, but `{_refusing(model, derived)}` refuses `copy.deepcopy`"
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            error_text("model", rule, found, SHARD if _sharded(model) else READY)
-        ) from error
+        found = f"{_refusing(model, derived)}: {type(error).__name__}: {error}".splitlines()[0]
+        hint = SHARD if _sharded(model) else READY
+        raise ValueError(error_text("model", "be copyable", found, hint)) from error
 
 
 def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
@@ -278,24 +249,20 @@ def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
 
 def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
     """Return d, from itself or from the horizon."""
+    if (horizon is None) != (total is None) or (horizon is not None and decay is not None):
+        rule = "be given with `total_steps` and without `decay`"
+        found = f"horizon = {horizon}, total_steps = {total}, decay = {decay}"
+        raise ValueError(error_text("horizon", rule, found))
     if horizon is None:
-        if total is not None:
-            raise ValueError(error_text("horizon", "be given with `total_steps`", horizon))
         return _check_decay("decay", DECAY if decay is None else decay)
-    if decay is not None:
-        found = f"decay = {decay}, horizon = {horizon}"
-        raise ValueError(error_text("horizon", "be given in place of `decay`", found))
     if check_real("horizon", horizon, strict=True) > 1.0:
         raise ValueError(error_text("horizon", "be in (0, 1], a fraction of the run", horizon))
-    if total is None:
-        hint = "Pass the steps of the whole run."
-        raise ValueError(error_text("total_steps", "be given with `horizon`", total, hint))
     expected = check_count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update, horizon * rate * total_steps >= 1"
-        hint = "Give `decay`" + (f", or {1 / expected:.3g} or more." if expected > 1 else ".")
-        found = f"{horizon} of {expected:g} expected updates"
-        raise ValueError(error_text("horizon", rule, found, hint))
+        least = f", or {math.ceil(1000 / expected) / 1000:g} or more" if expected > 1 else ""
+        hint = f"Give `decay`{least}."
+        raise ValueError(error_text("horizon", rule, f"{horizon} of {expected:g}", hint))
     return 1.0 - 1.0 / (horizon * expected)
 
 

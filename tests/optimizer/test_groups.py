@@ -134,7 +134,7 @@ def test_which_parameters_a_group_selects(select, shape, dtype, selected):
 @pytest.mark.parametrize(
     ("key", "value", "error", "message"),
     [
-        ("rgp_update_fraction", 1.5, ValueError, r"in \[0, 1\].*a param group. To conserve 30 %"),
+        ("rgp_update_fraction", 1.5, ValueError, r"in \[0, 1\].*: to conserve 30 %"),
         ("rgp_update_fraction", True, TypeError, "`rgp_update_fraction` should be a number"),
         ("rgp_alpha", float("nan"), ValueError, r"`rgp_alpha` should be in \[0, 1\]"),
         ("rgp_alpha", torch.tensor(0.5), TypeError, "`rgp_alpha` should be a number"),
