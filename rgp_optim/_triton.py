@@ -35,9 +35,11 @@ __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
 CHUNK = 32768  # elements per program, a multiple of BLOCK
 BLOCK = 2048  # elements at a time
+PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a tensor's end
 # Bits per counting pass, 32 in all. Before Triton 3.8 histograms cost an instruction for every few
 # bins and element: four passes of 256 bins are faster there than three of 2048.
-DIGITS = (11, 11, 10) if triton.__version__ >= "3.8" else (8, 8, 8, 8)
+_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+DIGITS = (11, 11, 10) if _VERSION >= (3, 8) else (8, 8, 8, 8)
 KEPT_TABLES = 16  # on the device, for the next steps
 CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA graphs
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
@@ -69,7 +71,7 @@ def _offsets(row, at, lane):
     """Return offsets in memory of the elements ``at + lane`` of row-major order.
 
     The tensor has at most three dimensions, (any, N1, N2) with strides S0, S1, S2, after joining
-    neighbours. Divisions of vectors are in 32 bits, which are faster.
+    neighbours. Vectors are divided in 32 bits, which is faster.
     """
     n1, n2 = tl.load(row + N1), tl.load(row + N2)
     s0, s1, s2 = tl.load(row + S0), tl.load(row + S1), tl.load(row + S2)
@@ -84,31 +86,34 @@ def _offsets(row, at, lane):
 
 
 @triton.jit
-def _load_pair(row, nat, adv, at, lane, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Load a block of both gradients as float32."""
-    p = nat.to(tl.pointer_type(DTYPE))
-    q = adv.to(tl.pointer_type(DTYPE))
-    if (tl.load(row + FAST) != 0) & (at + BLOCK <= size):
-        # Loads of 16 bytes need the hint here, behind all arithmetic, and no mask.
-        a = tl.load(tl.multiple_of(p + at, 16) + lane)
-        b = tl.load(tl.multiple_of(q + at, 16) + lane)
+def _at(address, at, DTYPE: tl.constexpr):
+    """Return an aligned pointer; the hint for 16-byte loads counts only behind all arithmetic."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + at, 16)
+
+
+@triton.jit
+def _load_pair(row, at, offsets, mask, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+    """Load both gradients: a whole aligned block from ``at``, or what the mask allows."""
+    nat, adv = tl.load(row + NAT), tl.load(row + ADV)
+    if WHOLE:
+        a = tl.load(_at(nat, at, DTYPE) + offsets)
+        b = tl.load(_at(adv, at, DTYPE) + offsets)
     else:
-        offsets = _offsets(row, at, lane)
-        a = tl.load(p + offsets, mask=at + lane < size, other=0)
-        b = tl.load(q + offsets, mask=at + lane < size, other=0)
+        a = tl.load(nat.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0)
+        b = tl.load(adv.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0)
     return a.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def _new_keys(row, at, lane, size, READ: tl.constexpr, BLOCK: tl.constexpr):
+def _new_keys(row, at, offsets, mask, WHOLE: tl.constexpr, READ: tl.constexpr):
     """Return integers that rank like the scores: NaN highest, both zeros 0."""
-    nat, adv, code = tl.load(row + NAT), tl.load(row + ADV), tl.load(row + CODE)
+    code = tl.load(row + CODE)
     if code == 0:
-        a, b = _load_pair(row, nat, adv, at, lane, size, tl.float32, BLOCK)
+        a, b = _load_pair(row, at, offsets, mask, WHOLE, tl.float32)
     elif code == 1:
-        a, b = _load_pair(row, nat, adv, at, lane, size, tl.bfloat16, BLOCK)
+        a, b = _load_pair(row, at, offsets, mask, WHOLE, tl.bfloat16)
     else:
-        a, b = _load_pair(row, nat, adv, at, lane, size, tl.float16, BLOCK)
+        a, b = _load_pair(row, at, offsets, mask, WHOLE, tl.float16)
     if READ == SCORES:
         score = a
     else:
@@ -117,8 +122,8 @@ def _new_keys(row, at, lane, size, READ: tl.constexpr, BLOCK: tl.constexpr):
         score = tl.where(share_a >= 0, tl.abs(a) * share_a.to(tl.float32, bitcast=True), 0.0)
         score += tl.where(share_b >= 0, tl.abs(b) * share_b.to(tl.float32, bitcast=True), 0.0)
     bits = score.to(tl.int32, bitcast=True)
-    size_bits = bits & 0x7FFFFFFF
-    return tl.where(size_bits >= NAN_KEY, NAN_KEY, tl.where(bits < 0, -size_bits, bits))
+    size = bits & 0x7FFFFFFF
+    return tl.where(size >= NAN_KEY, NAN_KEY, tl.where(bits < 0, -size, bits))
 
 
 @triton.jit
@@ -136,26 +141,39 @@ def _count(
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """Count the digit ``key >> SHIFT`` of all keys that share the digits before."""
     BINS: tl.constexpr = 1 << BITS
     FIRST: tl.constexpr = READ != KEYS
     pid = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(owners + pid) * WIDTH
-    size, place, pool = tl.load(row + SIZE), tl.load(row + PLACE), tl.load(row + POOL)
+    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    size = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
+    keys += tl.load(row + PLACE) + start
+    pool = tl.load(row + POOL)
     state = states + pool * STATE
     prefix = tl.load(state + PREFIX).to(tl.int32)
-    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    if FIRST:  # element by element where loads cannot be wide
+        whole = tl.where(tl.load(row + FAST) != 0, size // BLOCK, 0)
+        piece = tl.arange(0, PIECE)
+        for i in range(whole * BLOCK, size, PIECE):
+            inside = i + piece < size
+            key = _new_keys(row, 0, _offsets(row, start + i, piece), inside, False, READ)
+            tl.store(keys + i + piece, key, mask=inside)
+        tl.debug_barrier()
     lane = tl.arange(0, BLOCK)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
-    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
-        at = start + block * BLOCK
-        scratch = tl.multiple_of(keys + place + at, 16) + lane
-        counted = at + lane < size
+    for i in range(0, size, BLOCK):
+        scratch = tl.multiple_of(keys + i, 16) + lane
+        counted = i + lane < size
         if FIRST:
-            key = _new_keys(row, at, lane, size, READ, BLOCK)
-            tl.store(scratch, key)
+            if i < whole * BLOCK:
+                key = _new_keys(row, start + i, lane, counted, True, READ)
+                tl.store(scratch, key)
+            else:
+                key = tl.load(scratch)
             digit = (key >> SHIFT) + BINS // 2  # shifts keep the sign
         else:
             key = tl.load(scratch)
@@ -165,28 +183,38 @@ def _count(
     tl.atomic_add(state + COUNTS + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
     if SHIFT == 0:
         tl.store(ties + pid * BINS + bins, counts)
-
     tl.debug_barrier()  # all of the program's adds come before its ticket
-    chunks = tl.load(pools + pool * POOL_WIDTH + POOL_CHUNKS)
-    if tl.atomic_add(state + TICKET, 1, sem="acq_rel") == chunks - 1:
-        total = tl.load(state + COUNTS + bins, cache_modifier=".cg")
-        tl.store(state + COUNTS + bins, tl.zeros([BINS], tl.int64))
-        tl.store(state + TICKET, 0)
-        if FIRST:
-            wanted = tl.load(pools + pool * POOL_WIDTH + K)
-        else:
-            wanted = tl.load(state + WANTED)
-        above = tl.sum(total) - tl.cumsum(total)
-        found = (above < wanted) & (wanted <= above + total)
-        digit = tl.sum(tl.where(found, bins, 0))
-        wanted -= tl.sum(tl.where(found, above, 0))
-        if FIRST:
-            tl.store(state + PREFIX, digit - BINS // 2)
-        else:
-            tl.store(state + PREFIX, (prefix << BITS) | digit)
-        tl.store(state + WANTED, wanted)
-        if SHIFT == 0:
-            _split_ties(ties + digit, rooms, pools + pool * POOL_WIDTH, wanted, BINS)
+    pool_row = pools + pool * POOL_WIDTH
+    ticket = tl.atomic_add(state + TICKET, 1, sem="acq_rel")
+    if ticket == tl.load(pool_row + POOL_CHUNKS) - 1:
+        _pick_digit(state, pool_row, prefix, ties, rooms, SHIFT, BITS, FIRST)
+
+
+@triton.jit
+def _pick_digit(
+    state, pool, prefix, ties, rooms, SHIFT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr
+):
+    """Extend the prefix by the digit of the k-th highest key, and clear the counts."""
+    BINS: tl.constexpr = 1 << BITS
+    bins = tl.arange(0, BINS)
+    counts = tl.load(state + COUNTS + bins, cache_modifier=".cg")  # as the atomics left them
+    tl.store(state + COUNTS + bins, tl.zeros([BINS], tl.int64))
+    tl.store(state + TICKET, 0)
+    if FIRST:
+        wanted = tl.load(pool + K)
+    else:
+        wanted = tl.load(state + WANTED)
+    above = tl.sum(counts) - tl.cumsum(counts)
+    found = (above < wanted) & (wanted <= above + counts)
+    digit = tl.sum(tl.where(found, bins, 0))
+    wanted -= tl.sum(tl.where(found, above, 0))
+    if FIRST:
+        tl.store(state + PREFIX, digit - BINS // 2)
+    else:
+        tl.store(state + PREFIX, (prefix << BITS) | digit)
+    tl.store(state + WANTED, wanted)
+    if SHIFT == 0:
+        _split_ties(ties + digit, rooms, pool, wanted, BINS)
 
 
 @triton.jit
@@ -213,72 +241,76 @@ def _mask(
     """Write the masks: keys above the threshold, the first ties, no zeros."""
     pid = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(owners + pid) * WIDTH
-    size, place, pool = tl.load(row + SIZE), tl.load(row + PLACE), tl.load(row + POOL)
-    mask = tl.load(row + MASK).to(tl.pointer_type(tl.int8))
+    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
+    size = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
+    keys += tl.load(row + PLACE) + start
+    mask = tl.load(row + MASK) + start
+    pool = tl.load(row + POOL)
     threshold = tl.load(states + pool * STATE + PREFIX).to(tl.int32)
     k = tl.load(pools + pool * POOL_WIDTH + K)
     room = tl.load(rooms + pid)
-    start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
     lane = tl.arange(0, BLOCK)
-    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
-        at = start + block * BLOCK
-        inside = at + lane < size
-        key = tl.load(tl.multiple_of(keys + place + at, 16) + lane)
+    for i in range(0, size, BLOCK):
+        inside = i + lane < size
+        key = tl.load(tl.multiple_of(keys + i, 16) + lane)
         tie = (key == threshold) & inside
         selected = (key > threshold) | (tie & (room == ALL_TIES))
-        if (room > 0) & (room < ALL_TIES):  # at most one chunk per pool
+        if (room > 0) & (room < ALL_TIES):  # in at most one chunk per pool
             selected |= tie & (tl.cumsum(tie.to(tl.int32)) <= room)
             room = tl.maximum(room - tl.sum(tie.to(tl.int32)), 0)
         selected = ((selected & (key != 0)) & (k > 0)) | (k == EVERYTHING)
-        if at + BLOCK <= size:
-            tl.store(tl.multiple_of(mask + at, 16) + lane, selected.to(tl.int8))
+        there = _at(mask, i, tl.int8) + lane
+        if i + BLOCK <= size:
+            tl.store(there, selected.to(tl.int8))
         else:
-            tl.store(mask + at + lane, selected.to(tl.int8), mask=inside)
+            tl.store(there, selected.to(tl.int8), mask=inside)
 
 
 @triton.jit
-def _merge(rows, owners, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _merge(rows, owners, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr):
     """Set each target to its source (0 if there is none) outside its mask; copies bits."""
     pid = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(owners + pid) * WIDTH
     start = (pid - tl.load(row + FIRST_CHUNK)) * CHUNK
     code = tl.load(row + CODE)
     if code == 2:
-        _merge_chunk(row, start, tl.int16, CHUNK, BLOCK)
+        _merge_chunk(row, start, tl.int16, CHUNK, BLOCK, PIECE)
     elif code == 4:
-        _merge_chunk(row, start, tl.int32, CHUNK, BLOCK)
+        _merge_chunk(row, start, tl.int32, CHUNK, BLOCK, PIECE)
     else:
-        _merge_chunk(row, start, tl.int64, CHUNK, BLOCK)
+        _merge_chunk(row, start, tl.int64, CHUNK, BLOCK, PIECE)
 
 
 @triton.jit
-def _merge_chunk(row, start, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    size, fast = tl.load(row + SIZE), tl.load(row + FAST)
-    has_mask, has_source = tl.load(row + MASK) != 0, tl.load(row + SOURCE) != 0
-    mask = tl.load(row + MASK).to(tl.pointer_type(tl.int8))
-    target = tl.load(row + TARGET).to(tl.pointer_type(DTYPE))
-    source = tl.load(row + SOURCE).to(tl.pointer_type(DTYPE))
+def _merge_chunk(
+    row, start, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr
+):
+    size = tl.minimum(tl.load(row + SIZE) - start, CHUNK).to(tl.int32)
+    target, source, mask = tl.load(row + TARGET), tl.load(row + SOURCE), tl.load(row + MASK)
+    whole = tl.where(tl.load(row + FAST) != 0, size // BLOCK, 0) * BLOCK
     lane = tl.arange(0, BLOCK)
-    for block in range(tl.cdiv(tl.minimum(size - start, CHUNK), BLOCK).to(tl.int32)):
-        at = start + block * BLOCK
-        inside = at + lane < size
+    for i in range(0, whole, BLOCK):
+        there = _at(target, start + i, DTYPE) + lane
         new = tl.zeros([BLOCK], DTYPE)
-        if (fast != 0) & (at + BLOCK <= size):
-            there = tl.multiple_of(target + at, 16) + lane
-            if has_source:
-                new = tl.load(tl.multiple_of(source + at, 16) + lane)
-            if has_mask:
-                kept = tl.load(tl.multiple_of(mask + at, 16) + lane) != 0
-                new = tl.where(kept, tl.load(there), new)
-            tl.store(there, new)
-        else:
-            offsets = _offsets(row, at, lane)
-            if has_source:
-                new = tl.load(source + offsets, mask=inside, other=0)
-            if has_mask:
-                kept = tl.load(mask + at + lane, mask=inside, other=0) != 0
-                new = tl.where(kept, tl.load(target + offsets, mask=inside, other=0), new)
-            tl.store(target + offsets, new, mask=inside)
+        if source != 0:
+            new = tl.load(_at(source, start + i, DTYPE) + lane)
+        if mask != 0:
+            updated = tl.load(_at(mask, start + i, tl.int8) + lane) != 0
+            new = tl.where(updated, tl.load(there), new)
+        tl.store(there, new)
+    piece = tl.arange(0, PIECE)
+    for i in range(whole, size, PIECE):
+        inside = i + piece < size
+        offsets = _offsets(row, start + i, piece)
+        there = target.to(tl.pointer_type(DTYPE)) + offsets
+        new = tl.zeros([PIECE], DTYPE)
+        if source != 0:
+            new = tl.load(source.to(tl.pointer_type(DTYPE)) + offsets, mask=inside, other=0)
+        if mask != 0:
+            flags = mask.to(tl.pointer_type(tl.int8)) + (start + i)
+            updated = tl.load(flags + piece, mask=inside, other=0) != 0
+            new = tl.where(updated, tl.load(there, mask=inside, other=0), new)
+        tl.store(there, new, mask=inside)
 
 
 # Tables.
@@ -475,7 +507,7 @@ def _launch_select(
             shift -= bits
             _count[(chunks,)](
                 table, owners, pool_table, states, keys, ties, rooms, SHIFT=shift, BITS=bits,
-                READ=read, **sizes, **OPTIONS,
+                READ=read, PIECE=PIECE, **sizes, **OPTIONS,
             )  # fmt: skip
             read = KEYS.value
         _mask[(chunks,)](table, owners, pool_table, states, keys, rooms, **sizes, **OPTIONS)
@@ -551,4 +583,4 @@ def _launch_merge(rows: list[list[int]], masks: Sequence[Tensor]) -> None:
         device = masks[0].device
         with _guard(device):
             table, _, owners = _tables(rows, [], device)
-            _merge[(chunks,)](table, owners, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS)
+            _merge[(chunks,)](table, owners, CHUNK=CHUNK, BLOCK=BLOCK, PIECE=PIECE, **OPTIONS)

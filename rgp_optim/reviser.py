@@ -301,7 +301,7 @@ def _averaged(model: nn.Module) -> set[str]:
 def _address(tensor: Tensor) -> int:
     """Return where the tensor's storage begins; 0 for an empty or meta tensor."""
     with torch.no_grad():
-        return local(tensor).untyped_storage().data_ptr()
+        return int(local(tensor).untyped_storage().data_ptr())
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
