@@ -657,14 +657,13 @@ def _once(closure: Callable[[], Any] | None, optimizer: RGPSelectiveOptimizer) -
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
     """Clone gradients of ``params`` that share memory: they are about to be masked in place."""
     masked = set(params)
-    taken = {local(p.grad).data_ptr() for p in everyone if p.grad is not None and p not in masked}
+    others = [local(p.grad) for p in everyone if p not in masked and p.grad is not None]
+    taken = {g.data_ptr() for g in others if g.layout == torch.strided}
     for p in params:
-        gradient = local(cast(Tensor, p.grad))
+        gradient = local(p.grad)
         start = gradient.data_ptr()
-        expanded = any(
-            n > 1 and s == 0 for n, s in zip(gradient.shape, gradient.stride(), strict=True)
-        )
-        if gradient.numel() and (expanded or start in taken):
+        sizes = zip(gradient.shape, gradient.stride(), strict=True)
+        if start in taken or any(size > 1 and stride == 0 for size, stride in sizes):
             p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
         taken.add(start)
 

@@ -116,6 +116,17 @@ def cure_step(model, opt, seed=0, dtype=torch.float32):
     return loss
 
 
+def backward(opt, loss=None, *, natural, adversarial):
+    """The backward pass of a scored loss, by default of the sum."""
+    loss = natural + adversarial if loss is None else loss
+    opt.scored(loss, natural=natural, adversarial=adversarial).backward()
+
+
+def moved(model, before):
+    """Where the weights differ from a snapshot."""
+    return [p.detach() != old for p, old in zip(model.parameters(), before, strict=True)]
+
+
 def plain_step(model, opt, seed=0, dtype=torch.float32):
     """The same step without selection."""
     loss, _, _ = losses(model, *make_batch(seed, dtype))
