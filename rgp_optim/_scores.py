@@ -59,6 +59,7 @@ class Scores:
     taken: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     taking: bool = False
     _walked: bool = False  # the graph of a loss
+    _pass: int = -1  # the backward pass that took last
 
     @property
     def waiting(self) -> bool:
@@ -70,8 +71,12 @@ class Scores:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
-        if all(p.grad is None for p in params):  # the step of earlier scores was skipped
-            self.taken.clear()
+        if not params:  # frozen, say
+            return
+        current = torch._C._current_graph_task_id()  # several scored losses may share a pass
+        if current != self._pass and all(p.grad is None for p in params):
+            self.taken.clear()  # the step of earlier scores was skipped
+        self._pass = current
         self.taking = True
         try:
             for role, loss in losses.items():
