@@ -67,7 +67,13 @@ class Scores:
         return bool(self.taken) or self.taking
 
     @torch.no_grad()
-    def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
+    def take(
+        self,
+        losses: dict[str, Tensor],
+        params: Sequence[Tensor],
+        grad: Tensor,
+        name: Callable[[Tensor], str],
+    ) -> None:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
@@ -82,7 +88,7 @@ class Scores:
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 gradients = distributed.take(loss, params, factor, walk=not self._walked)
-                self._add(role, params, gradients)
+                self._add(role, params, gradients, name)
         except BaseException as error:
             self.taken.clear()  # half a score would select the wrong weights
             if isinstance(error, RuntimeError) and "donated buffers" in str(error):
@@ -92,7 +98,13 @@ class Scores:
             self.taking = False
         self._walked = True
 
-    def _add(self, role: str, params: Sequence[Tensor], taken: Sequence[Tensor | None]) -> None:
+    def _add(
+        self,
+        role: str,
+        params: Sequence[Tensor],
+        taken: Sequence[Tensor | None],
+        name: Callable[[Tensor], str],
+    ) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
         if params and all(gradient is None for gradient in taken):
             raise RuntimeError(
@@ -104,7 +116,8 @@ class Scores:
         held = self.taken.setdefault(role, {})
         for p, gradient in zip(params, taken, strict=True):
             if gradient is not None:
-                check_dense(f"gradient of the {role} loss", gradient)
+                if gradient.layout != torch.strided:
+                    check_dense(f"{role} gradient of {name(p)}", gradient)
                 gradient = gradient.detach()
                 held[p] = held[p] + gradient if p in held else gradient
 

@@ -447,7 +447,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             if settings.update_fraction < 1.0:
                 for p in group["params"]:
                     if p.grad is not None and settings.selects(p):
-                        check_dense("grad", p.grad)
+                        if p.grad.layout != torch.strided:
+                            check_dense(f"gradient of {_name(self.param_groups, p)}", p.grad)
                         found.append(_Selected(p, settings.update_fraction, settings.alpha))
         return found
 
@@ -478,14 +479,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
         """Raise if replicas differ in weights, gradients or masks."""
         held: dict[str, Tensor | None] = {}
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                if not distributed.is_sharded(p):
-                    names = group.get("param_names")
-                    name = f"parameter {j}" if names is None else names[j]
-                    name = f"{name} (group {i})"
-                    held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
-                    held[f"the mask of {name}"] = masks.get(p)
+        for p in self._parameters():
+            if not distributed.is_sharded(p):
+                name = _name(self.param_groups, p)
+                held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
+                held[f"the mask of {name}"] = masks.get(p)
         if differing := self._holder.ranks.differing(held):
             shown = ", ".join(differing[:4]) + ", ..." * (len(differing) > 4)
             raise RuntimeError(
@@ -561,6 +559,16 @@ def _batches(entries: Sequence[_Selected], pools: Sequence[int]) -> Iterator[lis
         yield batch
 
 
+def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
+    """Return a parameter's name, or its place, for messages."""
+    for i, group in enumerate(groups):
+        for j, other in enumerate(group["params"]):
+            if other is p:
+                names = group.get("param_names")
+                return f"{names[j] if names else f'parameter {j}'} (group {i})"
+    return "a parameter"
+
+
 def _take(holder: _Holder, losses: dict[str, Tensor], grad: Tensor) -> None:
     """Take the scores of the parameters in which some weights are conserved."""
     params = []
@@ -568,7 +576,7 @@ def _take(holder: _Holder, losses: dict[str, Tensor], grad: Tensor) -> None:
         settings = Settings.of({**holder.defaults, **group})
         if 0.0 < settings.update_fraction < 1.0:
             params += [p for p in group["params"] if p.requires_grad and settings.selects(p)]
-    holder.scores.take(losses, params, grad)
+    holder.scores.take(losses, params, grad, partial(_name, holder.inner.param_groups))
 
 
 def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
