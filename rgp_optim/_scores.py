@@ -66,6 +66,11 @@ class Scores:
         """Whether scores wait for a step, or are being taken."""
         return bool(self.taken) or self.taking
 
+    def unfinished(self) -> bool:
+        """Tell whether the pass that took the scores still runs and has gradients to come."""
+        within = torch._C._current_graph_task_id() == self._pass
+        return within and any(p.grad is None for role in self.taken.values() for p in role)
+
     @torch.no_grad()
     def take(
         self,

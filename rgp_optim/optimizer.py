@@ -420,6 +420,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._complete_groups()
         selected = self._selected()
         entries = [each for each in selected if each.fraction > 0.0]
+        if holder.scores.unfinished():
+            raise RuntimeError(
+                "step() was called within the backward pass, before all scored parameters had "
+                "their gradient. Call it after `loss.backward()`."
+            )
         if holder.scores.waiting and all(p.grad is None for p in self._parameters()):
             raise RuntimeError(
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
@@ -431,7 +436,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         except NothingScored:
             if not _all_lrs_zero(self.param_groups):
                 raise
-            return {p: _no_weight(p) for p in self._parameters() if p.grad is not None}
+            gradients = {p: p.grad for p in self._parameters() if p.grad is not None}
+            dense = [p for p, g in gradients.items() if g.layout == torch.strided]
+            return {p: _no_weight(p) for p in dense}
         masks = {each.p: _no_weight(each.p) for each in selected if each.fraction == 0.0}
         masks.update(zip((each.p for each in entries), found, strict=True))
         if not holder.compared and holder.ranks.size > 1:
@@ -532,7 +539,9 @@ class _Once:
         self._before = [p.detach().clone() for p in params] if first else []
 
     def __call__(self) -> Any:
-        if [p._version for p in self._params] != self._versions:
+        changed = [p._version for p in self._params] != self._versions
+        pairs = zip(self._params, self._before, strict=False)  # `p.data` has no version
+        if changed or not all(torch.equal(p, old) for p, old in pairs):
             raise _Reevaluated(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 "the closure is evaluated once per step, before weights are selected. Wrap "
