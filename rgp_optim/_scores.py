@@ -66,10 +66,10 @@ class Scores:
         """Whether scores wait for a step, or are being taken."""
         return bool(self.taken) or self.taking
 
-    def unfinished(self) -> bool:
-        """Tell whether the pass that took the scores still runs and has gradients to come."""
-        within = torch._C._current_graph_task_id() == self._pass
-        return within and any(p.grad is None for role in self.taken.values() for p in role)
+    @property
+    def running(self) -> bool:
+        """Whether the backward pass that takes the scores still runs."""
+        return self.taking or -1 != torch._C._current_graph_task_id() == self._pass
 
     @torch.no_grad()
     def take(

@@ -420,12 +420,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._complete_groups()
         selected = self._selected()
         entries = [each for each in selected if each.fraction > 0.0]
-        if holder.scores.unfinished():
+        params = self._parameters()
+        if holder.scores.running and (holder.scores.taking or len(params) > 1):
             raise RuntimeError(
-                "step() was called within the backward pass, before all scored parameters had "
-                "their gradient. Call it after `loss.backward()`."
+                "step() was called within the backward pass, where other parameters may wait for "
+                "their gradient. Call it after `loss.backward()`, or wrap one optimizer per "
+                "parameter."
             )
-        if holder.scores.waiting and all(p.grad is None for p in self._parameters()):
+        if holder.scores.waiting and all(p.grad is None for p in params):
             raise RuntimeError(
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
@@ -436,7 +438,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         except NothingScored:
             if not _all_lrs_zero(self.param_groups):
                 raise
-            gradients = {p: p.grad for p in self._parameters() if p.grad is not None}
+            gradients = {p: p.grad for p in params if p.grad is not None}
             dense = [p for p, g in gradients.items() if g.layout == torch.strided]
             return {p: _no_weight(p) for p in dense}
         masks = {each.p: _no_weight(each.p) for each in selected if each.fraction == 0.0}
