@@ -4,20 +4,18 @@ import copy
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from common import (
+    DEVICE,
     backward,
     cure_step,
     losses,
     make_batch,
     make_net,
-    numpy_topk,
     same_bits,
     snapshot,
-    to_numpy,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -66,33 +64,26 @@ def test_value_and_training_gradient_are_those_of_the_loss(run):
     assert sorted(taken(opt)) == ["adversarial", "natural"]
 
 
-def test_scores_are_the_gradients_of_both_losses():
-    model = make_net(dtype=torch.float64)
-    opt = wrap(model, alpha=0.3)
-    loss, nat, adv = losses(model, *make_batch(dtype=torch.float64))
-    params = list(model.parameters())
-    a, b = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
-    backward(opt, loss, natural=nat, adversarial=adv)
-    opt.step()
-    for p, mask in opt.masks().items():
-        i = next(i for i, q in enumerate(params) if q is p)
-        score = 0.3 * np.abs(to_numpy(a[i])) + 0.7 * np.abs(to_numpy(b[i]))
-        assert np.array_equal(to_numpy(mask), numpy_topk(score, round(0.3 * p.numel())))
-
-
-@pytest.mark.parametrize("factor", [1024.0, torch.tensor(1024.0)])
-def test_a_factor_reaches_scores_and_gradient_alike(factor):
-    """As a gradient scaler multiplies; in float16 a small gradient needs it."""
+@pytest.mark.parametrize("how", ["number", "tensor", "scaler"])
+def test_a_factor_reaches_scores_and_gradient_alike(how):
+    """In float16 a small gradient needs it."""
     model, opt, other, reference = pair()
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
+    factors = {"number": 1024.0, "tensor": torch.tensor(1024.0)}
     loss, nat, adv = losses(model, *make_batch())
-    (opt.scored(loss, natural=nat, adversarial=adv) * factor).backward()
+    scored = opt.scored(loss, natural=nat, adversarial=adv)
+    (scaler.scale(scored) if how == "scaler" else scored * factors[how]).backward()
     loss, nat, adv = losses(other, *make_batch())
     backward(reference, loss, natural=nat, adversarial=adv)
-    for scaled, plain in zip(taken(opt)["natural"], taken(reference)["natural"], strict=True):
-        assert torch.equal(scaled, plain * 1024)
-    for p in model.parameters():
-        p.grad.div_(1024)
-    opt.step()
+    for role in ("natural", "adversarial"):
+        for scaled, plain in zip(taken(opt)[role], taken(reference)[role], strict=True):
+            assert torch.equal(scaled, plain * 1024)
+    if how == "scaler":
+        scaler.step(opt)
+    else:
+        for p in model.parameters():
+            p.grad.div_(1024)
+        opt.step()
     reference.step()
     assert_same(model, other)
 
@@ -184,20 +175,44 @@ def test_two_optimizers_on_one_graph():
     assert_same(model, other)
 
 
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [(False, r"Call step\(\) of the RGPSelectiveOptimizer"), (True, "within the backward pass")],
+    ids=["the inner one's", "the wrapper's"],
+)
 @pytest.mark.parametrize("hook", ["parameter", "module"])
-def test_an_optimizer_that_steps_within_the_backward_pass_moves_nothing(hook):
-    """Gradient release: the update would come before the selection."""
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_step_within_the_backward_pass_moves_nothing(batches, hook, own, message):
+    """Gradient release: the update would come before the selection, or before other gradients."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     opt = wrap(model)
+    if batches == 2:  # then every parameter has a gradient already, and scores
+        loss = model(torch.randn(5, 4)).square().mean()
+        backward(opt, loss, natural=loss, adversarial=loss)
+    release = opt.step if own else opt.inner.step
     if hook == "parameter":
-        model[1].weight.register_post_accumulate_grad_hook(lambda _: opt.inner.step())
+        model[1].weight.register_post_accumulate_grad_hook(lambda _: release())
     else:
-        model[0].register_full_backward_hook(lambda *_: opt.inner.step())
+        model[1].register_full_backward_hook(lambda *_: release())
     start = snapshot(model)
     loss = model(torch.randn(5, 4, requires_grad=True)).square().mean()
-    with pytest.raises(RuntimeError, match=r"Call step\(\) of the RGPSelectiveOptimizer"):
+    with pytest.raises(RuntimeError, match=message):
         backward(opt, loss, natural=loss, adversarial=loss)
     assert all(map(same_bits, snapshot(model), start))
+
+
+def test_gradient_release_with_a_wrapper_per_parameter():
+    """Each wrapper steps as soon as its own gradient is there."""
+    model, _, other, reference = pair()
+    opts = {p: wrap([p]) for p in model.parameters()}
+    for p in opts:
+        p.register_post_accumulate_grad_hook(lambda p: opts[p].step())
+    loss, nat, adv = losses(model, *make_batch())
+    for each in opts.values():
+        loss = each.scored(loss, natural=nat, adversarial=adv)
+    loss.backward()
+    cure_step(other, reference)
+    assert_same(model, other)
 
 
 # Windows.
@@ -228,16 +243,21 @@ def test_micro_batches_add_up(weighted, replaced):
         assert torch.equal(a, b)
 
 
-def test_one_role_per_call():
-    """A loop that frees the natural graph before the adversarial forward pass."""
+@pytest.mark.parametrize("how", ["in turn", "nested"])
+def test_one_role_per_call(how):
+    """In turn: a loop that frees the natural graph before the adversarial forward pass."""
     model, opt, other, reference = pair()
     for seed in range(2):
         x, x_adv, y = make_batch(seed)
         opt.zero_grad()
         nat = F.cross_entropy(model(x), y)
-        opt.scored(nat, natural=nat).backward()
-        adv = F.cross_entropy(model(x_adv), y)
-        opt.scored(adv, adversarial=adv).backward()
+        if how == "in turn":
+            opt.scored(nat, natural=nat).backward()
+            adv = F.cross_entropy(model(x_adv), y)
+            opt.scored(adv, adversarial=adv).backward()
+        else:
+            adv = F.cross_entropy(model(x_adv), y)
+            opt.scored(opt.scored(nat + adv, natural=nat), adversarial=adv).backward()
         opt.step()
         reference.zero_grad()
         nat, adv = F.cross_entropy(other(x), y), F.cross_entropy(other(x_adv), y)
@@ -245,6 +265,21 @@ def test_one_role_per_call():
         reference.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("earlier", ["none", "skipped"])
+def test_several_scored_losses_in_one_backward_pass(earlier):
+    """Their scores add up, though no gradient has arrived between them."""
+    w = nn.Parameter(torch.zeros(1, 4))
+    opt = wrap([w], update_fraction=0.5)
+    parts = [(w * torch.tensor(c)).sum() for c in ([9.0, 0, 0, 1], [0, 8.0, 0, 1], [0, 0, 0, 0.5])]
+    if earlier == "skipped":
+        loss = (w * torch.tensor([0, 0, 99.0, 0])).sum()
+        backward(opt, natural=loss, adversarial=loss)
+        w.grad = None
+    sum(opt.scored(part, natural=part, adversarial=part) for part in parts).backward()
+    opt.step()
+    assert (w != 0).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize("late", ["optimizer", "model"])
@@ -428,7 +463,8 @@ def sparse(opt, model):
 
 def sparse_training_gradient(opt, model):
     w = nn.Parameter(torch.zeros(3, 2))
-    opt.add_param_group({"params": [w]})
+    opt.param_groups[0]["params"].append(w)
+    opt.param_groups[0]["param_names"] = [*"abcdef", "table"]
     loss = F.embedding(torch.tensor([1]), w, sparse=True).sum()
     backward(opt, loss, natural=w.sum(), adversarial=w.sum())
     opt.step()
@@ -470,8 +506,12 @@ def partly_reentrant(opt, model):
         (step_without_gradients, RuntimeError, "are scored, but no parameter has a gradient"),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (frozen_graph, RuntimeError, "the adversarial loss depends on no parameter"),
-        (sparse, TypeError, "`natural gradient of parameter 0 .group 1.` should be dense.*'rgp_select'"),
-        (sparse_training_gradient, TypeError, "`gradient of parameter 0 .group 1.` should be dense.*'rgp_select': False"),
+        (sparse, TypeError, r"`natural gradient of parameter 0 \(group 1\)` should be dense"),
+        (
+            sparse_training_gradient,
+            TypeError,
+            "`gradient of table .* dense.*'rgp_select'",
+        ),
         (reentrant, RuntimeError, "Set `use_reentrant=False`"),
         (partly_reentrant, RuntimeError, "Set `use_reentrant=False`"),
     ],
