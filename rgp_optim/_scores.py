@@ -16,9 +16,11 @@ from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
 DONATED = (
-    "A compiled model's graph was freed by its first backward pass, and the scores need more than "
-    "one. Before the first step set `torch._functorch.config.donated_buffer = False`, and "
-    "`torch._inductor.config.force_disable_caches = True` if a cached graph is still used."
+    "This loss shares a compiled graph with another, and its backward pass was compiled to write "
+    "over what it reads. Before anything is compiled, `import torch._functorch.config`, set "
+    "`torch._functorch.config.donated_buffer = False` and `torch.compiler.config.cache_key_tag = "
+    "'kept graphs'`: without the second, PyTorch may take such code from its cache on disk, and "
+    "gradients are wrong without an error. Or give each loss a forward pass of its own."
 )
 
 

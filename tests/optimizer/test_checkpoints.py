@@ -86,7 +86,7 @@ def resume(rank, size, kind, folder, options):
             loss, nat, adv = parts(called, x, x_adv, y)
             logits = called(x), called(x_adv)
             opt.zero_grad()
-            opt.backward(loss + reviser(x, x_adv, *logits), natural=nat, adversarial=adv)
+            backward(opt, loss + reviser(x, x_adv, *logits), natural=nat, adversarial=adv)
             opt.step()
             reviser.update()
         ends.append(weights_of(kind, model) + weights_of(kind, reviser.model))
@@ -240,7 +240,7 @@ def kept_step(model, opt, reviser, step):
     adv = torch.nn.functional.cross_entropy(logits_adv, y)
     opt.zero_grad()
     loss = adv + reviser(x, x_adv, logits, logits_adv)
-    opt.backward(loss, natural=nat, adversarial=adv)
+    backward(opt, loss, natural=nat, adversarial=adv)
     opt.step()
     reviser.update()
 

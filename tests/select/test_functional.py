@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import DEVICE, from_numpy, numpy_topk, same_bits, to_numpy
+from common import DEVICE, from_numpy, numpy_topk, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rgp_optim import functional
-from rgp_optim.functional import conserve_, rgp_score, rgp_topk_masks, topk_mask
+from rgp_optim import _reference, functional
+from rgp_optim.functional import rgp_score, rgp_topk_masks, topk_mask
 
 FRACTIONS = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
 # Few distinct values, so that ties and zeros are common; and the special ones.
@@ -107,19 +107,6 @@ def test_a_common_factor_changes_no_mask(gradient, fraction, exponent):
     assert torch.equal(plain, scaled)
 
 
-def test_ties_go_to_the_lowest_row_major_index_whatever_the_strides():
-    score = torch.ones(2, 3, 4, 5)
-    want = topk_mask(score, update_fraction=0.3)
-    assert want.reshape(-1)[:36].all()
-    assert not want.reshape(-1)[36:].any()
-    for other in (
-        score.to(memory_format=torch.channels_last),
-        score.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        torch.ones(4, 3, 4, 10)[::2, :, :, ::2],
-    ):
-        assert torch.equal(topk_mask(other, update_fraction=0.3), want)
-
-
 def test_nan_ranks_first_whatever_its_bits_and_zeros_never():
     quiet, payload = 0x7FC00000, 0x7FC00123
     negative = -0x400000  # the bits 0xFFC00000
@@ -143,23 +130,6 @@ def test_more_than_two_to_the_24_elements():
 
 
 # The score.
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
-def test_score_is_computed_in_float32_or_float64(dtype, alpha):
-    g_nat, g_adv = torch.randn(2, 1000, dtype=torch.float64).to(dtype)
-    wide = np.float64 if dtype == torch.float64 else np.float32
-    nat, adv = (np.abs(to_numpy(g.to(torch.float64)).astype(wide)) for g in (g_nat, g_adv))
-    want = wide(alpha) * nat + wide(1.0 - alpha) * adv
-    got = rgp_score(g_nat, g_adv, alpha=alpha)
-    np.testing.assert_array_equal(to_numpy(got), want)
-    assert to_numpy(got).dtype == wide
-
-
-def test_score_of_complex_gradients_is_by_absolute_value():
-    g = torch.tensor([3 + 4j, 0j, -1j])
-    assert rgp_score(g, 2 * g, alpha=0.5).tolist() == [7.5, 0.0, 1.5]
 
 
 # Several tensors.
@@ -189,14 +159,6 @@ def test_masks_of_a_list(gradients, fraction, share_threshold):
         np.testing.assert_array_equal(to_numpy(mask), want.reshape(g.shape))
 
 
-def test_a_missing_gradient_counts_as_zero():
-    g = torch.tensor([1.0, -3.0])
-    (mask,) = rgp_topk_masks([None], [g], alpha=0.9, update_fraction=0.5)
-    assert mask.tolist() == [False, True]
-    (mask,) = rgp_topk_masks([g], [None], alpha=0.0, update_fraction=0.5)
-    assert mask.tolist() == [False, False]
-
-
 def test_mixed_dtypes_share_a_global_threshold():
     gs = [torch.tensor([1.0, 4.0]).half(), torch.tensor([3.0, 2.0]).double(), torch.tensor([5.0])]
     masks = rgp_topk_masks(gs, gs, alpha=0.5, update_fraction=0.4, scope="global")
@@ -208,24 +170,6 @@ def test_settings_for_each_tensor():
     masks = rgp_topk_masks([g, g], [g, g], alpha=[0, 1], update_fraction=[0.2, 0.5])
     assert [int(m.sum()) for m in masks] == [2, 5]
     assert rgp_topk_masks([], [], alpha=0.5, update_fraction=0.5, scope="global") == []
-
-
-# Conserve.
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
-)
-def test_conserve_puts_back_every_bit(dtype):
-    old = torch.randn(3, 4).to(dtype)
-    old[0, 0] = -0.0
-    old[0, 1] = math.nan
-    new = torch.full((4, 3), 7.0).to(dtype).t()  # not contiguous
-    mask = torch.zeros(3, 4, dtype=torch.bool)
-    mask[2] = True
-    conserve_([new], [old.clone()], [mask])
-    assert same_bits(new[:2], old[:2])
-    assert (new[2] == 7).all()
 
 
 # Refusals.
@@ -283,9 +227,6 @@ G = torch.ones(3, device=DEVICE)
             ValueError,
             "`scope` should be one of 'tensor', 'global'",
         ),
-        (lambda: conserve_([G], [G], []), ValueError, "match `weights` and `masks` in length"),
-        (lambda: conserve_([G], [G], [G]), ValueError, r"`masks\[0\]` should be a bool tensor"),
-        (lambda: conserve_([G], [G.half()], [G > 0]), ValueError, r"`saved\[0\]` should match"),
     ],
 )
 def test_refusals(call, error, message):
@@ -293,18 +234,83 @@ def test_refusals(call, error, message):
         call()
 
 
-def test_a_backend_that_cannot_run_here_is_refused(monkeypatch):
-    elsewhere = functional._Provider("_reference", devices=frozenset({"mps"}))
-    monkeypatch.setitem(functional._PROVIDERS, "fast", elsewhere)
-    message = rf"a tensor on {G.device}; it runs on .*'mps'.* Use 'auto'"
+# Backends.
+
+
+@pytest.mark.parametrize(
+    ("backend", "patch", "message"),
+    [
+        ("triton", {"_INTERPRETED": False}, "tensors on cpu"),
+        ("cpu", {"_installed": lambda _: False}, "numpy is not installed"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_is_refused(backend, patch, message, monkeypatch):
+    g = torch.ones(3, device="cpu")
+    for name, value in patch.items():
+        monkeypatch.setattr(functional, name, value)
     with pytest.raises(RuntimeError, match=message):
-        topk_mask(G, update_fraction=0.5, backend="fast")
-    assert topk_mask(G, update_fraction=1.0, backend="auto").all()
-    absent = functional._Provider("_reference", "no_such_package")
-    monkeypatch.setitem(functional._PROVIDERS, "fast", absent)
-    with pytest.raises(RuntimeError, match="no_such_package is not installed"):
-        topk_mask(G, update_fraction=0.5, backend="fast")
-    half = functional._Provider("_reference", dtypes=frozenset({torch.float16}))
-    monkeypatch.setitem(functional._PROVIDERS, "fast", half)
-    with pytest.raises(RuntimeError, match=r"a torch.float32 tensor; it runs on .*float16"):
-        topk_mask(G, update_fraction=0.5, backend="fast")
+        topk_mask(g, update_fraction=0.5, backend=backend)
+    assert topk_mask(g, update_fraction=1.0).all()
+
+
+class Counts(torch.Tensor):
+    """A subclass need not have its values in memory."""
+
+
+def test_subclasses_and_float64_go_to_the_reference():
+    g = torch.tensor([1.0, 3.0, 2.0], device="cpu").as_subclass(Counts)
+    assert topk_mask(g, update_fraction=0.3).tolist() == [False, True, False]
+    with pytest.raises(RuntimeError, match="a Counts"):
+        topk_mask(g, update_fraction=0.3, backend="cpu")
+    if functional._INTERPRETED:
+        with pytest.raises(RuntimeError, match="a float64 tensor"):
+            topk_mask(torch.ones(3).double(), update_fraction=0.3, backend="triton")
+
+
+class Broken:
+    """Kernels that forget one weight, or do not run."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def select(self, *arguments):
+        if self.what == "raises":
+            raise RuntimeError("no kernel image is available")
+        masks = _reference.select(*arguments)
+        if self.what == "select":
+            masks[0].view(-1)[7] ^= True
+        return masks
+
+    topk_masks = staticmethod(_reference.topk_masks)
+
+    def zero_and_save_(self, masks, gradients, weights):
+        saved = _reference.zero_and_save_(masks, gradients, weights)
+        if self.what == "zero":
+            gradients[1].view(-1)[0] = 5.0
+        return saved
+
+    def restore_(self, masks, weights, saved):
+        if self.what != "restore":
+            _reference.restore_(masks, weights, saved)
+
+
+@pytest.mark.parametrize("what", ["select", "zero", "restore", "raises", "nothing"])
+def test_kernels_are_compared_with_the_reference_before_they_are_trusted(what, monkeypatch):
+    """As on a GPU: the kernels come first, and the CPU backend is not there."""
+    load, broken = functional._load, Broken(what)
+    monkeypatch.setattr(functional, "_load", lambda b: broken if b == "triton" else load(b))
+    monkeypatch.setattr(functional, "_INTERPRETED", True)
+    monkeypatch.setattr(functional, "_installed", lambda package: package == "triton")
+    monkeypatch.setattr(functional, "_trusted", {})
+    g = torch.arange(1.0, 11.0, device="cpu")
+    if what == "nothing":
+        topk_mask(g, update_fraction=0.3)
+        assert functional._trusted == {g.device: True}
+        return
+    with pytest.warns(RuntimeWarning, match="Triton kernels do not run correctly on cpu"):
+        mask = topk_mask(g, update_fraction=0.3)
+    assert mask.tolist() == [False] * 7 + [True] * 3
+    topk_mask(g, update_fraction=0.3)  # one warning is enough
+    if what == "raises":
+        with pytest.raises(RuntimeError, match="no kernel image"):
+            rgp_topk_masks([g], [g], alpha=0.5, update_fraction=0.5, backend="triton")
