@@ -55,10 +55,11 @@ def select(
     sources, shapes = [], []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
         terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
-        present = [(g.detach(), factor) for g, factor in terms if g is not None]
+        present = [(g, factor) for g, factor in terms if g is not None]
         used = [term for term in present if term[1] != 0.0]
         used = used or [(torch.zeros_like(present[0][0]), 1.0)]
-        sources.append(([g.reshape(-1) for g, _ in used], [factor for _, factor in used]))
+        flats = [(g.detach() if g.requires_grad else g).reshape(-1) for g, _ in used]
+        sources.append((flats, [factor for _, factor in used]))
         shapes.append(used[0][0].shape)
     if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
         return _reference.select(g_nats, g_advs, alphas, fractions, pools)

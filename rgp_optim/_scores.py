@@ -70,6 +70,8 @@ class Scores:
     @torch.no_grad()
     def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
+        if not params:
+            return
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
         if all(p.grad is None for p in params):  # the step of earlier scores was skipped
@@ -91,7 +93,7 @@ class Scores:
 
     def _add(self, role: str, params: Sequence[Tensor], taken: Sequence[Tensor | None]) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
-        if params and all(gradient is None for gradient in taken):
+        if all(gradient is None for gradient in taken):
             raise RuntimeError(
                 f"scored: the {role} loss depends on no parameter in which weights are selected, "
                 "or FSDP2's gradient synchronisation is off: leave "

@@ -376,16 +376,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         once = _once(closure, self)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
-        weights = [local(p.detach()) if holder.conserve != "gradients" else None for p in params]
         with torch.no_grad():
             _own_gradients(params, self._parameters())
+            weights = [local(p) if holder.conserve != "gradients" else None for p in params]
             gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
             saved = functional.zero_and_save_(marks, gradients, weights, holder.backend)
             try:
                 result = self._inner_step(once)
             finally:  # also where the inner step stops half-way
-                weights_now = [local(p.detach()) for p in params]  # it may have new memory
-                functional.restore_(marks, weights_now, saved, holder.backend)
+                now = [local(p) for p in params]  # it may have given them new memory
+                functional.restore_(marks, now, saved, holder.backend)
                 holder.scores.taken.clear()
         holder.masks = masks
         return result
