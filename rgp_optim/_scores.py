@@ -61,27 +61,43 @@ class Scores:
     taken: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     taking: bool = False
     _walked: bool = False  # the graph of a loss
+    _pass: int = -1  # the backward pass that took last
 
     @property
     def waiting(self) -> bool:
         """Whether scores wait for a step, or are being taken."""
         return bool(self.taken) or self.taking
 
+    def unfinished(self) -> bool:
+        """Tell whether the pass that took the scores still runs and has gradients to come."""
+        within = torch._C._current_graph_task_id() == self._pass
+        return within and any(p.grad is None for role in self.taken.values() for p in role)
+
     @torch.no_grad()
-    def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
+    def take(
+        self,
+        losses: dict[str, Tensor],
+        params: Sequence[Tensor],
+        grad: Tensor,
+        name: Callable[[Tensor], str],
+    ) -> None:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
         if not params:
             return
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
-        if all(p.grad is None for p in params):  # the step of earlier scores was skipped
-            self.taken.clear()
+        if not params:  # frozen, say
+            return
+        current = torch._C._current_graph_task_id()  # several scored losses may share a pass
+        if current != self._pass and all(p.grad is None for p in params):
+            self.taken.clear()  # the step of earlier scores was skipped
+        self._pass = current
         self.taking = True
         try:
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 gradients = distributed.take(loss, params, factor, walk=not self._walked)
-                self._add(role, params, gradients)
+                self._add(role, params, gradients, name)
         except BaseException as error:
             self.taken.clear()  # half a score would select the wrong weights
             if isinstance(error, RuntimeError) and "donated buffers" in str(error):
@@ -91,7 +107,13 @@ class Scores:
             self.taking = False
         self._walked = True
 
-    def _add(self, role: str, params: Sequence[Tensor], taken: Sequence[Tensor | None]) -> None:
+    def _add(
+        self,
+        role: str,
+        params: Sequence[Tensor],
+        taken: Sequence[Tensor | None],
+        name: Callable[[Tensor], str],
+    ) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
         if all(gradient is None for gradient in taken):
             raise RuntimeError(
@@ -103,7 +125,8 @@ class Scores:
         held = self.taken.setdefault(role, {})
         for p, gradient in zip(params, taken, strict=True):
             if gradient is not None:
-                check_dense(f"gradient of the {role} loss", gradient)
+                if gradient.layout != torch.strided:
+                    check_dense(f"{role} gradient of {name(p)}", gradient)
                 gradient = gradient.detach()
                 held[p] = held[p] + gradient if p in held else gradient
 

@@ -30,7 +30,7 @@ SCOPES = ("tensor", "global")
 BACKENDS = ("auto", "cpu", "triton", "torch")
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly: for tests
-_trusted: dict[torch.device, bool] = {}  # devices on which the kernels were compared
+_faults: dict[torch.device, str | None] = {}  # of the kernels, on devices where they were compared
 
 
 def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
@@ -221,9 +221,11 @@ def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
     """Choose the module that does the work. Called at each use, never at import."""
     for each in ("cpu", "triton") if backend == "auto" else (backend,):
         reason = _unsupported_reason(each, name, tensors)
-        if reason is None and (backend != "auto" or _is_trusted(each, tensors[0].device)):
+        if reason is None and each == "triton":
+            reason = _fault(tensors[0].device, warn=backend == "auto")
+        if reason is None:
             return _load(each)
-        if reason is not None and backend != "auto":
+        if backend != "auto":
             rule, found = "be able to run on these tensors", f"backend = {backend!r}, {reason}"
             raise RuntimeError(error_text("backend", rule, found, "Use 'auto'."))
     return _reference
@@ -261,30 +263,27 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _is_trusted(backend: str, device: torch.device) -> bool:
-    """Compare the kernels with the reference once per process and device; warn if they differ."""
-    if backend != "triton":
-        return True
-    if device not in _trusted:
+def _fault(device: torch.device, warn: bool) -> str | None:
+    """Compare the kernels with the reference once per process and device; say what is wrong."""
+    if device not in _faults:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "The kernels are compared with the reference before their first use, which a CUDA "
                 "graph cannot capture. Take one step before the capture."
             )
         try:
-            problem = "" if _agrees(_load("triton"), device) else "their masks differ"
+            agrees = _agrees(_load("triton"), device)
+            _faults[device] = None if agrees else "whose masks differ from the reference's"
         except Exception as error:  # a driver, a compiler: whatever it is, the reference runs
-            problem = f"{type(error).__name__}: {error}"
-        _trusted[device] = not problem
-        if problem:
+            _faults[device] = f"which raises {type(error).__name__}: {error}"
+        if _faults[device] is not None and warn:
             warnings.warn(
-                f"The Triton kernels do not run correctly on {device} ({problem}), so weights are "
-                "selected by a sort, which gives the same masks and is slower. backend='triton' "
-                "shows the error.",
+                f"The Triton backend, {_faults[device]}, is not used on {device}. Weights are "
+                "selected by a sort, which gives the same masks and is slower.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return _trusted[device]
+    return _faults[device]
 
 
 def _agrees(kernels: ModuleType, device: torch.device) -> bool:
@@ -297,7 +296,7 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
         adv = [g.flip(0) for g in nat]
         results = []
         for module in (kernels, _reference):
-            weights, gradients = [g.clone() for g in nat], [g.clone() for g in adv]
+            weights, gradients = [g.clone() for g in nat], [g.log() for g in adv]  # half are NaN
             masks = module.select(nat, adv, [0.3, 0.3], [0.4, 0.4], [0, 0])
             masks += module.select(nat, adv, [0.3, 0.0], [0.7, 0.1], [0, 1])
             saved = module.zero_and_save_(masks[:2], gradients, weights)

@@ -420,6 +420,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._complete_groups()
         selected = self._selected()
         entries = [each for each in selected if each.fraction > 0.0]
+        if holder.scores.unfinished():
+            raise RuntimeError(
+                "step() was called within the backward pass, before all scored parameters had "
+                "their gradient. Call it after `loss.backward()`."
+            )
         if holder.scores.waiting and all(p.grad is None for p in self._parameters()):
             raise RuntimeError(
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
@@ -431,7 +436,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         except NothingScored:
             if not _all_lrs_zero(self.param_groups):
                 raise
-            return {p: _no_weight(p) for p in self._parameters() if p.grad is not None}
+            gradients = {p: p.grad for p in self._parameters() if p.grad is not None}
+            dense = [p for p, g in gradients.items() if g.layout == torch.strided]
+            return {p: _no_weight(p) for p in dense}
         masks = {each.p: _no_weight(each.p) for each in selected if each.fraction == 0.0}
         masks.update(zip((each.p for each in entries), found, strict=True))
         if not holder.compared and holder.ranks.size > 1:
@@ -447,7 +454,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             if settings.update_fraction < 1.0:
                 for p in group["params"]:
                     if p.grad is not None and settings.selects(p):
-                        check_dense("grad", p.grad)
+                        if p.grad.layout != torch.strided:
+                            check_dense(f"gradient of {_name(self.param_groups, p)}", p.grad)
                         found.append(_Selected(p, settings.update_fraction, settings.alpha))
         return found
 
@@ -478,14 +486,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
         """Raise if replicas differ in weights, gradients or masks."""
         held: dict[str, Tensor | None] = {}
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                if not distributed.is_sharded(p):
-                    names = group.get("param_names")
-                    name = f"parameter {j}" if names is None else names[j]
-                    name = f"{name} (group {i})"
-                    held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
-                    held[f"the mask of {name}"] = masks.get(p)
+        for p in self._parameters():
+            if not distributed.is_sharded(p):
+                name = _name(self.param_groups, p)
+                held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
+                held[f"the mask of {name}"] = masks.get(p)
         if differing := self._holder.ranks.differing(held):
             shown = ", ".join(differing[:4]) + ", ..." * (len(differing) > 4)
             raise RuntimeError(
@@ -534,7 +539,9 @@ class _Once:
         self._before = [p.detach().clone() for p in params] if first else []
 
     def __call__(self) -> Any:
-        if [p._version for p in self._params] != self._versions:
+        changed = [p._version for p in self._params] != self._versions
+        pairs = zip(self._params, self._before, strict=False)  # `p.data` has no version
+        if changed or not all(torch.equal(p, old) for p, old in pairs):
             raise _Reevaluated(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 "the closure is evaluated once per step, before weights are selected. Wrap "
@@ -561,6 +568,16 @@ def _batches(entries: Sequence[_Selected], pools: Sequence[int]) -> Iterator[lis
         yield batch
 
 
+def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
+    """Return a parameter's name, or its place, for messages."""
+    for i, group in enumerate(groups):
+        for j, other in enumerate(group["params"]):
+            if other is p:
+                names = group.get("param_names")
+                return f"{names[j] if names else f'parameter {j}'} (group {i})"
+    return "a parameter"
+
+
 def _take(holder: _Holder, losses: dict[str, Tensor], grad: Tensor) -> None:
     """Take the scores of the parameters in which some weights are conserved."""
     params = []
@@ -568,7 +585,7 @@ def _take(holder: _Holder, losses: dict[str, Tensor], grad: Tensor) -> None:
         settings = Settings.of({**holder.defaults, **group})
         if 0.0 < settings.update_fraction < 1.0:
             params += [p for p in group["params"] if p.requires_grad and settings.selects(p)]
-    holder.scores.take(losses, params, grad)
+    holder.scores.take(losses, params, grad, partial(_name, holder.inner.param_groups))
 
 
 def _check_inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,301 @@
+"""The functional layer: the method as functions, argument checks, the choice of a backend."""
+
+import math
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from common import DEVICE, cpu_only, from_numpy, numpy_topk, to_numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+
+from rgp_optim import _reference, functional
+from rgp_optim.functional import rgp_score, rgp_topk_masks, topk_mask
+
+FRACTIONS = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
+# Few distinct values, so that ties and zeros are common; and the special ones.
+VALUES = st.sampled_from([0.0, 1.0, -2.0, 1e-45, 3.5, math.inf, math.nan])
+ARRAYS = hnp.arrays(np.float32, SHAPES, elements=VALUES)
+FINITE = hnp.arrays(np.float32, SHAPES, elements=st.floats(-(2.0**60), 2.0**60, width=32))
+
+
+def count(n, fraction):
+    return 0 if n == 0 or fraction == 0 else max(1, round(fraction * n))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (0,), (2, 0, 3)])
+def test_limits(shape):
+    assert topk_mask(torch.zeros(shape), update_fraction=1.0).all()
+    assert not topk_mask(torch.ones(shape), update_fraction=0.0).any()
+    least = topk_mask(torch.ones(shape), update_fraction=1e-9)
+    assert int(least.sum()) == min(1, least.numel())
+    assert rgp_topk_masks([], [], alpha=0.5, update_fraction=0.5, scope="global") == []
+
+
+@given(
+    st.lists(ARRAYS, min_size=1, max_size=4), st.floats(0, 0.999), st.booleans(), st.floats(0, 1)
+)
+def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
+    g_nats = [from_numpy(g) for g in gradients]
+    g_advs = [from_numpy(np.array(np.flip(g))) for g in gradients]
+    scope = "global" if pooled else "tensor"
+    options = dict(alpha=alpha, update_fraction=fraction, scope=scope)
+    with np.errstate(all="ignore"):
+        terms = [(np.float32(alpha), 1), (np.float32(1 - alpha), -1)]
+        scores = []
+        for g in gradients:
+            parts = [f * np.abs(g if s > 0 else np.flip(g)) for f, s in terms if f != 0]
+            scores.append(sum(parts[1:], parts[0]).astype(np.float32))
+    if pooled:
+        joined = np.concatenate([s.reshape(-1) for s in scores])
+        flat = numpy_topk(joined, count(joined.size, fraction))
+        wants = np.split(flat, np.cumsum([s.size for s in scores])[:-1])
+    else:
+        wants = [numpy_topk(s, count(s.size, fraction)) for s in scores]
+    for mask, want, g in zip(rgp_topk_masks(g_nats, g_advs, **options), wants, g_nats, strict=True):
+        assert mask.shape == g.shape
+        np.testing.assert_array_equal(to_numpy(mask), want.reshape(g.shape))
+
+
+@given(FINITE, FRACTIONS, st.integers(-8, 8))
+def test_a_common_factor_changes_no_mask(gradient, fraction, exponent):
+    g = from_numpy(gradient)
+    g = torch.where(g.abs() < 1e-20, 0.0, g)  # powers of two are exact, away from the subnormals
+    masks = [
+        rgp_topk_masks(
+            [each], [each.flatten().flip(0).view_as(each)], alpha=0.25, update_fraction=fraction
+        )[0]
+        for each in (g, g * 2.0**exponent)
+    ]
+    assert torch.equal(*masks)
+
+
+@given(st.permutations(range(30)), FRACTIONS)
+def test_permuted_scores_give_the_permuted_mask(order, fraction):
+    score = torch.arange(1.0, 31.0)
+    mask = topk_mask(score, update_fraction=fraction)
+    assert torch.equal(topk_mask(score[order], update_fraction=fraction), mask[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
+def test_score_in_every_dtype(dtype, alpha):
+    g_nat, g_adv = torch.randn(2, 1000, dtype=torch.float64).to(dtype)
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    nat, adv = (np.abs(to_numpy(g.to(torch.float64)).astype(wide)) for g in (g_nat, g_adv))
+    got = to_numpy(rgp_score(g_nat, g_adv, alpha=alpha))
+    np.testing.assert_array_equal(got, wide(alpha) * nat + wide(1.0 - alpha) * adv)
+    assert got.dtype == wide
+
+
+def test_lists_of_settings_and_of_mixed_dtypes():
+    g = torch.arange(1.0, 11.0)
+    masks = rgp_topk_masks([g, g], [g, g], alpha=[0, 1], update_fraction=[0.2, 0.5])
+    assert [int(m.sum()) for m in masks] == [2, 5]
+    gs = [torch.tensor([1.0, 4.0]).half(), torch.tensor([3.0, 2.0]).double(), torch.tensor([5.0])]
+    masks = rgp_topk_masks(gs, gs, alpha=0.5, update_fraction=0.4, scope="global")
+    assert [m.tolist() for m in masks] == [[False, True], [False, False], [True]]
+    (mask,) = rgp_topk_masks([None], [gs[0]], alpha=0.9, update_fraction=0.5)
+    assert mask.tolist() == [False, True]
+    (mask,) = rgp_topk_masks([gs[0]], [None], alpha=0.0, update_fraction=0.5)
+    assert mask.tolist() == [False, False]  # no score: no weight
+
+
+@cpu_only("memory")
+def test_more_than_two_to_the_24_weights():
+    n = 2**24 + 3
+    score = (torch.arange(n) * 48271 % 1000003).float()
+    mask = topk_mask(score, update_fraction=0.3)
+    assert int(mask.sum()) == round(0.3 * n)
+    lowest = score[mask].min()
+    assert score[~mask].max() <= lowest
+    kept = mask[score == lowest]
+    assert torch.equal(kept, kept.sort(descending=True).values)  # the first of the ties
+
+
+# Argument errors: the name, the rule, what was found, and the way out.
+
+G = torch.ones(3, device=DEVICE)
+HALF = dict(alpha=0.1, update_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: rgp_score(G, G, alpha=1.4),
+            ValueError,
+            r"`alpha` should be in \[0, 1\]. Found `alpha = 1.4`.",
+        ),
+        (lambda: rgp_score(G, G, alpha=math.nan), ValueError, "Found `alpha = nan`"),
+        (lambda: rgp_score(G, G, alpha="a"), TypeError, "Found `alpha: str 'a'`"),
+        (lambda: rgp_score(G, G.double(), alpha=0.1), ValueError, "match `g_nat` in shape, dtype"),
+        (lambda: rgp_score(G, torch.ones(4), alpha=0.1), ValueError, r"\(4,\) torch.float32 on"),
+        (lambda: rgp_score(G.long(), G, alpha=0.1), TypeError, "`g_nat` should have a floating"),
+        (lambda: rgp_score(G.to_sparse(), G, alpha=0.1), TypeError, "`g_nat` should be a dense"),
+        (lambda: rgp_score(G, [1.0], alpha=0.1), TypeError, "`g_adv` should be a tensor"),
+        (lambda: rgp_score(G + 0j, G, alpha=0.1), TypeError, "`g_nat` should have a real dtype"),
+        (lambda: topk_mask(G, update_fraction=-0.1), ValueError, "`update_fraction` should be in"),
+        (lambda: topk_mask(G, update_fraction=True), TypeError, "bool True"),
+        (lambda: topk_mask(G + 0j, update_fraction=0.5), TypeError, "`score` should have a real"),
+        (
+            lambda: topk_mask(G, update_fraction=0.5, backend="cuda"),
+            ValueError,
+            "`backend` should be one of 'auto', 'cpu', 'triton', 'torch'. Found `backend = 'cuda'`",
+        ),
+        (lambda: rgp_topk_masks([G], [], **HALF), ValueError, "as many entries as `g_nats`"),
+        (
+            lambda: rgp_topk_masks([None], [None], **HALF),
+            ValueError,
+            r"`g_nats\[0\]` should be a tensor where `g_advs\[0\]` is None.*Leave out",
+        ),
+        (
+            lambda: rgp_topk_masks([G], [G], alpha=[0.1, 0.2], update_fraction=0.5),
+            ValueError,
+            "one for each of the 1 tensors",
+        ),
+        (
+            lambda: rgp_topk_masks([G], [G], alpha=[2.0], update_fraction=0.5),
+            ValueError,
+            r"`alpha\[0\]` should be in",
+        ),
+        (
+            lambda: rgp_topk_masks(
+                [G, G], [G, G], alpha=0.1, update_fraction=[0.5, 0.6], scope="global"
+            ),
+            ValueError,
+            "one number under scope='global'",
+        ),
+        (
+            lambda: rgp_topk_masks([G], [G], **HALF, scope="layer"),
+            ValueError,
+            "`scope` should be one of 'tensor', 'global'",
+        ),
+        (
+            lambda: rgp_topk_masks(two := [G, G.to("meta")], two, **HALF, scope="global"),
+            ValueError,
+            "`scope` should be 'tensor' where",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# The backend.
+
+
+@pytest.mark.parametrize(
+    ("backend", "tensor", "reason"),
+    [
+        ("cpu", lambda: torch.ones(3, device="meta"), "tensors on meta"),
+        ("triton", lambda: torch.ones(3, device="meta"), "tensors on meta"),
+        ("cpu", lambda: nn.Buffer(torch.ones(3, device="cpu")).as_subclass(Marked), "a Marked"),
+        ("triton", lambda: torch.ones(3, dtype=torch.float64), "a float64 tensor"),
+    ],
+)
+def test_a_named_backend_must_run(backend, tensor, reason, monkeypatch):
+    monkeypatch.setattr(functional, "_installed", lambda package: True)
+    message = f"`backend` should be able to run on these.*{backend}.*{reason}.*Use 'auto'"
+    with pytest.raises(RuntimeError, match=message):
+        topk_mask(tensor(), update_fraction=0.5, backend=backend)
+    assert topk_mask(tensor(), update_fraction=1.0).shape == (3,)
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(("backend", "package"), [("cpu", "numpy"), ("triton", "triton")])
+def test_a_missing_package(backend, package, monkeypatch):
+    monkeypatch.setattr(functional, "_installed", lambda package: False)
+    if DEVICE.type != "cpu" and backend == "cpu":
+        pytest.skip("on the CPU only")
+    with pytest.raises(RuntimeError, match=f"{package} is not installed.*Use 'auto'"):
+        topk_mask(G, update_fraction=0.5, backend=backend)
+    assert topk_mask(G, update_fraction=0.5).tolist() == [True, True, False]
+
+
+# The kernels are compared with the reference before "auto" relies on them.
+
+
+def raising(*_):
+    raise OSError("no compiler")
+
+
+def ties_to_the_last(*columns):
+    masks = _reference.select(*[[g.flip(0) for g in gs] for gs in columns[:2]], *columns[2:])
+    return [mask.flip(0) for mask in masks]
+
+
+def keeps_nan(masks, gradients, weights):
+    for mask, gradient in zip(masks, gradients, strict=True):
+        gradient.mul_(mask)
+    return [w.clone() for w in weights]
+
+
+FAULTS = {
+    "select raises": ({"select": raising}, "which raises OSError: no compiler"),
+    "ties": ({"select": ties_to_the_last}, "whose masks differ"),
+    "NaN stays": ({"zero_and_save_": keeps_nan}, "whose masks differ"),
+    "nothing is restored": ({"restore_": lambda *_: None}, "whose masks differ"),
+    "nothing is saved": ({"zero_and_save_": lambda m, g, w: w}, "whose masks differ"),
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Replace the kernels by the reference, with faults; make "auto" choose them."""
+
+    def install(**faults):
+        names = ("select", "topk_masks", "zero_and_save_", "restore_")
+        fake = SimpleNamespace(**{name: getattr(_reference, name) for name in names} | faults)
+        monkeypatch.setattr(functional, "_load", {"triton": fake, "torch": _reference}.__getitem__)
+        monkeypatch.setattr(functional, "_installed", lambda package: package == "triton")
+        monkeypatch.setattr(functional, "_INTERPRETED", DEVICE.type == "cpu")
+        monkeypatch.setattr(functional, "_faults", {})
+
+    return install
+
+
+@pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
+def test_kernels_that_differ_are_not_used(faults, problem, kernels):
+    kernels(**faults, topk_masks=raising)
+    score = torch.tensor([3.0, 1.0, 3.0, 0.0])
+    with pytest.warns(RuntimeWarning, match=f"The Triton backend, .*{problem}.*same masks"):
+        mask = topk_mask(score, update_fraction=0.25)
+    assert mask.tolist() == [True, False, False, False]
+    assert topk_mask(score, update_fraction=0.25).tolist() == mask.tolist()  # one warning
+
+
+@pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
+@pytest.mark.parametrize("first", ["auto", "triton"])
+def test_kernels_that_differ_raise_where_they_are_named(first, faults, problem, kernels):
+    kernels(**faults)
+    if first == "auto":
+        with pytest.warns(RuntimeWarning):
+            topk_mask(G, update_fraction=0.5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"{problem}.*Use 'auto'"):
+            topk_mask(G, update_fraction=0.5, backend="triton")
+
+
+def test_kernels_that_agree_are_used(kernels):
+    calls = []
+
+    def topk_masks(*columns):
+        calls.append(1)
+        return _reference.topk_masks(*columns)
+
+    kernels(topk_masks=topk_masks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for backend in ("auto", "triton"):
+            topk_mask(G, update_fraction=0.5, backend=backend)
+    assert calls == [1, 1]
