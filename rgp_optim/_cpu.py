@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rgp_optim import _reference
-from rgp_optim._reference import restore_, update_count, zero_and_save_
+from rgp_optim._reference import Column, Floats, Tensors, restore_, update_count, zero_and_save_
 
 __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
@@ -35,9 +35,7 @@ NAN = {4: 0x7F800001, 8: 0x7FF0000000000001}  # key of every NaN, above infinity
 WIDTH = 4.0  # half the bracket, in standard deviations of the sample's count
 
 
-def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
-) -> list[Tensor]:
+def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
     """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
     if any(score.itemsize < 2 or bool((score < 0).any()) for score in scores):  # float8: no "<"
         return _reference.topk_masks(scores, fractions, pools)
@@ -45,11 +43,7 @@ def topk_masks(
 
 
 def select(
-    g_nats: Sequence[Tensor | None],
-    g_advs: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    fractions: Sequence[float],
-    pools: Sequence[int],
+    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
 ) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
     sources, shapes = [], []
