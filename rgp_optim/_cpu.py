@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rgp_optim import _reference
-from rgp_optim._reference import restore_, update_count, zero_and_save_
+from rgp_optim._reference import Column, Floats, Tensors, restore_, update_count, zero_and_save_
 
 __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
@@ -35,9 +35,7 @@ NAN = {4: 0x7F800001, 8: 0x7FF0000000000001}  # key of every NaN, above infinity
 WIDTH = 4.0  # half the bracket, in standard deviations of the sample's count
 
 
-def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
-) -> list[Tensor]:
+def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
     """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
     if any(score.itemsize < 2 or bool((score < 0).any()) for score in scores):  # float8: no "<"
         return _reference.topk_masks(scores, fractions, pools)
@@ -45,20 +43,17 @@ def topk_masks(
 
 
 def select(
-    g_nats: Sequence[Tensor | None],
-    g_advs: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    fractions: Sequence[float],
-    pools: Sequence[int],
+    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
 ) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
     sources, shapes = [], []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
         terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
-        present = [(g.detach(), factor) for g, factor in terms if g is not None]
+        present = [(g, factor) for g, factor in terms if g is not None]
         used = [term for term in present if term[1] != 0.0]
         used = used or [(torch.zeros_like(present[0][0]), 1.0)]
-        sources.append(([g.reshape(-1) for g, _ in used], [factor for _, factor in used]))
+        flats = [(g.detach() if g.requires_grad else g).reshape(-1) for g, _ in used]
+        sources.append((flats, [factor for _, factor in used]))
         shapes.append(used[0][0].shape)
     if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
         return _reference.select(g_nats, g_advs, alphas, fractions, pools)

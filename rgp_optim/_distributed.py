@@ -84,17 +84,24 @@ class Ranks:
         if not tensors:
             return []
         device = next((t.device for t in tensors.values() if t is not None), "cpu")
-        sums = [torch.zeros((), dtype=torch.int64)] * len(tensors)
-        for i, tensor in enumerate(tensors.values()):
-            if tensor is not None:
-                bits = tensor.detach().contiguous().view(_INTS[tensor.element_size()])
-                sums[i] = bits.sum(dtype=torch.int64) + 1
+        sums = [
+            torch.zeros((), dtype=torch.int64) if t is None else _hash(t) for t in tensors.values()
+        ]
         highest = torch.stack([each.to(device) for each in sums])
         lowest = -highest
         for bound in (highest, lowest):
             dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=self._group)
         apart = (highest != -lowest).tolist()
         return [name for name, differs in zip(tensors, apart, strict=True) if differs]
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """Return a number that depends on all bits of a tensor and their places."""
+    plain = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    plain = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
+    bits = plain.contiguous().view(_INTS[plain.element_size()]).flatten()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x1E3779B97F4A7C15
+    return ((bits + 1) * (places ^ (places >> 31))).sum()
 
 
 def check_parameter(p: Tensor) -> None:
@@ -137,7 +144,7 @@ def own_part(mask: Tensor, p: Any) -> Tensor:
 
     everywhere = [Replicate()] * p.device_mesh.ndim
     replicas = DTensor.from_local(mask, p.device_mesh, everywhere, run_check=False)
-    return replicas.redistribute(placements=p.placements).to_local().contiguous()
+    return replicas.redistribute(placements=p.placements).to_local().clone()
 
 
 # Gradients for the score, which must reach nothing else.
@@ -207,7 +214,10 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
     scored = set(params)
     for group in groups:
         held = getattr(group, "_partial_reduce_output", None) is not None
-        held = held or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+        for each in group.fsdp_params:
+            unsharded = getattr(each, "_unsharded_param", None)
+            held |= each.unsharded_accumulated_grad is not None
+            held |= unsharded is not None and unsharded.grad is not None
         if held and any(each.sharded_param in scored for each in group.fsdp_params):
             raise RuntimeError(
                 "A backward pass without gradient synchronisation left gradients that are not "

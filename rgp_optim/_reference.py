@@ -11,6 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Tensors = Sequence[Tensor]
+Floats = Sequence[float]
+Column = Sequence[Tensor | None]  # one entry per parameter
+
 
 def update_count(n: int, update_fraction: float) -> int:
     """Return k, the number of weights updated out of ``n``: max(1, round(update_fraction * n))."""
@@ -57,9 +61,7 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
     return (mask & (flat != 0)).view(score.shape)
 
 
-def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
-) -> list[Tensor]:
+def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
     """Return one mask per score; scores with equal pool numbers share one threshold."""
     members: dict[int, list[int]] = {}
     for i, pool in enumerate(pools):
@@ -78,22 +80,14 @@ def topk_masks(
 
 
 def select(
-    g_nats: Sequence[Tensor | None],
-    g_advs: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    fractions: Sequence[float],
-    pools: Sequence[int],
+    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
 ) -> list[Tensor]:
     """Score and select; see `rgp_score` and `topk_masks`."""
     pairs = zip(g_nats, g_advs, alphas, strict=True)
     return topk_masks([rgp_score(*pair) for pair in pairs], fractions, pools)
 
 
-def zero_and_save_(
-    masks: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
     """Zero each gradient outside its mask, in place, NaN and infinity too; copy each weight."""
     for mask, gradient in zip(masks, gradients, strict=True):
         if gradient is not None:
@@ -101,9 +95,7 @@ def zero_and_save_(
     return [None if weight is None else weight.clone() for weight in weights]
 
 
-def restore_(
-    masks: Sequence[Tensor], weights: Sequence[Tensor], saved: Sequence[Tensor | None]
-) -> None:
+def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
     """Put back the saved value of each weight outside its mask, in place and bit for bit."""
     for mask, weight, old in zip(masks, weights, saved, strict=True):
         if old is not None:

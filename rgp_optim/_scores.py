@@ -16,9 +16,11 @@ from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
 DONATED = (
-    "A compiled model's graph was freed by its first backward pass, and the scores need more than "
-    "one. Before the first step set `torch._functorch.config.donated_buffer = False`, and "
-    "`torch._inductor.config.force_disable_caches = True` if a cached graph is still used."
+    "This loss shares a compiled graph with another, and its backward pass was compiled to write "
+    "over what it reads. Before anything is compiled, `import torch._functorch.config`, set "
+    "`torch._functorch.config.donated_buffer = False` and `torch.compiler.config.cache_key_tag = "
+    "'kept graphs'`: without the second, PyTorch may take such code from its cache on disk, and "
+    "gradients are wrong without an error. Or give each loss a forward pass of its own."
 )
 
 
@@ -80,6 +82,8 @@ class Scores:
         name: Callable[[Tensor], str],
     ) -> None:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
+        if not params:
+            return
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
         if not params:  # frozen, say
@@ -111,7 +115,7 @@ class Scores:
         name: Callable[[Tensor], str],
     ) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
-        if params and all(gradient is None for gradient in taken):
+        if all(gradient is None for gradient in taken):
             raise RuntimeError(
                 f"scored: the {role} loss depends on no parameter in which weights are selected, "
                 "or FSDP2's gradient synchronisation is off: leave "

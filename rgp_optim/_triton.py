@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from rgp_optim import _reference
-from rgp_optim._reference import update_count
+from rgp_optim._reference import Column, Floats, Tensors, update_count
 
 __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
@@ -403,9 +403,7 @@ def _guard(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @_disable_dynamo
-def topk_masks(
-    scores: Sequence[Tensor], fractions: Sequence[float], pools: Sequence[int]
-) -> list[Tensor]:
+def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
     """Select by scores of any sign; see `_reference.topk_masks`."""
     if any(score.dtype not in CODES for score in scores):
         return _reference.topk_masks(scores, fractions, pools)
@@ -415,11 +413,7 @@ def topk_masks(
 
 @_disable_dynamo
 def select(
-    g_nats: Sequence[Tensor | None],
-    g_advs: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    fractions: Sequence[float],
-    pools: Sequence[int],
+    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
 ) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
     pairs, shares = [], []
@@ -517,11 +511,7 @@ def _launch_select(
 
 
 @_disable_dynamo
-def zero_and_save_(
-    masks: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
     """Zero each gradient outside its mask and copy each weight; see `_reference`."""
     rows, saved, owned = [], [], []
     for mask, gradient in zip(masks, gradients, strict=True):
@@ -546,9 +536,7 @@ def zero_and_save_(
 
 
 @_disable_dynamo
-def restore_(
-    masks: Sequence[Tensor], weights: Sequence[Tensor], saved: Sequence[Tensor | None]
-) -> None:
+def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
     """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
     rows, owned = [], []
     for mask, weight, old in zip(masks, weights, saved, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -51,8 +51,8 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
         unit of weight.
 
     Raises:
-        TypeError: a gradient is not a dense floating tensor.
-        ValueError: ``alpha`` is outside [0, 1], or the two gradients do not match.
+        TypeError, ValueError: a gradient is not dense, real and floating, or does not match the
+            other; ``alpha`` is outside [0, 1].
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6.
     """
@@ -85,8 +85,10 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
     """
     _check_real("score", score)
+    check_choice("backend", backend, BACKENDS)
     fraction = check_fraction("update_fraction", update_fraction)
-    return select_scores([score], [fraction], [0], check_choice("backend", backend, BACKENDS))[0]
+    masks: list[Tensor] = select_scores([score], [fraction], [0], backend=backend)
+    return masks[0]
 
 
 def rgp_topk_masks(
@@ -139,82 +141,37 @@ def rgp_topk_masks(
         rule = "be one number under scope='global', where all tensors share a threshold"
         raise ValueError(error_text("update_fraction", rule, update_fraction))
     pools = [0] * count if scope == "global" else list(range(count))
-    return select(g_nats, g_advs, alphas, fractions, pools, backend)
-
-
-# For arguments that are known to match: the optimizer's way in.
+    return select(g_nats, g_advs, alphas, fractions, pools, backend=backend)
 
 
 @_disable_dynamo  # backends work on memory, not on operations that could be traced
 @torch.no_grad()
-def select(
-    g_nats: Sequence[Tensor | None],
-    g_advs: Sequence[Tensor | None],
-    alphas: Sequence[float],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    backend: str = "auto",
-) -> list[Tensor]:
-    """Return the masks of `rgp_topk_masks`; equal pool numbers share one threshold."""
-    pairs = zip(g_nats, g_advs, strict=True)
-    present = [g_adv if g_nat is None else g_nat for g_nat, g_adv in pairs]
-    _check_pools(present, pools)
-    return _per_device("select", present, (g_nats, g_advs, alphas, fractions, pools), backend)
-
-
-@_disable_dynamo
-@torch.no_grad()
-def select_scores(
-    scores: Sequence[Tensor],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    backend: str = "auto",
-) -> list[Tensor]:
-    """Return the masks of `topk_mask`; equal pool numbers share one threshold."""
-    _check_pools(scores, pools)
-    return _per_device("topk_masks", scores, (scores, fractions, pools), backend)
-
-
-@_disable_dynamo
-@torch.no_grad()
-def zero_and_save_(
-    masks: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
-    backend: str = "auto",
-) -> list[Tensor | None]:
-    """Set gradients to 0 outside their masks, in place; return copies of the weights."""
-    written = [g if w is None else w for g, w in zip(gradients, weights, strict=True)]
-    return _per_device("zero_and_save_", written, (masks, gradients, weights), backend)
-
-
-@_disable_dynamo
-@torch.no_grad()
-def restore_(
-    masks: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    saved: Sequence[Tensor | None],
-    backend: str = "auto",
-) -> None:
-    """Put back, in place and bit for bit, the saved value of each weight outside its mask."""
-    _per_device("restore_", weights, (masks, weights, saved), backend)
-
-
-def _per_device(
-    name: str, tensors: Sequence[Tensor | None], columns: Sequence[Sequence[Any]], backend: str
-) -> list[Any]:
-    """Call a backend's function once per device, with the rows of ``columns`` that lie there."""
-    members: dict[torch.device | None, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(None if tensor is None else tensor.device, []).append(i)
+def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]:
+    """Call a function of `_reference`, or a backend's, once per device; a row is a tensor's."""
+    members: dict[torch.device, list[int]] = {}
+    homes: dict[int, torch.device] = {}
+    tensors: list[list[Tensor]] = []
+    for i, row in enumerate(zip(*columns, strict=True)):
+        tensors.append([t for t in row if isinstance(t, Tensor) and t.dtype != torch.bool])
+        if tensors[i]:
+            device = tensors[i][0].device
+            members.setdefault(device, []).append(i)
+            if name in RANKED and homes.setdefault(row[-1], device) != device:
+                rule = "be 'tensor' where weights that share a threshold lie on several devices"
+                raise ValueError(error_text("scope", rule, f"{homes[row[-1]]} and {device}"))
     results: list[Any] = [None] * len(tensors)
-    for device, indices in members.items():
-        if device is not None:
-            module = _module(backend, name, [tensors[i] for i in indices])
-            rows = [[column[i] for i in indices] for column in columns]
-            for i, result in zip(indices, getattr(module, name)(*rows) or (), strict=False):
-                results[i] = result
+    for indices in members.values():
+        module = _module(backend, name, [t for i in indices for t in tensors[i]])
+        rows = [[column[i] for i in indices] for column in columns]
+        for i, result in zip(indices, getattr(module, name)(*rows) or (), strict=False):
+            results[i] = result
     return results
+
+
+# For arguments that are known to match, the columns of `_reference`'s functions: the optimizer's.
+RANKED = ("select", "topk_masks")
+select, select_scores = partial(_run, "select"), partial(_run, "topk_masks")
+zero_and_save_, restore_ = partial(_run, "zero_and_save_"), partial(_run, "restore_")
 
 
 def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
@@ -243,8 +200,7 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
     if kinds:  # a subclass need not have its values in memory
         return f"a {next(iter(kinds)).__name__}"
-    ranked = name in ("select", "topk_masks")
-    if backend == "triton" and ranked and any(t.dtype == torch.float64 for t in tensors):
+    if backend == "triton" and name in RANKED and any(t.dtype == torch.float64 for t in tensors):
         return "a float64 tensor"
     return None
 
@@ -306,16 +262,6 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
         if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs):
             return False
     return True
-
-
-def _check_pools(tensors: Sequence[Tensor | None], pools: Sequence[int]) -> None:
-    """Refuse one threshold over several devices."""
-    homes: dict[int, torch.device] = {}
-    for tensor, pool in zip(tensors, pools, strict=True):
-        if tensor is not None and homes.setdefault(pool, tensor.device) != tensor.device:
-            rule = "be 'tensor' where weights that share a threshold lie on several devices"
-            found = f"tensors on {homes[pool]} and {tensor.device}"
-            raise ValueError(error_text("scope", rule, found))
 
 
 def _per_tensor(name: str, value: float | Sequence[float], count: int) -> list[float]:

@@ -376,16 +376,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         once = _once(closure, self)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
-        weights = [local(p.detach()) if holder.conserve != "gradients" else None for p in params]
         with torch.no_grad():
             _own_gradients(params, self._parameters())
+            weights = [local(p) if holder.conserve != "gradients" else None for p in params]
             gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
-            saved = functional.zero_and_save_(marks, gradients, weights, holder.backend)
+            saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
             try:
                 result = self._inner_step(once)
             finally:  # also where the inner step stops half-way
-                weights_now = [local(p.detach()) for p in params]  # it may have new memory
-                functional.restore_(marks, weights_now, saved, holder.backend)
+                now = [local(p) for p in params]  # it may have given them new memory
+                functional.restore_(marks, now, saved, backend=holder.backend)
                 holder.scores.taken.clear()
         holder.masks = masks
         return result
@@ -473,13 +473,18 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if holder.score == "rgp" and not sharded:
             g_nats, g_advs = zip(*(scores.pair(e.p, e.alpha) for e in entries), strict=True)
             alphas = [each.alpha for each in entries]
-            return functional.select(g_nats, g_advs, alphas, fractions, pools, holder.backend)
+            return functional.select(
+                g_nats, g_advs, alphas, fractions, pools, backend=holder.backend
+            )
         masks: dict[int, Tensor] = {}
         for indices in _batches(entries, pools) if sharded else [range(len(entries))]:
             part = [entries[i] for i in indices]
             whole = [distributed.whole(scores.score(e.p, e.alpha, holder.score), e.p) for e in part]
             found = functional.select_scores(
-                whole, [e.fraction for e in part], [pools[i] for i in indices], holder.backend
+                whole,
+                [e.fraction for e in part],
+                [pools[i] for i in indices],
+                backend=holder.backend,
             )
             own = (distributed.own_part(mask, e.p) for mask, e in zip(found, part, strict=True))
             masks.update(zip(indices, own, strict=True))

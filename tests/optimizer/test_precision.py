@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from common import (
     DEVICE,
     INNER,
+    backward,
     cure_step,
     disk,
     losses,
@@ -36,17 +37,8 @@ def assert_same(model, other):
         assert torch.equal(p, q)
 
 
-def scaled_blocks(opt, scaler, loss, nat, adv):
-    """As a loop that owns its backward calls."""
-    with opt.score("natural"):
-        scaler.scale(nat).backward(retain_graph=True)
-    with opt.score("adversarial"):
-        scaler.scale(adv).backward(retain_graph=True)
-    scaler.scale(loss).backward()
-
-
-def scaled_call(opt, scaler, loss, nat, adv):
-    opt.backward(scaler.scale(loss), natural=scaler.scale(nat), adversarial=scaler.scale(adv))
+def scaled(opt, scaler, loss, nat, adv):
+    scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
 
 
 # Gradient scalers.
@@ -54,9 +46,8 @@ def scaled_call(opt, scaler, loss, nat, adv):
 
 @pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
 @pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("backward", [scaled_blocks, scaled_call])
 @pytest.mark.parametrize("name", ["SGD momentum wd", "SGD fused", "AdamW", "AdamW fused"])
-def test_grad_scaler(name, backward, unscale, conserve):
+def test_grad_scaler(name, unscale, conserve):
     """The weights and the state are those of a run without; a skipped step leaves no trace."""
     model, other = make_net(), make_net()
     opt = wrap(model, INNER[name], conserve=conserve)
@@ -67,7 +58,7 @@ def test_grad_scaler(name, backward, unscale, conserve):
         loss, nat, adv = losses(model, *make_batch(seed))
         overflows = seed == 1
         opt.zero_grad()
-        backward(opt, scaler, loss * torch.inf if overflows else loss, nat, adv)
+        scaled(opt, scaler, loss * torch.inf if overflows else loss, nat, adv)
         if unscale:
             scaler.unscale_(opt)
             if not overflows:
@@ -81,7 +72,6 @@ def test_grad_scaler(name, backward, unscale, conserve):
         else:
             cure_step(other, reference, seed)
     assert scaler.get_scale() == 512.0
-    assert [group["rgp_step"] for group in opt.param_groups] == [3]
     assert_same(model, other)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         mine, theirs = opt.state[p], reference.state[q]
@@ -105,76 +95,12 @@ def test_scaler_and_optimizer_resume_together():
                 for each, its in zip((model, opt, scaler), state, strict=True):
                     each.load_state_dict(its)
             opt.zero_grad()
-            scaled_blocks(opt, scaler, *losses(model, *make_batch(step)))
+            scaled(opt, scaler, *losses(model, *make_batch(step)))
             scaler.step(opt)
             scaler.update()
         assert scaler.get_scale() == 4096.0
         ends.append(snapshot(model))
     assert all(map(torch.equal, *ends))
-
-
-TWO_SCALES = {
-    "two scalers": (1024.0, 8.0),
-    "natural without": (None, 8.0),
-    "adversarial without": (1024.0, None),
-}
-
-
-@pytest.mark.parametrize("scales", TWO_SCALES.values(), ids=TWO_SCALES)
-@pytest.mark.parametrize("backward", [True, False], ids=["backward", "score"])
-def test_roles_on_two_scales_are_refused(scales, backward):
-    model = make_net()
-    opt = wrap(model)
-    loss, nat, adv = losses(model, *make_batch())
-    nat, adv = (
-        each if scale is None else torch.amp.GradScaler(DEVICE.type, init_scale=scale).scale(each)
-        for each, scale in zip((nat, adv), scales, strict=True)
-    )
-    start = snapshot(model)
-    first, second = (1 if scale is None else int(scale) for scale in scales)
-    with pytest.raises(ValueError, match=f"a loss scaled by {second}, and one by {first}") as said:
-        if backward:
-            opt.backward(loss, natural=nat, adversarial=adv)
-        else:
-            with opt.score("natural"):
-                nat.backward(retain_graph=True)
-            with opt.score("adversarial"):
-                adv.backward(retain_graph=True)
-    assert "the same GradScaler, or none. To weigh one against the other set `alpha`" in str(
-        said.value
-    )
-    assert all(p.grad is None for p in model.parameters())
-    assert all(map(torch.equal, start, snapshot(model)))
-
-
-def test_the_scale_is_compared_within_a_window_only():
-    model = make_net()
-    opt = wrap(model)
-    for step, scale in enumerate((1024.0, 8.0)):
-        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
-        opt.zero_grad()
-        scaled_call(opt, scaler, *losses(model, *make_batch(step)))
-        scaler.step(opt)
-    weight = torch.tensor(0.5)  # the same for both: no scaler's, and no harm
-    for nat_weight, adv_weight in ((weight, weight.clone()), (0.25, 0.75)):
-        loss, nat, adv = losses(model, *make_batch())
-        opt.zero_grad()
-        opt.backward(loss, natural=nat * nat_weight, adversarial=adv * adv_weight)
-        opt.step()
-
-
-def test_an_attack_in_a_block_may_go_without_the_scaler():
-    model = make_net()
-    opt = wrap(model)
-    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
-    x, _, y = make_batch()
-    with opt.score("natural"):
-        scaler.scale(F.cross_entropy(model(x), y)).backward()
-    with opt.score("adversarial"):
-        delta = torch.zeros_like(x, requires_grad=True)
-        F.cross_entropy(model(x + delta), y).backward(inputs=[delta])
-        scaler.scale(F.cross_entropy(model(x + 0.1 * delta.grad.sign()), y)).backward()
-    assert delta.grad.abs().sum() > 0
 
 
 # Autocast and half precision.
@@ -195,7 +121,7 @@ def test_autocast(dtype):
             torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv)
         )
         opt.zero_grad()
-        scaled_call(opt, scaler, nat + adv, nat, adv)
+        scaled(opt, scaler, nat + adv, nat, adv)
         scaler.step(opt)
         scaler.update()
         olds = [p for p in start if p.dim() > 1]
@@ -225,7 +151,7 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
         )
         start = [p.detach().clone() for p in params]
         opt.zero_grad()
-        opt.backward(nat + adv, natural=nat, adversarial=adv)
+        backward(opt, nat + adv, natural=nat, adversarial=adv)
         opt.step()
         scores = [
             0.3 * to_numpy(a.abs().double()) + 0.7 * to_numpy(b.abs().double())
@@ -256,7 +182,7 @@ def test_tensors_of_several_dtypes(scope):
     )
     nat = sum((w * g).sum().double() for w, (g, _) in zip(weights, grads, strict=True))
     adv = sum((w * g).sum().double() for w, (_, g) in zip(weights, grads, strict=True))
-    opt.backward(natural=nat, adversarial=adv)
+    backward(opt, natural=nat, adversarial=adv)
     opt.step()
     scores = [0.5 * to_numpy(a.double().abs()) + 0.5 * to_numpy(b.double().abs()) for a, b in grads]
     if scope == "global":
