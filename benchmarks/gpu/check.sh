@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # All that a GPU is needed for, in stages of at most ten minutes each:
 #
-#   benchmarks/gpu_check.sh OUT verify     # the tests
-#   benchmarks/gpu_check.sh OUT exact      # exactness on large data, 10,000 repeats, the memory checker
-#   benchmarks/gpu_check.sh OUT speed      # roofs, the selection against other ways, each kernel
-#   benchmarks/gpu_check.sh OUT tune       # the kernels in other sizes
-#   benchmarks/gpu_check.sh OUT step       # a whole training step, and where its time goes
-#   benchmarks/gpu_check.sh OUT cifar      # ResNet-18 on CIFAR-10; again: goes on where it was
-#   benchmarks/gpu_check.sh OUT rehearse   # what a CPU can do of it, in Triton's interpreter
+#   benchmarks/gpu/check.sh OUT verify     # the tests
+#   benchmarks/gpu/check.sh OUT exact      # exactness on large data, 10,000 repeats, the memory checker
+#   benchmarks/gpu/check.sh OUT speed      # roofs, the selection against other ways, each kernel
+#   benchmarks/gpu/check.sh OUT tune       # the kernels in other sizes
+#   benchmarks/gpu/check.sh OUT step       # a whole training step, and where its time goes
+#   benchmarks/gpu/check.sh OUT cifar      # ResNet-18 on CIFAR-10; again: goes on where it was
+#   benchmarks/gpu/check.sh OUT rehearse   # what a CPU can do of it, in Triton's interpreter
 #
 # Several stages can be named; they follow one another. OUT gets STAGE.txt for each, speed.csv,
 # profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs too long is
-# noted, and the next one runs all the same; the exit status is 1 then. To keep what was measured:
+# noted, and the next one runs all the same; the exit status is 1 then. To keep the rows:
 #
-#   tail -n +2 OUT/speed.csv >>benchmarks/results/speed.csv && python benchmarks/goals.py
+#   tail -n +2 OUT/speed.csv >>benchmarks/speed/results.csv
 #
-# prints the table of TUNING.md. Before the first stage, as everywhere:
+# and write the times into TUNING.md. Before the first stage, as everywhere:
 #
 #   python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[dev]'
 #   export PYTHON=.venv/bin/python
@@ -31,13 +31,13 @@
 #   AUTO_ATTACK=n    images for AutoAttack (1000); 0 needs no pyautoattack
 set -uo pipefail
 stages=" verify exact speed tune step cifar rehearse "
-die() { echo "gpu_check.sh: $*" >&2; exit 2; }
+die() { echo "check.sh: $*" >&2; exit 2; }
 [ $# -ge 2 ] || die "give a folder and stages, of$stages"
 [[ $stages != *" $1 "* ]] || die "$1 is a stage: the first argument is the folder for what it leaves"
 for stage in "${@:2}"; do [[ $stages == *" $stage "* ]] || die "no stage $stage; there are$stages"; done
 out=$(mkdir -p "$1" && cd "$1" && pwd) || die "cannot write to $1"
 shift
-cd "$(dirname "$0")/.." || exit 2
+cd "$(dirname "$0")/../.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 if [ "$*" != rehearse ]; then
@@ -59,49 +59,48 @@ run() { # seconds, command...
 kernels() { # seconds, flags...
   local limit=$1
   shift
-  run "$limit" "$python" benchmarks/bench_kernels.py --device cuda --csv "$out/speed.csv" --keep 0.5 "$@"
+  run "$limit" "$python" benchmarks/speed/selection.py --device cuda --csv "$out/speed.csv" --keep 0.5 "$@"
 }
 
 step() { # seconds, flags...
   local limit=$1
   shift
-  run "$limit" "$python" benchmarks/bench_step.py --device cuda --network resnet18 --amp --channels-last \
+  run "$limit" "$python" benchmarks/speed/step.py --device cuda --network resnet18 --amp --channels-last \
     --csv "$out/speed.csv" "$@"
 }
 
 verify() {
   run 60 nvidia-smi
   run 60 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
-  run 120 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
-  run 150 "$python" -m pytest -q -p no:cacheprovider tests/test_backends.py
-  run 240 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/test_backends.py \
-    --ignore tests/test_gpu.py --ignore tests/test_distributed.py --ignore tests/test_trainers.py
+  run 120 "$python" -m pytest -q -p no:cacheprovider tests/optimizer/test_gpu.py
+  run 150 "$python" -m pytest -q -p no:cacheprovider tests/select
+  run 240 env RGP_TEST_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/select \
+    --ignore tests/optimizer/test_gpu.py --ignore tests/distributed --ignore tests/examples --ignore tests/robustness
 }
 
 exact() {
   local tool
-  run 290 "$python" benchmarks/gpu_exact.py
+  run 290 "$python" benchmarks/gpu/exact.py
   command -v compute-sanitizer >/dev/null || { echo "FAILED: compute-sanitizer of the CUDA toolkit is not here"; return; }
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 90 compute-sanitizer --tool $tool --error-exitcode 1 \
-      "$python" benchmarks/gpu_exact.py --small --repeats 2
+      "$python" benchmarks/gpu/exact.py --small --repeats 2
   done
 }
 
 speed() {
-  run 40 "$python" benchmarks/roofs.py --csv "$out/speed.csv"
+  run 40 "$python" benchmarks/gpu/roofs.py --csv "$out/speed.csv"
   kernels 90 --models resnet18,wrn34-10,vit-b --rounds 20 --providers ours,ours-graph,topk,topk-graph
   kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --dtypes bfloat16 --providers ours,ours-graph,topk-graph
   kernels 60 --models 1b --rounds 10 --dtypes float32,bfloat16 --providers ours,ours-graph,topk-graph
   kernels 90 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
   kernels 60 --models resnet18,vit-b --rounds 10 --scopes global --providers ours,ours-graph,topk
   kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --update
-  run 90 "$python" benchmarks/gpu_profile.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
-  run 20 "$python" benchmarks/goals.py --csv "$out/speed.csv"
+  run 90 "$python" benchmarks/gpu/kernels.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
 }
 
 tune() {
-  run 560 "$python" benchmarks/gpu_profile.py --models resnet18,vit-b --dtypes float32,bfloat16 --variants all \
+  run 560 "$python" benchmarks/gpu/kernels.py --models resnet18,vit-b --dtypes float32,bfloat16 --variants all \
     --csv "$out/speed.csv"
 }
 
@@ -113,7 +112,7 @@ step_stage() {
 
 cifar() {
   local runs=${RUNS:-runs/gpu-short}
-  timeout $((60 * ${MINUTES:-9})) "$python" benchmarks/robustness.py --preset gpu-short --device cuda \
+  timeout $((60 * ${MINUTES:-9})) "$python" benchmarks/robustness/run.py --preset gpu-short --device cuda \
     --data-dir "${CIFAR:-data}" ${LABEL:+--data-label "$LABEL"} ${AUTO_ATTACK:+--auto-attack "$AUTO_ATTACK"} \
     --methods "${METHODS:-trades-pre,cure,trades-pre-revision,cure-random}" --seeds "${SEEDS:-0}" \
     --runs "$runs/weights" --results "$runs/results"
@@ -126,14 +125,14 @@ cifar() {
 }
 
 rehearse() {
-  run 600 "$python" benchmarks/gpu_exact.py --device cpu --small
-  run 120 "$python" benchmarks/roofs.py --device cpu --rounds 1 --weights 40000 --csv "$out/speed.csv"
-  run 120 "$python" benchmarks/bench_kernels.py --rounds 2 --models tiny --csv "$out/speed.csv"
-  run 120 "$python" benchmarks/bench_kernels.py --rounds 2 --models tiny --update --csv "$out/speed.csv"
-  run 120 "$python" benchmarks/gpu_profile.py --device cpu --models tiny --calls 1 --csv "$out/speed.csv"
-  run 120 "$python" benchmarks/bench_step.py --rounds 1 --steps 1 --batch-sizes 4 --csv "$out/speed.csv" \
+  run 600 "$python" benchmarks/gpu/exact.py --device cpu --small
+  run 120 "$python" benchmarks/gpu/roofs.py --device cpu --rounds 1 --weights 40000 --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/speed/selection.py --rounds 2 --models tiny --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/speed/selection.py --rounds 2 --models tiny --update --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/gpu/kernels.py --device cpu --models tiny --calls 1 --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/speed/step.py --rounds 1 --steps 1 --batch-sizes 4 --csv "$out/speed.csv" \
     --profile "$out/profile.txt"
-  run 300 "$python" benchmarks/robustness.py --preset test --device cpu --seeds 0 --runs "$out/runs" \
+  run 300 "$python" benchmarks/robustness/run.py --preset test --device cpu --seeds 0 --runs "$out/runs" \
     --results "$out/results" --methods trades-pre,cure,trades-pre-revision,cure-random
 }
 

@@ -1,14 +1,14 @@
 """Hold the GPU's masks against torch.topk and a stable sort on large data, again and again.
 
-    python benchmarks/gpu_exact.py                       # on a GPU, about three minutes
-    python benchmarks/gpu_exact.py --small               # little data, references on the CPU
-    python benchmarks/gpu_exact.py --device cpu --small  # a rehearsal, in Triton's interpreter
+    python benchmarks/gpu/exact.py                       # on a GPU, about three minutes
+    python benchmarks/gpu/exact.py --small               # little data, references on the CPU
+    python benchmarks/gpu/exact.py --device cpu --small  # a rehearsal, in Triton's interpreter
 
 Each line is one check; the program ends with 1 if one fails. With ``--small`` nothing but the
 library's kernels and elementwise operations run on the GPU, for a memory checker to look at:
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu_exact.py --small
+    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu/exact.py --small
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Checks:
             yield start, a * ALPHA + b * (1 - ALPHA), mask[start : start + size]
 
     def steps(self, dtype: torch.dtype, total: int) -> bool:
-        """Mask, save and put back, as a step does: in the memory of the gradients."""
+        """Mask, save and restore, as a step does."""
         pairs = self.layers(total, dtype)
         count = len(pairs)
         wanted = self.masks(pairs, 0.5, "tensor", "triton")
@@ -135,13 +135,14 @@ class Checks:
         weights = [self.pair(b.numel(), dtype, 50 + i)[0] for i, (_, b) in enumerate(pairs)]
         before = [w.clone() for w in weights]
         g_nats, targets = [a for a, _ in pairs], [b for _, b in pairs]
+        pools = list(range(count))
         chosen = functional.select(
-            g_nats, targets, [ALPHA] * count, [0.5] * count, list(range(count)), "triton"
+            g_nats, targets, [ALPHA] * count, [0.5] * count, pools, backend="triton"
         )
-        chosen.apply_(targets, weights, g_nats)  # weights go where the natural gradients were
+        saved = functional.zero_and_save_(chosen, targets, weights, backend="triton")
         for w in weights:
             w.mul_(1.5).add_(1.0)
-        chosen.conserve_(weights, g_nats)
+        functional.restore_(chosen, weights, saved, backend="triton")
         good = True
         for mask, target, g, w, old in zip(wanted, targets, g_advs, weights, before, strict=True):
             good &= torch.equal(target, torch.where(mask, g, 0.0))

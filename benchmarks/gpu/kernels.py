@@ -1,12 +1,12 @@
-"""Time each kernel of the selection on a GPU, and try other sizes for them.
+"""Time each kernel by itself, also with other block sizes and warps.
 
-    python benchmarks/gpu_profile.py --models resnet18,vit-b --dtypes float32,bfloat16
-    python benchmarks/gpu_profile.py --variants all      # the same with other sizes, in turns
-    python benchmarks/gpu_profile.py --models tiny --device cpu     # a rehearsal
+    python benchmarks/gpu/kernels.py --models resnet18,vit-b --dtypes float32,bfloat16
+    python benchmarks/gpu/kernels.py --variants all       # the same with other sizes
+    python benchmarks/gpu/kernels.py --models tiny --device cpu     # a rehearsal
 
-Times are those of the profiler, kernel by kernel, medians over calls that begin with a cold cache.
-Each variant is compiled and measured in a process of its own; its masks are compared with those of
-a stable sort first. "as it is" comes first and last, to show how far two runs of the same differ.
+Times are the profiler's, medians over calls that begin with a cold cache. Each variant is compiled
+and measured in its own process; its masks are compared with those of a stable sort first. "as it
+is" comes first and last, to show how far two runs of the same differ.
 """
 
 from __future__ import annotations
@@ -24,70 +24,67 @@ from typing import Any
 if "--device" in sys.argv and "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import bench_kernels
-import measure
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rgp_optim import _kernels, _triton
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
+import measure
+import selection
 
-KERNELS = ("_bracket", "_count", "_mask", "_resolve")
-# What a variant changes: a constant of the module, or an option of a kernel's compilation.
+from rgp_optim import _triton, functional
+
+KERNELS = ("_count", "_mask", "_merge")  # `_merge` zeroes and saves, then restores
+# What a variant changes: a constant of the module, or an option of the compilation.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "bracket: 32 warps": {"_bracket.num_warps": 32},
-    "bracket: 8 warps": {"_bracket.num_warps": 8},
-    "bracket: sample of 8192": {"SAMPLE": 8192},
-    "bracket: sample of 8192 by 8 warps": {"SAMPLE": 8192, "_bracket.num_warps": 8},
-    "bracket: edges half as exact": {"EXACTNESS": 4},
-    "count: 4 warps": {"_count.num_warps": 4},
-    "count: no cap on registers": {"_count.maxnreg": None},
-    "mask: 4 warps": {"_mask.num_warps": 4, "MASK_BLOCK": 512},
-    "mask: cap of 64": {"_mask.maxnreg": 64},
-    "mask: no cap on registers": {"_mask.maxnreg": None},
-    "resolve: 32 warps": {"_resolve.num_warps": 32},
-    "resolve: 8 warps": {"_resolve.num_warps": 8, "TURN": 4096},
-    "chunks of 15 * 1024": {"BLOCK": 1024, "CHUNK": 15 * 1024},
-    "chunks of 15 * 1024 by 4 warps": {
-        "BLOCK": 1024, "CHUNK": 15 * 1024, "MASK_BLOCK": 512, "_count.num_warps": 4,
-        "_mask.num_warps": 4,
-    },
-    "window of 3.5 deviations": {"HALF_WIDTH": 3.5},
-    "window of 5.5 deviations": {"HALF_WIDTH": 5.5},
+    "blocks of 1024": {"BLOCK": 1024},
+    "blocks of 4096": {"BLOCK": 4096},
+    "chunks of 16384": {"CHUNK": 16384},
+    "chunks of 65536": {"CHUNK": 65536},
+    "4 warps": {"num_warps": 4},
+    "16 warps": {"num_warps": 16},
+    "blocks of 1024, 4 warps": {"BLOCK": 1024, "num_warps": 4},
+    "three passes": {"DIGITS": (11, 11, 10)},
+    "four passes of 8 bits": {"DIGITS": (8, 8, 8, 8)},
     "as it is again": {},
-}  # fmt: skip
+}
 
 
 def apply(changes: dict[str, Any]) -> None:
     """Change constants and options before anything is compiled."""
     for name, value in changes.items():
-        kernel, _, option = name.partition(".")
-        if option and value is None:
-            _kernels.OPTIONS[kernel].pop(option, None)
-        elif option:
-            _kernels.OPTIONS[kernel][option] = value
-        elif hasattr(_kernels, name):
-            setattr(_kernels, name, _kernels.tl.constexpr(value))
+        if name in _triton.OPTIONS:
+            _triton.OPTIONS[name] = value
         else:
             assert hasattr(_triton, name), name
             setattr(_triton, name, value)
 
 
-def kernel_times(case: bench_kernels.Case, originals: list[Tensor], calls: int) -> dict[str, float]:
-    """Return the median milliseconds of each kernel of the selection."""
+def a_step(case: selection.Case) -> None:
+    """Select, zero and save, restore."""
+    count = len(case.g_advs)
+    settings = [case.alpha] * count, [case.keep] * count, list(range(count))
+    masks = functional.select(case.g_nats, case.g_advs, *settings, backend="triton")
+    saved = functional.zero_and_save_(masks, case.g_advs, case.g_nats, backend="triton")
+    functional.restore_(masks, case.g_nats, saved, backend="triton")
+
+
+def kernel_times(case: selection.Case, calls: int) -> dict[str, float]:
+    """Return milliseconds per step of each kernel, summed over its launches; medians of calls."""
+    originals = [g.clone() for g in case.g_advs]
     flush = torch.zeros(1 << 26, device="cuda")
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        for _ in range(calls):
-            for g, original in zip(case.g_advs, originals, strict=True):
-                g.copy_(original)
-            flush.sum()
-            bench_kernels.ours(case)
-        torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(list)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name in KERNELS:
-            found[event.name].append(event.time_range.elapsed_us() / 1e3)
+    for _ in range(calls):
+        for g, original in zip(case.g_advs, originals, strict=True):
+            g.copy_(original)
+        flush.sum()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            a_step(case)
+            torch.cuda.synchronize()
+        for name in KERNELS:
+            events = [e for e in profiler.events() if e.name == name]
+            on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+            found[name].append(sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3)
     return {name: measure.quantiles(times)[1] for name, times in found.items()}
 
 
@@ -98,32 +95,30 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model in args.models:
         for dtype in args.dtypes:
-            pairs: list[list[Tensor]] = [
+            nat, adv = (
                 [
-                    bench_kernels.heavy(s, 2 * i + j, bench_kernels.DTYPES[dtype], device)
-                    for i, s in enumerate(bench_kernels.MODELS[model]())
+                    selection.heavy(s, 2 * i + j, selection.DTYPES[dtype], device)
+                    for i, s in enumerate(selection.MODELS[model]())
                 ]
                 for j in (0, 1)
-            ]
-            case = bench_kernels.Case(*pairs, alpha=0.1, keep=args.keep, scope="tensor")
-            originals = [g.clone() for g in case.g_advs]
-            note = bench_kernels.check(case)
+            )
+            case = selection.Case(nat, adv, alpha=0.1, keep=args.keep, scope="tensor")
+            note = selection.check(case)
             for _ in range(3 if case.on_gpu else 1):
-                bench_kernels.ours(case)
-            times = kernel_times(case, originals, args.calls) if case.on_gpu else {}
-            weights = sum(g.numel() for g in case.g_advs)
+                a_step(case)
+            times = kernel_times(case, args.calls) if case.on_gpu else {}
             for kernel in KERNELS:
                 rows.append({
-                    "benchmark": "kernel", "model": model, "weights": weights, "dtype": dtype,
-                    "scope": "tensor", "keep": args.keep, "provider": f"{kernel}: {args.only}",
-                    "p50_ms": f"{times.get(kernel, float('nan')):.4g}", "repeats": args.calls,
-                    "note": note,
+                    "benchmark": "kernel", "model": model, "dtype": dtype, "scope": "tensor",
+                    "weights": sum(g.numel() for g in adv), "keep": args.keep,
+                    "provider": f"{kernel}: {args.only}", "repeats": args.calls, "note": note,
+                    "p50_ms": f"{times.get(kernel, float('nan')):.4g}",
                 })  # fmt: skip
     return rows
 
 
 def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one variant in a process of its own; a failure is a row, too."""
+    """Measure one variant in its own process; a failure is a row, too."""
     command = [sys.executable, __file__, "--only", name, "--device", args.device]
     command += ["--models", ",".join(args.models), "--dtypes", ",".join(args.dtypes)]
     command += ["--keep", str(args.keep), "--calls", str(args.calls)]
@@ -131,8 +126,10 @@ def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         print(f"{name}: FAILED: {why}", flush=True)
-        note = f"failed: {why}"[:200]
-        return [{"benchmark": "kernel", "provider": f"{k}: {name}", "note": note} for k in KERNELS]
+        return [
+            {"benchmark": "kernel", "provider": f"{k}: {name}", "note": f"failed: {why}"[:200]}
+            for k in KERNELS
+        ]
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
@@ -141,10 +138,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = bench_kernels.names_of
+    names = selection.names_of
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", type=names(list(bench_kernels.MODELS)), default=["resnet18"])
-    parser.add_argument("--dtypes", type=names(list(bench_kernels.DTYPES)), default=["float32"])
+    parser.add_argument("--models", type=names(list(selection.MODELS)), default=["resnet18"])
+    parser.add_argument("--dtypes", type=names(list(selection.DTYPES)), default=["float32"])
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--calls", type=int, default=30)
     parser.add_argument(
@@ -171,9 +168,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 each = [float(row["p50_ms"]) * 1e3 for row in part]
                 shown = "  ".join(f"{k} {t:8.1f}" for k, t in zip(KERNELS, each, strict=True))
                 what = f"{part[0]['model']}, {part[0]['dtype']}"
-                print(f"{name:<33} {what:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
-    if args.csv:
-        print(f"\n{len(rows)} rows added to {args.csv}")
+                print(f"{name:<24} {what:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
     return rows
 
 

@@ -1,7 +1,7 @@
 """What a GPU can do at most, of the kinds of work that selection is made of.
 
-    python benchmarks/roofs.py --csv roofs.csv
-    python benchmarks/roofs.py --device cpu          # a rehearsal, in Triton's interpreter
+    python benchmarks/gpu/roofs.py --csv roofs.csv
+    python benchmarks/gpu/roofs.py --device cpu          # a rehearsal, in Triton's interpreter
 
     read        two arrays read, as the counting kernel does: 8 bytes a weight
     mask        two read, one of them written: 12 bytes a weight, the floor of any exact way
@@ -28,14 +28,16 @@ from typing import Any
 if "--device" in sys.argv and "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import measure
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
+import measure
+
 BLOCK = 2048
-CHUNK = 15 * BLOCK  # of a program, as in the library
+CHUNK = 16 * BLOCK  # weights per program, as in the library
 
 
 @triton.jit

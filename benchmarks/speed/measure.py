@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, a record of where it ran, and one long CSV."""
+"""What the benchmarks share: interleaved timing, a record of where it ran, and one long CSV."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "speed.csv"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "speed" / "results.csv"
 COLUMNS = (
     "commit", "date", "device", "torch", "triton", "numpy", "python", "threads", "benchmark",
     "model", "weights", "dtype", "scope", "keep", "provider", "p20_ms", "p50_ms", "p80_ms",
@@ -46,7 +46,7 @@ def commit() -> str:
     """Return the commit, with a + if the library has changed since."""
     head = git("rev-parse", "--short", "HEAD") or "unknown"
     return head + (
-        "+" if git("status", "--porcelain", "--", "rgp_optim", "benchmarks/*.py") else ""
+        "+" if git("status", "--porcelain", "--", "rgp_optim", "benchmarks/*/*.py") else ""
     )
 
 

@@ -1,6 +1,6 @@
 """Draw the figures of the speed benchmarks from their CSV, and from nothing else.
 
-    python benchmarks/plot.py benchmarks/results/speed.csv --out benchmarks/results
+    python benchmarks/speed/plot.py benchmarks/speed/results.csv --out benchmarks/speed
 
 ``select-DEVICE.png``: time of each provider by model, with the byte floor as a line.
 ``size-DEVICE.png``: time against the number of weights. ``step-DEVICE.png``: a whole training step.
@@ -27,7 +27,7 @@ KEY = ("device", "threads", "benchmark", "model", "weights", "dtype", "scope", "
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = {
     "ours": "#0072B2", "cure": "#0072B2", "ours-graph": "#56B4E9", "cure-update": "#56B4E9",
-    "cure-refresh": "#009E73", "sort": "#999999", "standard": "#999999", "topk": "#E69F00",
+    "sort": "#999999", "standard": "#999999", "topk": "#E69F00",
     "trades": "#E69F00", "topk-graph": "#F0E442", "topk-compile": "#009E73",
     "kthvalue": "#D55E00", "percentile": "#CC79A7", "authors": "#CC79A7",
 }  # fmt: skip
@@ -42,8 +42,7 @@ NAMES = {
     "percentile": "np.percentile",
     "cure": "CURE",
     "cure-update": "CURE without reviser",
-    "cure-refresh": "CURE without reviser, masks kept for 10 steps",
-    "authors": "CURE as its authors do it",
+    "authors": "CURE, authors' implementation",
     "trades": "TRADES",
     "standard": "standard",
 }
@@ -70,7 +69,7 @@ def about(rows: Sequence[Row]) -> str:
     threads = f", {first['threads']} thread(s)" if first["threads"] else ""
     return (
         f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}, "
-        f"{first['date']}. Medians of {least} runs or more in turns, lines from 20 % to 80 %."
+        f"{first['date']}. Medians of at least {least} interleaved runs; bars span 20 % to 80 %."
     )
 
 
@@ -191,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print Markdown tables instead")
     args = parser.parse_args(argv)
     if not args.csv.is_file():
-        parser.error(f"{args.csv}: there is no such file; bench_kernels.py --csv writes it")
+        parser.error(f"{args.csv}: there is no such file; selection.py --csv writes it")
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in read(args.csv):
         groups.setdefault((row["benchmark"], row["device"]), []).append(row)

@@ -1,17 +1,16 @@
-"""A whole training step: plain, TRADES, CURE with this library, and CURE as its authors do it.
+"""A whole training step: plain, TRADES, CURE with this library, and the authors' implementation.
 
-    python benchmarks/bench_step.py                                  # a small network on a CPU
-    python benchmarks/bench_step.py --device cuda --network resnet18 --amp       # bfloat16
-    python benchmarks/bench_step.py ... --attack compile-graph --batch-sizes 128 256 512
+    python benchmarks/speed/step.py                                  # a small network on a CPU
+    python benchmarks/speed/step.py --device cuda --network resnet18 --amp       # bfloat16
+    python benchmarks/speed/step.py ... --attack compile-graph --batch-sizes 128 256 512
 
-All steps train the same network on the same random images with the same SGD, and take turns in one
+All steps train the same network on the same random images with the same SGD, interleaved in one
 run. The attack has ten steps in all of them but the first.
 
     standard      cross-entropy on the images
     trades        kl_attack, kl_adv_loss
     cure          the same, with RGPSelectiveOptimizer and ConsistencyReviser
     cure-update   without the reviser
-    cure-refresh  without the reviser, masks kept for ten steps
     authors       four backward passes through kept graphs, np.percentile of each tensor on the CPU,
                   masks multiplied in, the averaged copy updated parameter by parameter
 
@@ -38,12 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from networks import NETWORKS
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss
 
-PROVIDERS = ("standard", "trades", "cure", "cure-update", "cure-refresh", "authors")
+PROVIDERS = ("standard", "trades", "cure", "cure-update", "authors")
 KEEP, ALPHA, BETA = 0.7, 0.1, 5.0
 
 
@@ -64,10 +63,7 @@ class Step:
         )
         self.optimizer: Any = self.sgd
         if name.startswith("cure"):
-            every = 10 if name == "cure-refresh" else 1
-            self.optimizer = RGPSelectiveOptimizer(
-                self.sgd, update_fraction=KEEP, alpha=ALPHA, refresh_every=every
-            )
+            self.optimizer = RGPSelectiveOptimizer(self.sgd, update_fraction=KEEP, alpha=ALPHA)
         self.reviser = ConsistencyReviser(self.model, rate=1.0) if name == "cure" else None
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         way = "eager" if name == "authors" else args.attack
@@ -112,7 +108,8 @@ class Step:
         if self.name == "trades":
             loss.backward()
         else:
-            self.optimizer.backward(loss, natural=natural, adversarial=adversarial)
+            loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
+            loss.backward()
         self.optimizer.step()
         if self.reviser is not None:
             self.reviser.update()
@@ -172,7 +169,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[float]]:
         loss, natural, adversarial = timed("two forward passes", lambda: step.losses(x_adv))  # noqa: B023
         timed(
             "three backward passes",
-            lambda: step.optimizer.backward(loss, natural=natural, adversarial=adversarial),  # noqa: B023
+            step.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward,
         )
         timed("the wrapper's step", step.optimizer.step)
         plain.sgd.zero_grad()
