@@ -24,6 +24,18 @@ DONATED = (
 )
 
 
+def check_loss(name: str, loss: Any) -> None:
+    """Refuse everything but one number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(error_text(name, "be a scalar tensor", type(loss).__name__))
+    if loss.numel() != 1:
+        hint = "Reduce it with .mean() or .sum()."
+        raise ValueError(error_text(name, "be a scalar", f"shape {tuple(loss.shape)}", hint))
+    if not loss.requires_grad:
+        hint = "Compute it from the model's output with gradients enabled; do not detach it."
+        raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
+
+
 class Scored(torch.autograd.Function):
     """The identity on a loss; its backward pass, the first node to run, takes the scores."""
 
