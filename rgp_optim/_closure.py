@@ -34,8 +34,9 @@ class Evaluated:
     def __call__(self) -> Any:
         """Return the loss; refuse where the weights have changed since the evaluation."""
         changed = [p._version for p in self._params] != self._versions
-        pairs = zip(self._params, self._before, strict=False)  # `p.data` has no version
-        if changed or not all(torch.equal(local(p), local(old)) for p, old in pairs):
+        for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
+            changed = changed or not bool(((local(p) == local(old)) | local(old).isnan()).all())
+        if changed:
             raise Reevaluated(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 f"the closure is evaluated once per step, before weights are selected. {AROUND}"

@@ -286,7 +286,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and scores. Scores of a loss whose backward pass comes later stay."""
         self._holder.scores.taken.clear()
-        self._holder.inner.zero_grad(set_to_none=set_to_none)
+        options = {} if set_to_none else {"set_to_none": False}  # older ones have no options
+        self._holder.inner.zero_grad(**options)
 
     # Take, select, step, restore.
 
