@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -64,8 +65,12 @@ def scored(opt, model, batch, weight=1.0):
     return opt.scored(nat + adv, natural=nat, adversarial=adv)
 
 
+def halves(batch):
+    for part in (slice(0, 3), slice(3, 8)):
+        yield [each[part] for each in batch], (part.stop - part.start) / 8
+
+
 def plain(opt, model, batch):
-    opt.zero_grad()
     scored(opt, model, batch).backward()
 
 
@@ -81,179 +86,141 @@ def late_zero_grad_of_the_model(opt, model, batch):
     loss.backward()
 
 
-def autograd_backward(opt, model, batch):
-    opt.zero_grad()
-    torch.autograd.backward(scored(opt, model, batch))
-
-
-def halves(batch):
-    for part in (slice(0, 3), slice(3, 8)):
-        yield [each[part] for each in batch], (part.stop - part.start) / 8
-
-
-def micro_batches(opt, model, batch):
-    opt.zero_grad()
+def micro_batches(opt, model, batch, weigh=float, after=lambda model: None):
     for part, weight in halves(batch):
-        scored(opt, model, part, weight).backward()
+        scored(opt, model, part, weigh(weight)).backward()
+        after(model)
 
 
-def micro_batches_with_tensor_weights(opt, model, batch):
-    opt.zero_grad()
-    for part, weight in halves(batch):
-        scored(opt, model, part, torch.tensor(weight)).backward()
+def new_gradients(model):
+    for p in model.parameters():
+        p.grad = p.grad * 1.0
 
 
-def micro_batches_with_new_gradients(opt, model, batch):
-    opt.zero_grad()
-    for part, weight in halves(batch):
-        scored(opt, model, part, weight).backward()
-        for p in model.parameters():
-            p.grad = p.grad * 1.0
-
-
-def micro_batches_with_one_gradient_moved_away(opt, model, batch):
-    opt.zero_grad()
-    for part, weight in halves(batch):
-        scored(opt, model, part, weight).backward()
-        if part[0].shape[0] == 3:
-            first, model.conv.weight.grad = model.conv.weight.grad, None
-    model.conv.weight.grad += first
+def one_gradient_moved_away(opt, model, batch):
+    w, moved = model.conv.weight, []
+    micro_batches(opt, model, batch, after=lambda _: (moved.append(w.grad), delattr(w, "grad")))
+    w.grad = sum(moved)
 
 
 def micro_batches_in_one_pass(opt, model, batch):
-    opt.zero_grad()
     sum(scored(opt, model, part, weight) for part, weight in halves(batch)).backward()
 
 
 def one_role_at_a_time(opt, model, batch):
     """The natural graph is freed before the adversarial forward pass."""
-    opt.zero_grad()
-    x, x_adv, y = batch
-    nat = F.cross_entropy(model(x), y)
-    opt.scored(nat, natural=nat).backward()
-    adv = F.cross_entropy(model(x_adv), y)
-    opt.scored(adv, adversarial=adv).backward()
+    for role, x in zip(("natural", "adversarial"), batch[:2], strict=True):
+        loss = F.cross_entropy(model(x), batch[2])
+        opt.scored(loss, **{role: loss}).backward()
 
 
 def one_role_per_call(opt, model, batch):
-    opt.zero_grad()
     nat, adv = both(model, batch)
     opt.scored(opt.scored(nat + adv, natural=nat), adversarial=adv).backward()
 
 
-def a_step_skipped_before(opt, model, batch):
-    scored(opt, model, make_batch(9, torch.float64)).backward()
-    plain(opt, model, batch)
+OTHER = make_batch(9, torch.float64)
 
 
-def a_step_skipped_and_the_model_cleared(opt, model, batch):
-    model.zero_grad()
-    scored(opt, model, make_batch(9, torch.float64)).backward()
-    model.zero_grad()
+def a_skipped_step(opt, model, batch, clear=RGPSelectiveOptimizer.zero_grad):
+    scored(opt, model, OTHER).backward()
+    clear(opt)
     scored(opt, model, batch).backward()
 
 
-def a_step_skipped_and_gradients_set_to_zero(opt, model, batch):
-    scored(opt, model, make_batch(9, torch.float64)).backward()
-    opt.zero_grad(set_to_none=False)
-    scored(opt, model, batch).backward()
+def a_skipped_step_of_a_model(opt, model, batch):
+    a_skipped_step(opt, model, batch, clear=lambda _: model.zero_grad())
 
 
 def a_batch_skipped_before_its_backward_pass(opt, model, batch):
-    model.zero_grad()
-    scored(opt, model, make_batch(9, torch.float64), float("nan"))
+    scored(opt, model, OTHER, float("nan"))
     scored(opt, model, batch).backward()
 
 
 def a_backward_pass_that_failed(opt, model, batch):
-    opt.zero_grad()
-    nat, adv = both(model, make_batch(9, torch.float64))
-    with pytest.raises(RuntimeError, match="expected version"):
-        broken = (model.conv.bias * model.conv.bias).sum() * 0.0
-        with torch.no_grad():
-            model.conv.bias.add_(0.0)
+    nat, adv = both(model, OTHER)
+    broken = model.conv.bias.square().sum() * 0.0
+    with torch.no_grad():
+        model.conv.bias.add_(0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
         opt.scored(nat + broken, natural=nat, adversarial=adv).backward()
-    plain(opt, model, batch)
+    opt.zero_grad()
+    scored(opt, model, batch).backward()
 
 
 def a_retained_graph(opt, model, batch):
-    opt.zero_grad()
     loss = scored(opt, model, batch, 0.5)
     loss.backward(retain_graph=True)
     loss.backward()
 
 
 def saved_tensor_hooks(opt, model, batch):
-    opt.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         loss = scored(opt, model, batch)
     loss.backward()
 
 
-def checkpointing(opt, model, batch):
-    opt.zero_grad()
-    scored(opt, lambda x: checkpoint(model, x, use_reentrant=False), batch).backward()
-
-
 def gradient_scaler(opt, model, batch):
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
-    opt.zero_grad()
     scaler.scale(scored(opt, model, batch)).backward()
-    (held,) = {float(g.abs().max()) > 1.0 for g in taken(opt)["natural"]}
-    assert held  # the factor reaches the scores: in float16 small gradients need it
+    assert max(g.abs().max() for g in taken(opt)["natural"]) > 1.0  # float16 needs the factor
     scaler.unscale_(opt)
 
 
 def a_tensor_factor(opt, model, batch):
-    opt.zero_grad()
     (scored(opt, model, batch) * torch.tensor(64.0)).backward()
     for p in model.parameters():
         p.grad /= 64.0
 
 
-LOOPS = [
-    late_zero_grad,
-    late_zero_grad_of_the_model,
-    autograd_backward,
-    micro_batches,
-    micro_batches_with_tensor_weights,
-    micro_batches_with_new_gradients,
-    micro_batches_with_one_gradient_moved_away,
-    micro_batches_in_one_pass,
-    one_role_at_a_time,
-    one_role_per_call,
-    a_step_skipped_before,
-    a_step_skipped_and_the_model_cleared,
-    a_step_skipped_and_gradients_set_to_zero,
-    a_batch_skipped_before_its_backward_pass,
-    a_backward_pass_that_failed,
-    a_retained_graph,
-    saved_tensor_hooks,
-    checkpointing,
-    gradient_scaler,
-    a_tensor_factor,
-]
+LOOPS = {
+    "torch.autograd.backward": lambda o, m, b: torch.autograd.backward(scored(o, m, b)),
+    "tensor weights": partial(micro_batches, weigh=torch.tensor),
+    "new gradients": partial(micro_batches, after=new_gradients),
+    "to zero": partial(a_skipped_step, clear=lambda opt: opt.zero_grad(set_to_none=False)),
+    "checkpointing": lambda o, m, b: scored(
+        o, lambda x: checkpoint(m, x, use_reentrant=False), b
+    ).backward(),
+}
+LOOPS |= {
+    loop.__name__: loop
+    for loop in (
+        late_zero_grad,
+        late_zero_grad_of_the_model,
+        micro_batches,
+        one_gradient_moved_away,
+        micro_batches_in_one_pass,
+        one_role_at_a_time,
+        one_role_per_call,
+        a_skipped_step,
+        a_skipped_step_of_a_model,
+        a_batch_skipped_before_its_backward_pass,
+        a_backward_pass_that_failed,
+        a_retained_graph,
+        saved_tensor_hooks,
+        gradient_scaler,
+        a_tensor_factor,
+    )
+}
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
 def test_loops(loop):
     model, opt, other, reference = pair()
     for seed in range(3):
         batch = make_batch(seed, torch.float64)
-        if loop is not late_zero_grad_of_the_model:
-            opt.zero_grad()
-        loop(opt, model, batch)
-        opt.step()
-        plain(reference, other, batch)
-        reference.step()
+        for each, optimizer, run in ((model, opt, loop), (other, reference, plain)):
+            if run is not late_zero_grad_of_the_model:
+                optimizer.zero_grad()
+            run(optimizer, each, batch)
+            optimizer.step()
         assert_close(opt, reference)
 
 
 # The loss.
 
 
-@pytest.mark.parametrize("run", [torch.Tensor.backward, torch.autograd.backward])
-def test_value_and_training_gradient_are_those_of_the_loss(run):
+def test_value_and_training_gradient_are_those_of_the_loss():
     model = make_net()
     opt = wrap(model)
     loss, nat, adv = losses(model, *make_batch())
@@ -261,7 +228,7 @@ def test_value_and_training_gradient_are_those_of_the_loss(run):
     scored = opt.scored(loss, natural=nat, adversarial=adv)
     assert torch.equal(scored, loss)
     assert not taken(opt)
-    run(scored)
+    scored.backward()
     for p, g in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=0, atol=0)
     assert sorted(taken(opt)) == ["adversarial", "natural"]
@@ -378,48 +345,6 @@ def test_a_step_within_the_backward_pass_moves_nothing(batches, hook, own, messa
     with pytest.raises(RuntimeError, match=message):
         backward(opt, loss, natural=loss, adversarial=loss)
     assert all(map(same_bits, snapshot(model), start))
-
-
-def test_gradient_release_with_a_wrapper_per_parameter():
-    """Each wrapper steps as soon as its own gradient is there."""
-    model, _, other, reference = pair()
-    opts = {p: wrap([p]) for p in model.parameters()}
-    for p in opts:
-        p.register_post_accumulate_grad_hook(lambda p: opts[p].step())
-    loss, nat, adv = losses(model, *make_batch(dtype=torch.float64))
-    for each in opts.values():
-        loss = each.scored(loss, natural=nat, adversarial=adv)
-    loss.backward()
-    cure_step(other, reference, dtype=torch.float64)
-    assert all(map(same_bits, snapshot(model), snapshot(other)))
-
-
-@pytest.mark.parametrize("earlier", ["none", "skipped"])
-def test_several_scored_losses_in_one_backward_pass(earlier):
-    """Their scores add up, though no gradient has arrived between them."""
-    w = nn.Parameter(torch.zeros(1, 4))
-    opt = wrap([w], update_fraction=0.5)
-    parts = [(w * torch.tensor(c)).sum() for c in ([9.0, 0, 0, 1], [0, 8.0, 0, 1], [0, 0, 0, 0.5])]
-    if earlier == "skipped":
-        loss = (w * torch.tensor([0, 0, 99.0, 0])).sum()
-        backward(opt, natural=loss, adversarial=loss)
-        w.grad = None
-    sum(opt.scored(part, natural=part, adversarial=part) for part in parts).backward()
-    opt.step()
-    assert (w != 0).tolist() == [[True, True, False, False]]
-
-
-def test_a_retained_graph_scores_again():
-    w = nn.Parameter(torch.zeros(1, 3))
-    opt = wrap([w])
-    loss = (w * torch.tensor([1.0, 3.0, 2.0])).sum()
-    scored = opt.scored(loss, natural=loss, adversarial=loss)
-    scored.backward(retain_graph=True)
-    scored.backward()
-    assert taken(opt)["natural"][0].tolist() == [[2.0, 6.0, 4.0]]
-    opt.step()
-    with pytest.raises(RuntimeError, match="second time"):
-        scored.backward()
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -221,18 +221,6 @@ def test_any_gradients(data, scope, conserve, count):
         assert np.array_equal(to_numpy(p.detach()), np.where(mask, 10 - g, np.float32(10)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_scored_in_float32(dtype):
-    w = nn.Parameter(torch.zeros(100, 3).to(dtype))
-    g_nat, g_adv = torch.randn(2, 100, 3).to(dtype)
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0), update_fraction=0.5)
-    backward(opt, w.sum(), natural=(w * g_nat).sum(), adversarial=(w * g_adv).sum())
-    opt.step()
-    nat, adv = (to_numpy(g.float().abs()) for g in (g_nat, g_adv))
-    want = numpy_topk(np.float32(0.1) * nat + np.float32(0.9) * adv, 150)
-    assert np.array_equal(to_numpy(w.detach().float()), -1.0 * want)
-
-
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_memory_format_changes_no_mask(layout):
     plain, other = make_net(), make_net()
