@@ -470,8 +470,16 @@ def partly_reentrant(opt, model):
         (step_without_gradients, RuntimeError, "are scored, but no parameter has a gradient"),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (frozen_graph, RuntimeError, "the adversarial loss depends on no parameter"),
-        (sparse, TypeError, "`natural gradient of parameter 0 .group 1.` should be dense.*'rgp_select'"),
-        (sparse_training_gradient, TypeError, "`gradient of parameter 0 .group 1.` should be dense.*'rgp_select': False"),
+        (
+            sparse,
+            TypeError,
+            "`natural gradient of parameter 0 .group 1.` should be dense.*'rgp_select'",
+        ),
+        (
+            sparse_training_gradient,
+            TypeError,
+            "`gradient of parameter 0 .group 1.` should be dense.*'rgp_select': False",
+        ),
         (reentrant, RuntimeError, "Set `use_reentrant=False`"),
         (partly_reentrant, RuntimeError, "Set `use_reentrant=False`"),
     ],
