@@ -11,6 +11,7 @@ from common import DEVICE
 if not torch.cuda.is_available():  # before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 from hypothesis import settings
+from ranks import Ranks
 
 torch.set_num_threads(1)  # small networks; several threads would wait for each other
 torch.backends.cudnn.deterministic = True  # on a GPU: bits are compared
@@ -55,8 +56,6 @@ def four():
 
 
 def _ranks(size):
-    from ranks import Ranks  # of the folder that asks for it
-
     if DEVICE.type != "cpu":
         pytest.skip("on the CPU only: processes of a gloo group")
     ranks = Ranks(size)

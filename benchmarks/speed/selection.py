@@ -2,7 +2,7 @@
 
     python benchmarks/speed/selection.py --device cpu               # ResNet-18, one thread
     python benchmarks/speed/selection.py --device cuda --models resnet18,wrn34-10,vit-b,1b
-    python benchmarks/speed/selection.py --device cuda --models resnet18,wrn34-10,vit-b,1b
+    python benchmarks/speed/selection.py --sizes              # one tensor of 1e3 to 1e7 weights
     python benchmarks/speed/selection.py --update                   # the optimizer's step around it
 
 Timed is all from two lists of gradients to the result: on a CPU the masks, on a GPU the adversarial

@@ -1,9 +1,12 @@
-"""What the loops of this folder share: scikit-learn's digits and a small network."""
+"""Shared by all loops of this folder: scikit-learn's digits, a small network, CURE's losses."""
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from rgp_optim import RGPSelectiveOptimizer, kl_adv_loss, kl_attack
 
 EPS = 0.15  # of the attack, on pixels in [0, 1]
 
@@ -29,6 +32,21 @@ def network(seed=0):
         nn.Flatten(),
         nn.Linear(512, 10),
     )
+
+
+def optimizer(model):
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return RGPSelectiveOptimizer(sgd, update_fraction=0.7, alpha=0.1)
+
+
+def cure_losses(model, reviser, x, y, attacked=None):
+    """The training loss, and the two cross-entropies that score the weights."""
+    x_adv = kl_attack(attacked or model, x, eps=EPS, steps=3)
+    logits, logits_adv = model(x), model(x_adv)
+    loss = kl_adv_loss(logits, logits_adv, y, beta=2.0)
+    loss = loss + reviser(x, x_adv, logits, logits_adv)
+    natural, adversarial = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+    return loss, {"natural": natural, "adversarial": adversarial}
 
 
 @torch.no_grad()

@@ -5,15 +5,13 @@ torchrun --nproc-per-node 2 examples/trainers/distributed_loop.py [--fsdp]
 
 import argparse
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from digits import EPS, accuracy, loader, network
+from digits import accuracy, cure_losses, loader, network, optimizer
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
+from rgp_optim import ConsistencyReviser
 
 
 def main(fsdp=False, epochs=3):
@@ -24,18 +22,13 @@ def main(fsdp=False, epochs=3):
         model, _ = fully_shard(model), fully_shard(reviser.model)
     else:
         model = DistributedDataParallel(model)
-    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    opt = RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
+    opt = optimizer(model)
     for epoch in range(epochs):
         batches.sampler.set_epoch(epoch)
         for x, y in batches:
-            x_adv = kl_attack(model, x, eps=EPS, steps=3)
-            logits, logits_adv = model(x), model(x_adv)
-            loss = kl_adv_loss(logits, logits_adv, y, beta=2.0)
-            loss = loss + reviser(x, x_adv, logits, logits_adv)
-            natural, adversarial = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+            loss, scores = cure_losses(model, reviser, x, y)
             opt.zero_grad()
-            opt.backward(loss, natural=natural, adversarial=adversarial)
+            opt.scored(loss, **scores).backward()
             opt.step()
             reviser.update()
     return accuracy(model, loader()), model

@@ -1,36 +1,25 @@
-"""CURE with Lightning Fabric: `fabric.backward` in place of `.backward`, or `--devices 2`."""
+"""CURE with Lightning Fabric: `fabric.backward` in place of `.backward`; try ``--devices 2``."""
 
 import argparse
 
 import lightning as L
-import torch
-import torch.nn.functional as F
-from digits import EPS, accuracy, loader, network
+from digits import accuracy, cure_losses, loader, network, optimizer
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, kl_attack
+from rgp_optim import ConsistencyReviser
 
 
 def setup(fabric, steps, batches):
     model = network()
-    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    opt = RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
-    model, opt = fabric.setup(model, opt)
+    model, opt = fabric.setup(model, optimizer(model))
     reviser = ConsistencyReviser(model.module, rate=0.5, horizon=0.5, total_steps=steps)
     return model, opt, reviser, fabric.setup_dataloaders(batches)
 
 
 def train(fabric, model, opt, reviser, batches):
     for x, y in batches:
-        x_adv = kl_attack(model.module, x, eps=EPS, steps=3)
-        logits, logits_adv = model(x), model(x_adv)
-        loss = kl_adv_loss(logits, logits_adv, y, beta=2.0)
-        loss = loss + reviser(x, x_adv, logits, logits_adv)
+        loss, scores = cure_losses(model, reviser, x, y, attacked=model.module)
         opt.zero_grad()
-        with opt.score("natural"):
-            fabric.backward(F.cross_entropy(logits, y), retain_graph=True)
-        with opt.score("adversarial"):
-            fabric.backward(F.cross_entropy(logits_adv, y), retain_graph=True)
-        fabric.backward(loss)
+        fabric.backward(opt.scored(loss, **scores))
         opt.step()
         reviser.update()
 

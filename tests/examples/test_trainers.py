@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "trainers"
 sys.path.insert(0, str(FOLDER))
 
@@ -49,7 +49,6 @@ def plain_loop(epochs=EPOCHS, every=1, clip=None, lr_step=None, divide=True):
     """CURE by hand, with the settings of the examples; ``divide``: a window's loss is its mean."""
     batches = digits.loader()
     model = digits.network()
-    steps = epochs * len(batches) // every
     reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=epochs * len(batches))
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     opt = RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
@@ -63,7 +62,8 @@ def plain_loop(epochs=EPOCHS, every=1, clip=None, lr_step=None, divide=True):
             loss = kl_adv_loss(logits, logits_adv, y, beta=2.0)
             loss = loss + reviser(x, x_adv, logits, logits_adv)
             nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
-            opt.backward(loss / every if divide else loss, natural=nat, adversarial=adv)
+            loss = opt.scored(loss, natural=nat, adversarial=adv)
+            (loss / every if divide else loss).backward()
             count += 1
             if count % every == 0:
                 if clip:
@@ -73,7 +73,6 @@ def plain_loop(epochs=EPOCHS, every=1, clip=None, lr_step=None, divide=True):
                 reviser.update()
         if scheduler:
             scheduler.step()
-    assert opt.param_groups[0]["rgp_step"] == steps
     return values(model)
 
 
@@ -96,55 +95,76 @@ TRAINER = {
 }
 
 
-@pytest.mark.parametrize("name", ["lightning_automatic", "lightning_manual"])
-def test_lightning_is_a_plain_loop(name):
+def manual():
+    """The same module, stepping by itself."""
+    import lightning_loop
+
+    class Manual(lightning_loop.Cure):
+        automatic_optimization = False
+
+        def training_step(self, batch, i):
+            loss = super().training_step(batch, i)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.reviser.update()
+
+        def on_train_epoch_end(self):
+            self.lr_schedulers().step()
+
+    return Manual
+
+
+@pytest.fixture(params=["automatic", "manual"])
+def make(request):
     pytest.importorskip("lightning")
-    script = __import__(name)
-    _, module, _ = script.main(EPOCHS, **TRAINER)
-    lr_step = 2 if name == "lightning_automatic" else None
-    assert same(values(module.net), plain_loop(lr_step=lr_step))
+    import lightning_loop
+
+    return lightning_loop.Cure if request.param == "automatic" else manual()
+
+
+def test_lightning_is_a_plain_loop(make):
+    import lightning_loop
+
+    _, module, _ = lightning_loop.main(EPOCHS, make=make, **TRAINER)
+    assert same(values(module.net), plain_loop(lr_step=2))
 
 
 def test_lightning_clips_and_accumulates():
     pytest.importorskip("lightning")
-    import lightning_automatic
+    import lightning_loop
 
     options = {**TRAINER, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
-    _, module, _ = lightning_automatic.main(EPOCHS, **options)
+    _, module, _ = lightning_loop.main(EPOCHS, **options)
     assert same(values(module.net), plain_loop(every=2, clip=0.1, lr_step=2))
 
 
-@pytest.mark.parametrize("name", ["lightning_automatic", "lightning_manual"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_lightning_in_half_precision(name, precision):
-    pytest.importorskip("lightning")
+def test_lightning_in_half_precision(make, precision):
+    import lightning_loop
     from lightning.pytorch.plugins.precision import MixedPrecision
 
-    script = __import__(name)
     options = dict(TRAINER)
     if precision == "16-mixed":  # which Lightning offers for GPUs; the same code, with a CPU scaler
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
     else:
         options["precision"] = precision
-    accuracy, module, trainer = script.main(3, **options)
+    accuracy, module, _ = lightning_loop.main(3, make=make, **options)
     assert accuracy > 60.0
-    assert trainer.optimizers[0].param_groups[0]["rgp_step"] == 12
     assert not same(values(module.net), plain_loop(3, lr_step=2))  # it did run in half precision
 
 
-@pytest.mark.parametrize("name", ["lightning_automatic", "lightning_manual"])
-def test_lightning_resumes(name, tmp_path):
+def test_lightning_resumes(make, tmp_path):
     """With random draws of the attack that do not depend on what was run before."""
     lightning = pytest.importorskip("lightning")
-    script = __import__(name)
 
     class Seed(lightning.Callback):
         def on_train_batch_start(self, trainer, *_):
             torch.manual_seed(trainer.global_step)
 
     def fit(epochs, **options):
-        module = script.Cure(steps=8)
+        module = make(steps=8)
         trainer = lightning.Trainer(max_epochs=epochs, callbacks=[Seed()], **TRAINER)
         trainer.fit(module, digits.loader(), **options)
         return module, trainer
@@ -157,26 +177,24 @@ def test_lightning_resumes(name, tmp_path):
     assert same(values(whole.reviser.model), values(resumed.reviser.model))
 
 
-def test_scores_of_a_training_step_are_not_lost_in_silence():
-    """Automatic optimization clears them: between training_step and backward."""
-    lightning = pytest.importorskip("lightning")
-    import lightning_automatic
+# Hugging Face.
 
-    class Wrong(lightning_automatic.Cure):
-        def training_step(self, batch, i):
-            loss = super().training_step(batch, i)
-            opt = self.optimizers()
-            with opt.score("natural"):
-                self.natural.backward(retain_graph=True)
-            with opt.score("adversarial"):
-                self.adversarial.backward(retain_graph=True)
-            return loss
 
-        def backward(self, loss):
-            loss.backward()
+@pytest.mark.parametrize("every", [1, 2])
+def test_hugging_face_trainer_is_a_plain_loop(every, monkeypatch):
+    """With an attack that draws nothing: the Trainer draws between the batches."""
+    for module in (digits, sys.modules[__name__]):
+        monkeypatch.setattr(module, "kl_attack", lambda model, x, **_: (x + 0.05).clamp(0, 1))
+    pytest.importorskip("transformers")
+    import huggingface_trainer
 
-    with pytest.raises(RuntimeError, match="none were taken since the last step or zero_grad"):
-        lightning.Trainer(max_epochs=1, **TRAINER).fit(Wrong(10), digits.loader())
+    options = {"use_cpu": True, "gradient_accumulation_steps": every, "max_grad_norm": 0.0}
+    options |= {"lr_scheduler_type": "constant", "seed": 0, "train_sampling_strategy": "sequential"}
+    _, net, trainer = huggingface_trainer.main(EPOCHS, **options)
+    assert same(values(net), plain_loop(every=every))
+    assert "eval_loss" in trainer.evaluate()  # without a graph
+    counts = [int(m.sum()) / m.numel() for m in trainer.raw.masks().values()]
+    assert counts == pytest.approx([0.7] * 3, abs=0.01)
 
 
 # Accelerate.
@@ -235,13 +253,6 @@ def test_accelerate_resumes(accelerate, tmp_path):
     assert same(whole[1], resumed[1])
 
 
-def test_the_prepared_optimizer_of_accelerate_has_no_score(accelerate):
-    """So the recipe keeps the one that was prepared."""
-    *_, parts = accelerate_run(0)
-    assert not hasattr(parts[2], "score")
-    assert parts[2].optimizer is parts[1]
-
-
 def test_a_prepared_optimizer_cannot_be_wrapped(accelerate):
     from accelerate import Accelerator
 
@@ -280,8 +291,7 @@ def test_fabric_is_a_plain_loop():
 
 
 def test_fabric_in_half_precision():
-    weights, _, parts = fabric_run(2, precision="bf16-mixed")
-    assert parts[1].param_groups[0]["rgp_step"] == 8
+    weights, *_ = fabric_run(2, precision="bf16-mixed")
     assert not same(weights, fabric_run(2)[0])
 
 
@@ -369,12 +379,11 @@ def run_script(rank, size, name, options, port):
 SEVERAL = {
     "plain DDP": ("distributed_loop", {}),
     "FSDP2": ("distributed_loop", {"fsdp": True}),
-    "Lightning automatic": ("lightning_automatic", {**TRAINER, "strategy": "ddp", "devices": 2}),
+    "Lightning": ("lightning_loop", {**TRAINER, "strategy": "ddp", "devices": 2}),
     "Lightning, accumulating": (
-        "lightning_automatic",
+        "lightning_loop",
         {**TRAINER, "strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2},
     ),
-    "Lightning manual": ("lightning_manual", {**TRAINER, "strategy": "ddp", "devices": 2}),
     "Fabric": ("fabric_loop", {"accelerator": "cpu", "strategy": "ddp", "devices": 2}),
     "Accelerate": ("accelerate_loop", {"cpu": True}),
     "Accelerate, accumulating": (
