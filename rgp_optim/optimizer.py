@@ -228,7 +228,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     )
     scope = property(lambda self: self._holder.scope, doc="``scope``, fixed.")
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
+    score = property(lambda self: self._holder.score, doc="``score``, fixed.")
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
+    process_group = property(lambda self: self._holder.ranks.group, doc="``process_group``, fixed.")
 
     def _complete_groups(self) -> None:
         """Give each param group the ``rgp_*`` settings it lacks."""
