@@ -100,37 +100,38 @@ def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
     assert proxy.masks()[model.conv.weight].float().mean() == 0.5
 
 
+def two(optimizer):
+    return [lrs.ConstantLR(optimizer, 0.1, 2), lrs.ExponentialLR(optimizer, 0.9)]
+
+
 SCHEDULERS = {
-    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 0.9**t),
-    "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.9),
-    "StepLR": lambda o: lrs.StepLR(o, 2),
-    "MultiStepLR": lambda o: lrs.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: lrs.ConstantLR(o, 0.5, 2),
-    "LinearLR": lambda o: lrs.LinearLR(o, 0.5, total_iters=3),
-    "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lrs.PolynomialLR(o, 5),
-    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 2),
-    "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1, 2),
-    "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, total_steps=6),
-    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: lrs.SequentialLR(
-        o, [lrs.ConstantLR(o, 0.1, 2), lrs.ExponentialLR(o, 0.9)], [2]
-    ),
-    "ChainedScheduler": lambda o: lrs.ChainedScheduler(
-        [lrs.ConstantLR(o, 0.1, 2), lrs.ExponentialLR(o, 0.9)]
-    ),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, 3),
+    lrs.LambdaLR: [lambda t: 0.9**t],
+    lrs.MultiplicativeLR: [lambda t: 0.9],
+    lrs.StepLR: [2],
+    lrs.MultiStepLR: [[1, 3]],
+    lrs.ConstantLR: [0.5, 2],
+    lrs.LinearLR: [0.5, 1.0, 3],
+    lrs.ExponentialLR: [0.9],
+    lrs.PolynomialLR: [5],
+    lrs.CosineAnnealingLR: [5],
+    lrs.CosineAnnealingWarmRestarts: [2],
+    lrs.CyclicLR: [0.01, 0.1, 2],
+    lrs.OneCycleLR: [0.1, 6],
+    lrs.ReduceLROnPlateau: ["min", 0.1, 0],
+    torch.optim.swa_utils.SWALR: [0.01, 3],
+    lambda optimizer: lrs.SequentialLR(optimizer, two(optimizer), [2]): [],
+    lambda optimizer: lrs.ChainedScheduler(two(optimizer)): [],
 }
 
 
 @pytest.mark.parametrize("on", ["wrapper", "inner"])
-@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-def test_every_scheduler_reaches_the_inner_optimizer(make, on):
+@pytest.mark.parametrize(("make", "options"), SCHEDULERS.items())
+def test_every_scheduler_reaches_the_inner_optimizer(make, options, on):
     model, other = make_net(), make_net()
     opt = wrap(model, update_fraction=1.0)
     reference = INNER["SGD momentum wd"](other.parameters())
-    schedulers = [make(opt if on == "wrapper" else opt.inner), make(reference)]
+    each = opt if on == "wrapper" else opt.inner
+    schedulers = [make(each, *options), make(reference, *options)]
     for seed in range(5):
         cure_step(model, opt, seed)
         plain_step(other, reference, seed)
@@ -263,7 +264,7 @@ def test_settings_are_attributes_that_hold_for_all_groups():
     for name, value in (("alpha", 2), ("update_fraction", -0.1)):
         with pytest.raises(ValueError, match=rf"`{name}` should be in \[0, 1\]"):
             setattr(opt, name, value)
-    for name in ("scope", "conserve", "backend"):
+    for name in ("scope", "conserve", "score", "backend", "process_group", "inner"):
         with pytest.raises(AttributeError):
             setattr(opt, name, getattr(opt, name))
 
@@ -615,6 +616,17 @@ class TwoSteps(torch.optim.SGD):
     second_step = first_step
 
 
+class ZeroRedundancyOptimizer(torch.optim.SGD):
+    pass
+
+
+class Prepared(torch.optim.SGD):
+    """As Accelerate's, which does not call the constructor of its base class."""
+
+    def __init__(self, params):
+        self.param_groups = [{"params": params}]
+
+
 SGD = lambda p, **k: torch.optim.SGD(p, lr=0.1, **k)  # noqa: E731
 
 
@@ -631,6 +643,8 @@ SGD = lambda p, **k: torch.optim.SGD(p, lr=0.1, **k)  # noqa: E731
         (torch.optim.LBFGS, {}, TypeError, "evaluate its closure once.*Use a first-order"),
         (lambda p: StepsLater(p, lr=0.1), {}, TypeError, "evaluate its closure once.*Use a first"),
         (lambda p: TwoSteps(p, lr=0.1), {}, TypeError, r"one gradient per step.*SAM\(params, lamb"),
+        (lambda p: ZeroRedundancyOptimizer(p, lr=0.1), {}, TypeError, "whole state.*fully_shard"),
+        (Prepared, {}, TypeError, "have step hooks.*Wrap your own optimizer, then prepare"),
         (lambda p: SGD(p, differentiable=True), {}, ValueError, "`differentiable` should be False"),
         (SGD, {"update_fraction": 30}, ValueError, r"in \[0, 1\]. Found .*= 30`. Conserving 30 %"),
         (SGD, {"alpha": "high"}, TypeError, r"`alpha` should be a number in \[0, 1\]. .*'high'"),
@@ -660,7 +674,7 @@ def test_refusals_when_wrapping(make, options, error, message):
         RGPSelectiveOptimizer(inner, **options)
     if is_optimizer:
         assert [list(g) for g in inner.param_groups] == [list(g) for g in before]
-        assert not inner._optimizer_step_pre_hooks
+        assert not getattr(inner, "_optimizer_step_pre_hooks", None)
 
 
 def test_a_wrapper_cannot_be_wrapped():
