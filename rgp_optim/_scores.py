@@ -101,7 +101,8 @@ class Scores:
         if not params:  # frozen, say
             return
         current = torch._C._current_graph_task_id()  # several scored losses may share a pass
-        if current != self._pass and all(p.grad is None for p in params):
+        shared = current == self._pass != -1
+        if not shared and all(p.grad is None for p in params):
             self.taken.clear()  # the step of earlier scores was skipped
         self._pass = current
         self.taking = True

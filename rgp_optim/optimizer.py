@@ -350,8 +350,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a selected parameter has a gradient but nothing was scored since the last
-                step, or the reverse; the ranks differ (compared in the first step). With all
-                learning rates 0 an unscored step moves nothing instead: checkpoint tools do that.
+                step, or the reverse; it is called within the backward pass, or needs the loss at
+                other weights; the ranks differ (compared in the first step). With all learning
+                rates 0 an unscored step moves nothing instead: checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
             ValueError: a setting is out of its range; a score has the wrong shape. Nothing has been
                 changed in any of these cases.
