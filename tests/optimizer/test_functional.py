@@ -36,7 +36,10 @@ def test_limits(shape):
 
 
 @given(
-    st.lists(ARRAYS, min_size=1, max_size=4), st.floats(0, 0.999), st.booleans(), st.floats(0, 1)
+    st.lists(ARRAYS, min_size=1, max_size=4),
+    st.floats(0, 0.999),
+    st.booleans(),
+    st.floats(0, 1, width=16),
 )
 def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
     g_nats = [from_numpy(g) for g in gradients]

@@ -195,7 +195,10 @@ def test_any_gradients(data, scope, conserve, count):
         draw = st.lists(VALUES, min_size=n, max_size=n)
         drawn = [np.array(data.draw(draw), np.float32).reshape(shape) for _ in range(3)]
         p = nn.Parameter(torch.full(shape, 10.0))
-        alpha, select = data.draw(st.floats(0, 1)), data.draw(st.sampled_from([None, True, False]))
+        alpha, select = (
+            data.draw(st.floats(0, 1, width=16)),
+            data.draw(st.sampled_from([None, True, False])),
+        )
         settings.append((data.draw(st.sampled_from([0.2, 0.5, 0.8])), alpha, select))
         for role in range(3):
             if role == 2 or data.draw(st.booleans()):

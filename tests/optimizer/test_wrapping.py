@@ -602,22 +602,9 @@ def test_sam_goes_around_the_wrapper():
 # What cannot work is refused before anything has changed.
 
 
-class StepsLater(torch.optim.SGD):
-    pass
-
-
-StepsLater.__name__ = "AdamWScheduleFreeClosure"
-
-
-class TwoSteps(torch.optim.SGD):
-    def first_step(self):
-        pass
-
-    second_step = first_step
-
-
-class ZeroRedundancyOptimizer(torch.optim.SGD):
-    pass
+def named(name, **members):
+    """Make an optimizer of a class with this name."""
+    return lambda p: type(name, (torch.optim.SGD,), members)(p, lr=0.1)
 
 
 class Prepared(torch.optim.SGD):
@@ -641,9 +628,14 @@ SGD = lambda p, **k: torch.optim.SGD(p, lr=0.1, **k)  # noqa: E731
         ),
         (lambda p: p, {}, TypeError, "`optimizer` should be a torch.optim.Opt.* Found `list`"),
         (torch.optim.LBFGS, {}, TypeError, "evaluate its closure once.*Use a first-order"),
-        (lambda p: StepsLater(p, lr=0.1), {}, TypeError, "evaluate its closure once.*Use a first"),
-        (lambda p: TwoSteps(p, lr=0.1), {}, TypeError, r"one gradient per step.*SAM\(params, lamb"),
-        (lambda p: ZeroRedundancyOptimizer(p, lr=0.1), {}, TypeError, "whole state.*fully_shard"),
+        (named("SGDScheduleFreeClosure"), {}, TypeError, "evaluate its closure once.*Use a first"),
+        (
+            named("Sam", first_step=1, second_step=2),
+            {},
+            TypeError,
+            r"one gradient per step.*SAM\(",
+        ),
+        (named("ZeroRedundancyOptimizer"), {}, TypeError, "whole state.*fully_shard"),
         (Prepared, {}, TypeError, "have step hooks.*Wrap your own optimizer, then prepare"),
         (lambda p: SGD(p, differentiable=True), {}, ValueError, "`differentiable` should be False"),
         (SGD, {"update_fraction": 30}, ValueError, r"in \[0, 1\]. Found .*= 30`. Conserving 30 %"),
