@@ -28,6 +28,7 @@ from networks import NETWORKS
 from report import nrr, plot, table, versions, write_json, write_whole
 from torch import nn
 from tqdm import tqdm
+from updates import Updates
 
 from rgp_optim import (
     ConsistencyReviser,
@@ -78,7 +79,6 @@ CURE: dict[str, Any] = dict(
     alpha=0.1,
     scope="tensor",
     conserve="weights",
-    score="rgp",
     gamma=1.0,
     rate=0.2,
     horizon=0.064,
@@ -165,11 +165,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--conserve",
         choices=("weights", "gradients", "update"),
         help="cure: (weights)",
-    )
-    add(
-        "--score",
-        choices=("rgp", "signed", "loss_gradient", "random"),
-        help="cure: (rgp)",
     )
     add("--gamma", type=float, help="cure: weight of the consistency loss (1)")
     add("--rate", type=float, help="cure: probability of an update of the copy (0.2)")
@@ -306,7 +301,7 @@ class Run:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
             groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
         )
-        reviser = tracker = None
+        reviser = updates = None
         if method == "cure":
             optimizer = RGPSelectiveOptimizer(
                 optimizer,
@@ -314,10 +309,8 @@ class Run:
                 alpha=args.alpha,
                 scope=args.scope,
                 conserve=args.conserve,
-                score=args.score,
-                seed=args.seed,
             )
-            tracker = optimizer.track_updates()
+            updates = Updates(optimizer)
             reviser = self.make_reviser()
         scheduler: Any
         if args.schedule == "cosine":
@@ -350,10 +343,9 @@ class Run:
         for epoch in range(done, epochs):
             began = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"]
-            row = self.train_epoch(method, optimizer, reviser, scheduler, bar)
-            if tracker is not None:
-                row["updated"] = tracker.mean()
-                tracker.reset()
+            row = self.train_epoch(method, optimizer, reviser, scheduler, updates, bar)
+            if updates is not None:
+                row["updated"] = updates.mean()
             row["lr"] = lr
             row["natural"], row["robust"] = self.validate()
             row["seconds"] = time.perf_counter() - began
@@ -379,6 +371,7 @@ class Run:
         optimizer: Any,
         reviser: ConsistencyReviser | None,
         scheduler: Any,
+        updates: Updates | None,
         bar: Any,
     ) -> dict[str, Any]:
         """Train for one epoch; return mean losses. Nothing in the loop waits for the device."""
@@ -416,12 +409,13 @@ class Run:
                         terms["consistency"] = reviser(x, x_adv, logits, logits_adv)
                         loss = loss + args.gamma * terms["consistency"]
             if method == "cure":
-                optimizer.backward(loss, natural=terms["natural"], adversarial=terms["adversarial"])
-                optimizer.step()
+                natural, adversarial = terms["natural"], terms["adversarial"]
+                loss = optimizer.scored(loss, natural=natural, adversarial=adversarial)
+            loss.backward()
+            optimizer.step()
+            if reviser is not None and updates is not None:
                 reviser.update()
-            else:
-                loss.backward()
-                optimizer.step()
+                updates.record()
             scheduler.step()
 
             sums["loss"] += loss.detach()

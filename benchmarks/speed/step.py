@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import captured
 import measure
 import numpy as np
 import torch
@@ -38,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import captured
 from networks import NETWORKS
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss

@@ -11,7 +11,7 @@ from common import backward, losses, make_batch, make_net, same_bits, snapshot
 
 from rgp_optim import RGPSelectiveOptimizer, functional, kl_attack
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from captured import Captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import evaluation
-import measure
 import torch
 import torch.nn.functional as F
 from methods import METHODS, Method, Setting
 from torch import Tensor, nn
 
-sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from datasets import Data, DataError, Images, load_cifar10, load_digits
 from networks import NETWORKS
 from report import versions, write_json, write_whole
+from updates import Updates
+
+from rgp_optim import RGPSelectiveOptimizer
 
 LOADERS: dict[str, Callable[[str, bool], Data]] = {
     "digits": lambda folder, download: load_digits(),
@@ -353,7 +355,8 @@ class Trainer:
         }
         checkpoint = place.runs / f"{self.stem}.pt"
         first = self.load(checkpoint, kept, generator) if checkpoint.exists() else 0
-        tracker = getattr(method.optimizer, "track_updates", lambda: None)()
+        wrapped = isinstance(method.optimizer, RGPSelectiveOptimizer)
+        updates = Updates(method.optimizer) if wrapped else None  # type: ignore[arg-type]
         for epoch in range(first, p.epochs):
             began = time.perf_counter()
             method.begin_epoch(epoch)
@@ -362,6 +365,8 @@ class Trainer:
                 with self.autocast():
                     logged = method.step(x, y)
                 scheduler.step()
+                if updates is not None:
+                    updates.record()
                 for key, value in logged.items():
                     sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value
             row: dict[str, Any] = {k: float(v) / self.steps_an_epoch for k, v in sums.items()}
@@ -369,9 +374,8 @@ class Trainer:
             with self.autocast():
                 row["natural"] = evaluation.accuracy(model, self.batches(self.val))
                 row["robust"] = evaluation.accuracy(model, self.batches(self.val), **attack)
-            if tracker is not None:
-                row["updated"] = tracker.mean()
-                tracker.reset()
+            if updates is not None:
+                row["updated"] = updates.mean()
             row["seconds"] = time.perf_counter() - began
             self.seconds += row["seconds"]
             self.history.append(row)

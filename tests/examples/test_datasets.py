@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("tqdm")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import datasets
 from datasets import DataError, Images, crop_and_flip, load_cifar10

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import evaluation
-import measure
 import summary
 import torch
 import training
@@ -25,11 +24,12 @@ from analysis.figure import COLORS, save
 from methods import METHODS
 from training import PRESETS, Place, Trainer
 
-sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import write_json
 
 from rgp_optim import pgd_attack
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 256  # for what costs many passes
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     runs = args.runs or Path("runs") / "robustness" / args.preset
-    results = args.results or measure.ROOT / "benchmarks" / "results" / "robustness" / args.preset
+    results = args.results or ROOT / "benchmarks" / "robustness" / "results" / args.preset
     place = Place(runs, results, args.data_dir, None, args.device)
     preset, methods = PRESETS[args.preset], args.methods.split(",")
     out = results / "analysis"

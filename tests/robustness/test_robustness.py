@@ -15,13 +15,13 @@ from torch import nn
 
 import rgp_optim
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
 pytest.importorskip("sklearn")
 
 import captured  # noqa: E402
 import evaluation  # noqa: E402
-import robustness  # noqa: E402
+import run as robustness  # noqa: E402
 import summary  # noqa: E402
 import training  # noqa: E402
 from methods import METHODS, TABLE, Setting  # noqa: E402
@@ -33,6 +33,8 @@ from methods.mart import mart_loss  # noqa: E402
 from methods.st_at import gap, squeeze_loss  # noqa: E402
 
 Y = torch.tensor([0, 2, 1, 1])
+
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
 
 
 def logits(seed):

@@ -2,18 +2,46 @@
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgp_optim import (
-    ConsistencyReviser,
-    RGPSelectiveOptimizer,
-    kl_adv_loss,
-    rgp_param_groups,
-)
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, rgp_param_groups
+from rgp_optim.optimizer import ScoreInputs
 
 from .base import Setting
 from .trades import TRADES
+
+
+def signed(s: ScoreInputs) -> Tensor:
+    """Return the sum with its sign, as the released ``rgp_soft`` ranks."""
+    return s.natural.float() * s.alpha + s.adversarial.float() * (1.0 - s.alpha)
+
+
+def loss_gradient(s: ScoreInputs) -> Tensor:
+    """Return the size of the training gradient, as the released ``rgp`` ranks."""
+    return s.gradient.abs()
+
+
+class RandomScore:
+    """Control without any ranking: uniform draws, new at each step, repeatable by seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.steps = seed, 0
+        self.places: dict[Tensor, int] = {}
+
+    def __call__(self, s: ScoreInputs) -> Tensor:
+        place = self.places.setdefault(s.parameter, len(self.places))
+        mixed = (self.seed * 1_000_003 + self.steps) * 1_000_003 + place
+        draw = torch.Generator(s.weight.device).manual_seed(mixed)
+        shape = s.weight.shape
+        return 1.0 - torch.rand(shape, generator=draw, device=s.weight.device)  # never 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict["steps"]
 
 
 class CURE(TRADES):
@@ -56,15 +84,22 @@ class CURE(TRADES):
 
     def make_optimizer(self) -> RGPSelectiveOptimizer:
         o = self.options
+        self.score = self.rule()
         return RGPSelectiveOptimizer(
             self.setting.new_optimizer(rgp_param_groups(self.model, leave_out=self.left_out())),
             update_fraction=o["update_fraction"],
             alpha=o["alpha"],
             scope=o["scope"],
             conserve=o["conserve"],
-            score=o["score"],
-            seed=self.setting.seed,
+            score=self.score,
         )
+
+    def rule(self) -> Any:
+        """Return the score: CURE's, or a control's."""
+        name = self.options["score"]
+        if name == "random":
+            return RandomScore(self.setting.seed)
+        return {"rgp": "rgp", "signed": signed, "loss_gradient": loss_gradient}[name]
 
     def left_out(self) -> list[str]:
         """Return what the released rules do not select in: all but ``conv1``, or the head."""
@@ -84,14 +119,17 @@ class CURE(TRADES):
         if self.reviser is not None:
             loss = loss + self.options["gamma"] * self.reviser(x, x_adv, logits, logits_adv)
         self.optimizer.zero_grad()
-        self.optimizer.backward(loss, natural=natural, adversarial=adversarial)
+        self.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward()
         self.optimizer.step()
+        if isinstance(self.score, RandomScore):
+            self.score.steps += 1
         if self.reviser is not None:
             self.reviser.update()
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
 
     def carried(self) -> dict[str, Any]:
-        return {} if self.reviser is None else {"reviser": self.reviser}
+        kept = {"reviser": self.reviser, "score": self.score}
+        return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
 
 
 def variant(name: str, **changes: Any) -> type[CURE]:

@@ -18,12 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import measure
 import summary
 import torch
 import training
 from methods import METHODS
 from training import PRESETS, Place, Preset, Trainer, needs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
     args.runs = args.runs or Path("runs") / "robustness" / name
-    args.results = args.results or measure.ROOT / "benchmarks" / "results" / "robustness" / name
+    args.results = args.results or ROOT / "benchmarks" / "robustness" / "results" / name
     return args
 
 

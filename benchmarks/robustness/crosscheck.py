@@ -17,14 +17,13 @@ from typing import Any
 
 import evaluation
 import foolbox
-import measure
 import torch
 from foolbox.attacks import LinfProjectedGradientDescentAttack
 from methods import METHODS
 from torch import Tensor, nn
 from training import PRESETS, DataError, Place, Trainer
 
-sys.path.insert(0, str(measure.ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import versions, write_json
 
 from rgp_optim import pgd_attack

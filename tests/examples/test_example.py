@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import cifar10_cure as example  # noqa: E402
@@ -23,6 +23,8 @@ import report  # noqa: E402
 SMALL = ["--train-size", "64", "--val-size", "32", "--eval-size", "40", "--batch-size", "16"]
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
 CURE = ["--horizon", "0.5"]  # so few steps are not enough for the default
+
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
 
 
 def run(out, *flags):
@@ -158,7 +160,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, epoch, tmp_path, mon
 
 
 def test_command_line_in_a_fresh_process(tmp_path):
-    command = [sys.executable, "-W", "error", EXAMPLES / "cifar10_cure.py", *SMALL, *CURE]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-W",
+        "ignore:BatchNorm",
+        EXAMPLES / "cifar10_cure.py",
+        *SMALL,
+        *CURE,
+    ]
     flags = ["--out", tmp_path / "run", "--bf16", "--channels-last", "--scope", "global"]
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, check=True, cwd=tmp_path

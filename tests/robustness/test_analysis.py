@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
 pytest.importorskip("sklearn")
 
 from analysis import blocks, corruptions, layers, smallest  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
 
 
 def images(n=3, channels=3, size=32):
@@ -231,7 +233,7 @@ def test_learning_blocks_begin_anew():
 def test_analyse_draws_what_was_run(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import analyse
-    import robustness
+    import run as robustness
 
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
     common = ["--preset", "test", *where, "--device", "cpu"]

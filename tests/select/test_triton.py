@@ -1,0 +1,102 @@
+"""The kernels' launches: few whatever the number of tensors, in any order; large tensors."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from rgp_optim import _reference, _triton  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.skipif(not hasattr(_triton, "_count"), reason="no kernels")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_device():
+    """Make tensors on the CPU; those of the kernels are sent to their device."""
+
+
+class Launches:
+    """Stands in for a kernel and counts its launches; may run them over a permuted grid."""
+
+    def __init__(self, kernel, log):
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid):
+        launch = self.kernel[grid]
+
+        def call(*args, **kwargs):
+            self.log.append(self.kernel)
+            return launch(*args, **kwargs)
+
+        return call
+
+
+def step(count, dtype=torch.float32):
+    """One selection with zeroing, saving and restoring of ``count`` tensors."""
+    torch.manual_seed(0)
+    g = [torch.randn(30 + i, 7).to(DEVICE, dtype) for i in range(count)]
+    weights = [torch.randn(30 + i, 7).to(DEVICE, dtype) for i in range(count)]
+    settings = [0.3] * count, [0.5] * count, list(range(count))
+    masks = _triton.select(g, [each.flip(0) for each in g], *settings)
+    saved = _triton.zero_and_save_(masks, g, weights)
+    _triton.restore_(masks, weights, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_has_at_most_eight_launches(dtype, monkeypatch):
+    counts = []
+    for count in (1, 21):
+        log = []
+        for name in ("_count", "_mask", "_merge"):
+            monkeypatch.setattr(_triton, name, Launches(getattr(_triton, name), log))
+        step(count, dtype)
+        counts.append(len(log))
+        monkeypatch.undo()
+    assert counts[0] == counts[1] <= 8
+
+
+def test_a_tensor_of_more_than_two_to_the_24_weights(monkeypatch):
+    """In large blocks, which the interpreter runs fast."""
+    if not CUDA:
+        monkeypatch.setattr(_triton, "BLOCK", 1 << 18)
+        monkeypatch.setattr(_triton, "CHUNK", 1 << 22)
+    n = 2**24 + 5
+    score = (torch.arange(n, dtype=torch.int64) * 48271 % 1000003).to(torch.float32).to(DEVICE)
+    (mask,) = _triton.topk_masks([score], [0.3], [0])
+    assert int(mask.sum()) == round(0.3 * n)
+    least = torch.topk(score, round(0.3 * n)).values.min()
+    assert mask[score > least].all()
+    assert not mask[score < least].any()
+    tied = mask[score == least]
+    assert torch.equal(tied, tied.sort(descending=True).values)  # the first of them
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter's grid is permuted")
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_the_order_of_programs_changes_nothing(order, monkeypatch):
+    """Any program may finish last and pick the digit."""
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(_triton, "BLOCK", 32)
+    monkeypatch.setattr(_triton, "PIECE", 16)
+    monkeypatch.setattr(_triton, "CHUNK", 64)
+    builder = interpreter.interpreter_builder
+    draw = torch.Generator().manual_seed(1)
+    set_index, permuted = builder.set_grid_idx, {}
+
+    def permute(x, y, z):
+        n = int(builder.grid_dim[0])
+        if n not in permuted:
+            places = torch.randperm(n, generator=draw).tolist()
+            permuted[n] = places if order == "shuffled" else list(range(n))[::-1]
+        set_index(permuted[n][x], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", permute)
+    torch.manual_seed(0)
+    g = [torch.randn(500).round(decimals=1), torch.randn(40, 9)]
+    for pools in ([0, 0], [0, 1]):
+        got = _triton.select(g, [each.flip(0) for each in g], [0.3] * 2, [0.4] * 2, pools)
+        want = _reference.select(g, [each.flip(0) for each in g], [0.3] * 2, [0.4] * 2, pools)
+        assert all(map(torch.equal, got, want))
+    assert permuted
