@@ -395,6 +395,20 @@ def test_nothing_is_kept_between_steps():
     assert all(ref() is None for ref in ours)
 
 
+def test_a_score_that_fails_drops_what_earlier_micro_batches_gave():
+    """The natural half of its scores was added already."""
+    model, opt, _, _ = pair()
+    scored(opt, model, OTHER).backward()
+    start = snapshot(model)
+    nat, other = both(model, OTHER)[0], torch.ones(1, requires_grad=True).sum()
+    with pytest.raises(RuntimeError, match="the adversarial loss depends on no parameter"):
+        opt.scored(nat, natural=nat, adversarial=other).backward()
+    assert not taken(opt)
+    with pytest.raises(RuntimeError, match="none were taken since"):
+        opt.step()
+    assert all(map(same_bits, snapshot(model), start))
+
+
 # Refusals: each names the argument, the rule and the way out; training goes on afterwards.
 
 
