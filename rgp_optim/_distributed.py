@@ -40,7 +40,7 @@ class Ranks:
     """The processes that train one model together; a copy of an optimizer keeps its group."""
 
     def __init__(self, group: Any = None) -> None:
-        self._group = group
+        self.group = group
         if group is not None:
             if not initialised():
                 rule = "be given after `torch.distributed.init_process_group`"
@@ -53,7 +53,7 @@ class Ranks:
         return self
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        if self._group is not None:
+        if self.group is not None:
             raise TypeError(
                 "An optimizer with a `process_group` cannot be pickled. Save `state_dict()` and "
                 "build the optimizer again."
@@ -63,7 +63,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """Number of processes."""
-        return dist.get_world_size(self._group) if initialised() else 1
+        return dist.get_world_size(self.group) if initialised() else 1
 
     def average(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the means over all ranks: contiguous tensors, one all-reduce per dtype."""
@@ -72,7 +72,7 @@ class Ranks:
             indices = [i for i, g in enumerate(gradients) if g.dtype == dtype]
             flat = torch.cat([gradients[i].reshape(-1) for i in indices])
             flat.div_(self.size)  # before the sum, which could overflow
-            dist.all_reduce(flat, group=self._group)
+            dist.all_reduce(flat, group=self.group)
             pieces = torch.split(flat, [gradients[i].numel() for i in indices])
             means.update(
                 (i, g.view(gradients[i].shape)) for i, g in zip(indices, pieces, strict=True)
@@ -90,7 +90,7 @@ class Ranks:
         highest = torch.stack([each.to(device) for each in sums])
         lowest = -highest
         for bound in (highest, lowest):
-            dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=self.group)
         apart = (highest != -lowest).tolist()
         return [name for name, differs in zip(tensors, apart, strict=True) if differs]
 

@@ -24,6 +24,18 @@ DONATED = (
 )
 
 
+def check_loss(name: str, loss: Any) -> None:
+    """Refuse everything but one number with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(error_text(name, "be a scalar tensor", type(loss).__name__))
+    if loss.numel() != 1:
+        hint = "Reduce it with .mean() or .sum()."
+        raise ValueError(error_text(name, "be a scalar", f"shape {tuple(loss.shape)}", hint))
+    if not loss.requires_grad:
+        hint = "Compute it from the model's output with gradients enabled; do not detach it."
+        raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
+
+
 class Scored(torch.autograd.Function):
     """The identity on a loss; its backward pass, the first node to run, takes the scores."""
 
@@ -68,10 +80,10 @@ class Scores:
         """Whether scores wait for a step, or are being taken."""
         return bool(self.taken) or self.taking
 
-    def unfinished(self) -> bool:
-        """Tell whether the pass that took the scores still runs and has gradients to come."""
-        within = torch._C._current_graph_task_id() == self._pass
-        return within and any(p.grad is None for role in self.taken.values() for p in role)
+    @property
+    def running(self) -> bool:
+        """Whether the backward pass that takes the scores still runs."""
+        return self.taking or -1 != torch._C._current_graph_task_id() == self._pass
 
     @torch.no_grad()
     def take(
@@ -89,7 +101,8 @@ class Scores:
         if not params:  # frozen, say
             return
         current = torch._C._current_graph_task_id()  # several scored losses may share a pass
-        if current != self._pass and all(p.grad is None for p in params):
+        shared = current == self._pass != -1
+        if not shared and all(p.grad is None for p in params):
             self.taken.clear()  # the step of earlier scores was skipped
         self._pass = current
         self.taking = True

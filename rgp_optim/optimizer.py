@@ -5,13 +5,12 @@ Four steps: take the gradients for the score, select, run the inner step, restor
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +19,9 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no
 from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._checks import check_choice, check_dense, check_fraction, error_text
+from rgp_optim._closure import AROUND, Evaluated, Reevaluated, needs_closure
 from rgp_optim._distributed import Ranks, local
-from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores
+from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
 
@@ -50,6 +50,35 @@ class _Holder:
     closed: bool = False  # stepped with a closure
     warned: bool = False
     needs_closure: bool = False
+
+
+def _of_inner(name: str, doc: str) -> Any:
+    """Return a property of the wrapper that reads and sets the inner optimizer's attribute."""
+    return property(
+        lambda self: getattr(self._holder.inner, name),
+        lambda self, value: setattr(self._holder.inner, name, value),
+        doc=doc,
+    )
+
+
+def _of_groups(name: str, doc: str) -> Any:
+    """Return a property of the wrapper that reads and sets a number of all param groups."""
+    key = f"rgp_{name}"
+
+    def get(self: RGPSelectiveOptimizer) -> float:
+        self._complete_groups()
+        values = {group[key] for group in self.param_groups}
+        if len(values) > 1:
+            hint = "Read `param_groups`."
+            raise ValueError(error_text(key, "be the same in all groups", f"{values}", hint))
+        return float(values.pop()) if values else float(self._holder.defaults[key])
+
+    def set_(self: RGPSelectiveOptimizer, value: float) -> None:
+        self._holder.defaults[key] = check_fraction(name, value)
+        for group in self.param_groups:
+            group[key] = self._holder.defaults[key]
+
+    return property(get, set_, doc=doc)
 
 
 class RGPSelectiveOptimizer(torch.optim.Optimizer):
@@ -143,7 +172,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             score=score,
             backend=cast(Backend, check_choice("backend", backend, BACKENDS)),
             ranks=Ranks(process_group),
-            needs_closure=_needs_closure(optimizer),
+            needs_closure=needs_closure(optimizer),
         )
         for group in holder.inner.param_groups:
             _check_group({**holder.defaults, **group})
@@ -187,67 +216,21 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer. Its own ``step`` knows nothing of the selection."""
         return self._holder.inner
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's param groups."""
-        return self._holder.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self._holder.inner.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's state, by parameter."""
-        return self._holder.inner.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self._holder.inner.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's defaults."""
-        return self._holder.inner.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self._holder.inner.defaults = value
-
-    @property
-    def update_fraction(self) -> float:
-        """Share of the selected weights that is updated, in [0, 1]; assigning sets all groups."""
-        return self._shared("rgp_update_fraction")
-
-    @update_fraction.setter
-    def update_fraction(self, value: float) -> None:
-        self._share("rgp_update_fraction", check_fraction("update_fraction", value))
-
-    @property
-    def alpha(self) -> float:
-        """Share of the natural gradient in the score, in [0, 1]; assigning sets all groups."""
-        return self._shared("rgp_alpha")
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._share("rgp_alpha", check_fraction("alpha", value))
-
+    param_groups: list[dict[str, Any]] = _of_inner("param_groups", "The inner optimizer's groups.")
+    state: Any = _of_inner("state", "The inner optimizer's state, by parameter.")
+    defaults: dict[str, Any] = _of_inner("defaults", "The inner optimizer's defaults.")
+    update_fraction: float = _of_groups(
+        "update_fraction",
+        "Share of the selected weights that is updated, in [0, 1]; assigning sets all groups.",
+    )
+    alpha: float = _of_groups(
+        "alpha", "Share of the natural gradient in the score, in [0, 1]; assigning sets all groups."
+    )
     scope = property(lambda self: self._holder.scope, doc="``scope``, fixed.")
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
+    score = property(lambda self: self._holder.score, doc="``score``, fixed.")
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
-
-    def _shared(self, name: str) -> float:
-        self._complete_groups()
-        values = {group[name] for group in self.param_groups}
-        if len(values) > 1:
-            hint = "Read `param_groups`."
-            raise ValueError(error_text(name, "be the same in all groups", f"{values}", hint))
-        return float(values.pop()) if values else float(self._holder.defaults[name])
-
-    def _share(self, name: str, value: float) -> None:
-        self._holder.defaults[name] = value
-        for group in self.param_groups:
-            group[name] = value
+    process_group = property(lambda self: self._holder.ranks.group, doc="``process_group``, fixed.")
 
     def _complete_groups(self) -> None:
         """Give each param group the ``rgp_*`` settings it lacks."""
@@ -305,7 +288,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and scores. Scores of a loss whose backward pass comes later stay."""
         self._holder.scores.taken.clear()
-        self._holder.inner.zero_grad(set_to_none=set_to_none)
+        options = {} if set_to_none else {"set_to_none": False}  # older ones have no options
+        self._holder.inner.zero_grad(**options)
 
     # Take, select, step, restore.
 
@@ -342,7 +326,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         losses = {"natural": natural, "adversarial": adversarial}
         given = {role: each for role, each in losses.items() if each is not None}
         for name, each in {"loss": loss, **given}.items():
-            _check_loss(name, each)
+            check_loss(name, each)
         if not given:
             hint = "Pass the cross-entropies that score the weights."
             raise ValueError(error_text("natural", "be given, or `adversarial`", "None", hint))
@@ -366,14 +350,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a selected parameter has a gradient but nothing was scored since the last
-                step, or the reverse; the ranks differ (compared in the first step). With all
-                learning rates 0 an unscored step moves nothing instead: checkpoint tools do that.
+                step, or the reverse; it is called within the backward pass, or needs the loss at
+                other weights; the ranks differ (compared in the first step). With all learning
+                rates 0 an unscored step moves nothing instead: checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
             ValueError: a setting is out of its range; a score has the wrong shape. Nothing has been
                 changed in any of these cases.
         """
         holder = self._holder
-        once = _once(closure, self)
+        once = self._evaluate(closure)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
         with torch.no_grad():
@@ -398,7 +383,17 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """
         return dict(self._holder.masks)
 
-    def _inner_step(self, once: _Once | None) -> Any:
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Evaluated | None:
+        """Evaluate a closure; refuse to go without one where the inner step needs it."""
+        holder = self._holder
+        if closure is None:
+            if holder.needs_closure:
+                raise TypeError(error_text("closure", "be given: the inner step needs it", "None"))
+            return None
+        first, holder.closed = not holder.closed, True
+        return Evaluated(closure, self._parameters(), first)
+
+    def _inner_step(self, once: Evaluated | None) -> Any:
         """Run the inner step; hand it the evaluated closure, whose loss some optimizers read."""
         holder = self._holder
         holder.guarded = False
@@ -407,7 +402,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 return holder.inner.step()
             holder.inner.step(once)
             return once.loss
-        except _Reevaluated:
+        except Reevaluated:
             assert once is not None
             once.undo()
             raise
@@ -420,12 +415,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._complete_groups()
         selected = self._selected()
         entries = [each for each in selected if each.fraction > 0.0]
-        if holder.scores.unfinished():
+        params = self._parameters()
+        if holder.scores.running and (holder.scores.taking or len(params) > 1):
             raise RuntimeError(
-                "step() was called within the backward pass, before all scored parameters had "
-                "their gradient. Call it after `loss.backward()`."
+                "step() was called within the backward pass, where other parameters may wait for "
+                "their gradient. Call it after `loss.backward()`, or wrap one optimizer per "
+                "parameter."
             )
-        if holder.scores.waiting and all(p.grad is None for p in self._parameters()):
+        if holder.scores.waiting and all(p.grad is None for p in params):
             raise RuntimeError(
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
@@ -436,7 +433,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         except NothingScored:
             if not _all_lrs_zero(self.param_groups):
                 raise
-            gradients = {p: p.grad for p in self._parameters() if p.grad is not None}
+            gradients = {p: p.grad for p in params if p.grad is not None}
             dense = [p for p, g in gradients.items() if g.layout == torch.strided]
             return {p: _no_weight(p) for p in dense}
         masks = {each.p: _no_weight(each.p) for each in selected if each.fraction == 0.0}
@@ -470,20 +467,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         sharded = any(distributed.is_sharded(each.p) for each in entries)
         if holder.score == "rgp" and not sharded:
             g_nats, g_advs = zip(*(scores.pair(e.p, e.alpha) for e in entries), strict=True)
-            alphas = [each.alpha for each in entries]
-            return functional.select(
-                g_nats, g_advs, alphas, fractions, pools, backend=holder.backend
-            )
+            columns = g_nats, g_advs, [e.alpha for e in entries], fractions, pools
+            return functional.select(*columns, backend=holder.backend)
         masks: dict[int, Tensor] = {}
         for indices in _batches(entries, pools) if sharded else [range(len(entries))]:
             part = [entries[i] for i in indices]
             whole = [distributed.whole(scores.score(e.p, e.alpha, holder.score), e.p) for e in part]
-            found = functional.select_scores(
-                whole,
-                [e.fraction for e in part],
-                [pools[i] for i in indices],
-                backend=holder.backend,
-            )
+            some = whole, [e.fraction for e in part], [pools[i] for i in indices]
+            found = functional.select_scores(*some, backend=holder.backend)
             own = (distributed.own_part(mask, e.p) for mask, e in zip(found, part, strict=True))
             masks.update(zip(indices, own, strict=True))
         return [masks[i] for i in range(len(entries))]
@@ -520,45 +511,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
 
-@dataclass(frozen=True)
-class _Selected:
+class _Selected(NamedTuple):
     """A parameter in which weights are selected."""
 
     p: Tensor
     fraction: float
     alpha: float
-
-
-class _Reevaluated(RuntimeError):
-    """The inner step wants the loss of other weights, which its closure no longer gives."""
-
-
-class _Once:
-    """A closure after its evaluation: gives its loss again, as long as the weights are the same."""
-
-    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], first: bool) -> None:
-        with torch.enable_grad():
-            self.loss = closure()
-        self._params = params
-        self._versions = [p._version for p in params]
-        self._before = [p.detach().clone() for p in params] if first else []
-
-    def __call__(self) -> Any:
-        changed = [p._version for p in self._params] != self._versions
-        pairs = zip(self._params, self._before, strict=False)  # `p.data` has no version
-        if changed or not all(torch.equal(p, old) for p, old in pairs):
-            raise _Reevaluated(
-                "step(): the inner optimizer changed the weights and called the closure again, but "
-                "the closure is evaluated once per step, before weights are selected. Wrap "
-                "the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
-                "torch.optim.SGD(g, **k))), with the loss scored in the second pass."
-            )
-        return self.loss
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        for p, old in zip(self._params, self._before, strict=False):
-            p.copy_(old)
 
 
 def _batches(entries: Sequence[_Selected], pools: Sequence[int]) -> Iterator[list[int]]:
@@ -614,10 +572,7 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
         hint = "Use a first-order optimizer."
     elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         rule = "take one gradient per step"
-        hint = (
-            "Wrap the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
-            "torch.optim.SGD(g, **k))), with the loss scored in the second pass."
-        )
+        hint = AROUND
     if rule:
         raise TypeError(error_text("optimizer", rule, kind, hint))
     return cast(torch.optim.Optimizer, optimizer)
@@ -633,18 +588,6 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(error_text("differentiable", "be False", "differentiable = True", hint))
 
 
-def _check_loss(name: str, loss: Any) -> None:
-    """Refuse everything but one number with a graph."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(error_text(name, "be a scalar tensor", type(loss).__name__))
-    if loss.numel() != 1:
-        hint = "Reduce it with .mean() or .sum()."
-        raise ValueError(error_text(name, "be a scalar", f"shape {tuple(loss.shape)}", hint))
-    if not loss.requires_grad:
-        hint = "Compute it from the model's output with gradients enabled; do not detach it."
-        raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
-
-
 def _guard(holder: _Holder) -> None:
     """Refuse a step of the inner optimizer that passes the wrapper by while scores wait."""
     reference = weakref.ref(holder)
@@ -658,22 +601,6 @@ def _guard(holder: _Holder) -> None:
             )
 
     holder.inner.register_step_pre_hook(hook)
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _once(closure: Callable[[], Any] | None, optimizer: RGPSelectiveOptimizer) -> _Once | None:
-    """Evaluate a closure; refuse to go without one where the inner step needs it."""
-    holder = optimizer._holder
-    if closure is None:
-        if holder.needs_closure:
-            raise TypeError(error_text("closure", "be given: the inner step needs it", "None"))
-        return None
-    first, holder.closed = not holder.closed, True
-    return _Once(closure, optimizer._parameters(), first)
 
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:

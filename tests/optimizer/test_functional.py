@@ -16,12 +16,10 @@ from torch import nn
 from rgp_optim import _reference, functional
 from rgp_optim.functional import rgp_score, rgp_topk_masks, topk_mask
 
-FRACTIONS = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
 # Few distinct values, so that ties and zeros are common; and the special ones.
 VALUES = st.sampled_from([0.0, 1.0, -2.0, 1e-45, 3.5, math.inf, math.nan])
 ARRAYS = hnp.arrays(np.float32, SHAPES, elements=VALUES)
-FINITE = hnp.arrays(np.float32, SHAPES, elements=st.floats(-(2.0**60), 2.0**60, width=32))
 
 
 def count(n, fraction):
@@ -38,7 +36,10 @@ def test_limits(shape):
 
 
 @given(
-    st.lists(ARRAYS, min_size=1, max_size=4), st.floats(0, 0.999), st.booleans(), st.floats(0, 1)
+    st.lists(ARRAYS, min_size=1, max_size=4),
+    st.floats(0, 0.999),
+    st.booleans(),
+    st.floats(0, 1, width=16),
 )
 def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
     g_nats = [from_numpy(g) for g in gradients]
@@ -60,37 +61,6 @@ def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
     for mask, want, g in zip(rgp_topk_masks(g_nats, g_advs, **options), wants, g_nats, strict=True):
         assert mask.shape == g.shape
         np.testing.assert_array_equal(to_numpy(mask), want.reshape(g.shape))
-
-
-@given(FINITE, FRACTIONS, st.integers(-8, 8))
-def test_a_common_factor_changes_no_mask(gradient, fraction, exponent):
-    g = from_numpy(gradient)
-    g = torch.where(g.abs() < 1e-20, 0.0, g)  # powers of two are exact, away from the subnormals
-    masks = [
-        rgp_topk_masks(
-            [each], [each.flatten().flip(0).view_as(each)], alpha=0.25, update_fraction=fraction
-        )[0]
-        for each in (g, g * 2.0**exponent)
-    ]
-    assert torch.equal(*masks)
-
-
-@given(st.permutations(range(30)), FRACTIONS)
-def test_permuted_scores_give_the_permuted_mask(order, fraction):
-    score = torch.arange(1.0, 31.0)
-    mask = topk_mask(score, update_fraction=fraction)
-    assert torch.equal(topk_mask(score[order], update_fraction=fraction), mask[order])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])
-def test_score_in_every_dtype(dtype, alpha):
-    g_nat, g_adv = torch.randn(2, 1000, dtype=torch.float64).to(dtype)
-    wide = np.float64 if dtype == torch.float64 else np.float32
-    nat, adv = (np.abs(to_numpy(g.to(torch.float64)).astype(wide)) for g in (g_nat, g_adv))
-    got = to_numpy(rgp_score(g_nat, g_adv, alpha=alpha))
-    np.testing.assert_array_equal(got, wide(alpha) * nat + wide(1.0 - alpha) * adv)
-    assert got.dtype == wide
 
 
 def test_lists_of_settings_and_of_mixed_dtypes():
@@ -122,65 +92,48 @@ def test_more_than_two_to_the_24_weights():
 
 G = torch.ones(3, device=DEVICE)
 HALF = dict(alpha=0.1, update_fraction=0.5)
+TWO = [G, G.to("meta")]
+
+
+def score(g_nat, g_adv, alpha=0.1):
+    return lambda: rgp_score(g_nat, g_adv, alpha=alpha)
+
+
+def topk(score, fraction=0.5, **options):
+    return lambda: topk_mask(score, update_fraction=fraction, **options)
+
+
+def masks(g_nats, g_advs, **options):
+    return lambda: rgp_topk_masks(g_nats, g_advs, **{**HALF, **options})
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (score(G, G, 1.4), ValueError, r"`alpha` should be in \[0, 1\]. Found `alpha = 1.4`."),
+        (score(G, G, math.nan), ValueError, "Found `alpha = nan`"),
+        (score(G, G, "a"), TypeError, "Found `alpha: str 'a'`"),
+        (score(G, G.double()), ValueError, "match `g_nat` in shape, dtype"),
+        (score(G, G[1:]), ValueError, r"\(2,\) torch.float32 on"),
+        (score(G.long(), G), TypeError, "`g_nat` should have a floating"),
+        (score(G.to_sparse(), G), TypeError, "`g_nat` should be a dense"),
+        (score(G, [1.0]), TypeError, "`g_adv` should be a tensor"),
+        (score(G + 0j, G), TypeError, "`g_nat` should have a real dtype"),
+        (topk(G, -0.1), ValueError, "`update_fraction` should be in"),
+        (topk(G, True), TypeError, "bool True"),
+        (topk(G + 0j), TypeError, "`score` should have a real"),
+        (topk(G, backend="cuda"), ValueError, "`backend` should be one of 'auto', 'cpu', 'triton'"),
+        (masks([G], []), ValueError, "as many entries as `g_nats`"),
+        (masks([None], [None]), ValueError, r"where `g_advs\[0\]` is None.*Leave out"),
+        (masks([G], [G], alpha=[0.1, 0.2]), ValueError, "one for each of the 1 tensors"),
+        (masks([G], [G], alpha=[2.0]), ValueError, r"`alpha\[0\]` should be in"),
         (
-            lambda: rgp_score(G, G, alpha=1.4),
-            ValueError,
-            r"`alpha` should be in \[0, 1\]. Found `alpha = 1.4`.",
-        ),
-        (lambda: rgp_score(G, G, alpha=math.nan), ValueError, "Found `alpha = nan`"),
-        (lambda: rgp_score(G, G, alpha="a"), TypeError, "Found `alpha: str 'a'`"),
-        (lambda: rgp_score(G, G.double(), alpha=0.1), ValueError, "match `g_nat` in shape, dtype"),
-        (lambda: rgp_score(G, torch.ones(4), alpha=0.1), ValueError, r"\(4,\) torch.float32 on"),
-        (lambda: rgp_score(G.long(), G, alpha=0.1), TypeError, "`g_nat` should have a floating"),
-        (lambda: rgp_score(G.to_sparse(), G, alpha=0.1), TypeError, "`g_nat` should be a dense"),
-        (lambda: rgp_score(G, [1.0], alpha=0.1), TypeError, "`g_adv` should be a tensor"),
-        (lambda: rgp_score(G + 0j, G, alpha=0.1), TypeError, "`g_nat` should have a real dtype"),
-        (lambda: topk_mask(G, update_fraction=-0.1), ValueError, "`update_fraction` should be in"),
-        (lambda: topk_mask(G, update_fraction=True), TypeError, "bool True"),
-        (lambda: topk_mask(G + 0j, update_fraction=0.5), TypeError, "`score` should have a real"),
-        (
-            lambda: topk_mask(G, update_fraction=0.5, backend="cuda"),
-            ValueError,
-            "`backend` should be one of 'auto', 'cpu', 'triton', 'torch'. Found `backend = 'cuda'`",
-        ),
-        (lambda: rgp_topk_masks([G], [], **HALF), ValueError, "as many entries as `g_nats`"),
-        (
-            lambda: rgp_topk_masks([None], [None], **HALF),
-            ValueError,
-            r"`g_nats\[0\]` should be a tensor where `g_advs\[0\]` is None.*Leave out",
-        ),
-        (
-            lambda: rgp_topk_masks([G], [G], alpha=[0.1, 0.2], update_fraction=0.5),
-            ValueError,
-            "one for each of the 1 tensors",
-        ),
-        (
-            lambda: rgp_topk_masks([G], [G], alpha=[2.0], update_fraction=0.5),
-            ValueError,
-            r"`alpha\[0\]` should be in",
-        ),
-        (
-            lambda: rgp_topk_masks(
-                [G, G], [G, G], alpha=0.1, update_fraction=[0.5, 0.6], scope="global"
-            ),
+            masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global"),
             ValueError,
             "one number under scope='global'",
         ),
-        (
-            lambda: rgp_topk_masks([G], [G], **HALF, scope="layer"),
-            ValueError,
-            "`scope` should be one of 'tensor', 'global'",
-        ),
-        (
-            lambda: rgp_topk_masks(two := [G, G.to("meta")], two, **HALF, scope="global"),
-            ValueError,
-            "`scope` should be 'tensor' where",
-        ),
+        (masks([G], [G], scope="layer"), ValueError, "`scope` should be one of 'tensor', 'gl"),
+        (masks(TWO, TWO, scope="global"), ValueError, "`scope` should be 'tensor' where"),
     ],
 )
 def test_refusals(call, error, message):
