@@ -17,7 +17,6 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -395,10 +394,6 @@ def _row(
     return row + [0] * (WIDTH.value - len(row))
 
 
-def _guard(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 # Select.
 
 
@@ -465,8 +460,26 @@ def _select(
             place += -(-size // BLOCK) * BLOCK
         k = EVERYTHING.value if fraction == 1.0 else update_count(n, fraction)
         pool_rows.append([k, first, chunk - first, 0])
-    if chunk > 0:
-        _launch_select(rows, pool_rows, chunk, place, read, masks[0].device)
+    if chunk == 0:
+        return masks
+    state = COUNTS.value + (1 << max(DIGITS))
+    sizes = {"STATE": state, "CHUNK": CHUNK, "BLOCK": BLOCK, **OPTIONS}
+    device = masks[0].device
+    with torch.cuda.device_of(masks[0]):
+        table, pool_table, owners = _tables(rows, pool_rows, device)
+        states = torch.zeros(len(pool_rows) * state, dtype=torch.int64, device=device)
+        keys = torch.empty(place, dtype=torch.int32, device=device)
+        ties = torch.empty(chunk << DIGITS[-1], dtype=torch.int32, device=device)
+        rooms = torch.empty(chunk, dtype=torch.int32, device=device)
+        shift = 32
+        for bits in DIGITS:
+            shift -= bits
+            _count[(chunk,)](
+                table, owners, pool_table, states, keys, ties, rooms, SHIFT=shift, BITS=bits,
+                READ=read, PIECE=PIECE, **sizes,
+            )  # fmt: skip
+            read = KEYS.value
+        _mask[(chunk,)](table, owners, pool_table, states, keys, rooms, **sizes)
     return masks
 
 
@@ -478,33 +491,6 @@ def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, .
         layout = _layout(nat.shape, nat.stride())
     assert layout is not None
     return nat, adv, layout
-
-
-def _launch_select(
-    rows: list[list[int]],
-    pool_rows: list[list[int]],
-    chunks: int,
-    scratch: int,
-    read: int,
-    device: torch.device,
-) -> None:
-    state = COUNTS.value + (1 << max(DIGITS))
-    sizes = {"STATE": state, "CHUNK": CHUNK, "BLOCK": BLOCK}
-    with _guard(device):
-        table, pool_table, owners = _tables(rows, pool_rows, device)
-        states = torch.zeros(len(pool_rows) * state, dtype=torch.int64, device=device)
-        keys = torch.empty(scratch, dtype=torch.int32, device=device)
-        ties = torch.empty(chunks << DIGITS[-1], dtype=torch.int32, device=device)
-        rooms = torch.empty(chunks, dtype=torch.int32, device=device)
-        shift = 32
-        for bits in DIGITS:
-            shift -= bits
-            _count[(chunks,)](
-                table, owners, pool_table, states, keys, ties, rooms, SHIFT=shift, BITS=bits,
-                READ=read, PIECE=PIECE, **sizes, **OPTIONS,
-            )  # fmt: skip
-            read = KEYS.value
-        _mask[(chunks,)](table, owners, pool_table, states, keys, rooms, **sizes, **OPTIONS)
 
 
 # Mask and restore.
@@ -568,7 +554,6 @@ def _launch_merge(rows: list[list[int]], masks: Sequence[Tensor]) -> None:
         row[FIRST_CHUNK.value] = chunks
         chunks += -(-row[SIZE.value] // CHUNK)
     if chunks > 0:
-        device = masks[0].device
-        with _guard(device):
-            table, _, owners = _tables(rows, [], device)
+        with torch.cuda.device_of(masks[0]):
+            table, _, owners = _tables(rows, [], masks[0].device)
             _merge[(chunks,)](table, owners, CHUNK=CHUNK, BLOCK=BLOCK, PIECE=PIECE, **OPTIONS)

@@ -25,7 +25,7 @@
 #
 #   MINUTES=9        that cifar may take; what it has trained by then is kept in RUNS
 #   RUNS=folder      checkpoints, weights and finished runs of cifar (runs/gpu-short)
-#   CIFAR=folder     where cifar-10-batches-py is (data; `robustness.py --download` fetches it),
+#   CIFAR=folder     where cifar-10-batches-py is (data; `run.py --download` fetches it),
 #   LABEL=text       how to name data whose files are not the originals
 #   METHODS=a,b      of cifar (trades-pre,cure,trades-pre-revision,cure-random), SEEDS=0,1
 #   AUTO_ATTACK=n    images for AutoAttack (1000); 0 needs no pyautoattack

@@ -1,8 +1,8 @@
 """Look at what finished runs have learnt: figures, and the numbers they are drawn from.
 
-    python benchmarks/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
+    python benchmarks/robustness/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
 
-Reads the weights that `robustness.py` has left, and writes ``analysis.json`` and pictures beside
+Reads the weights that `run.py` has left, and writes ``analysis.json`` and pictures beside
 the runs' JSON files.
 """
 

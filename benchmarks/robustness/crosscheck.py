@@ -1,6 +1,6 @@
-"""Our attacks beside those of others, on networks that robustness.py has trained.
+"""Our attacks beside those of others, on networks that run.py has trained.
 
-    python benchmarks/crosscheck.py --preset digits --json benchmarks/results/crosscheck.json
+    python benchmarks/robustness/crosscheck.py --preset digits --json crosscheck.json
 
 PGD-20 from the clean image is taken by `pgd_attack` and by Foolbox (Rauber et al., JOSS 2020): the
 images should be the same. From a random start the draws differ, so only the accuracies are
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=int, default=200, help="test images (200)")
     add("--data-dir", default="data")
     add("--data-label", help="name of the data beside results, when the files are not originals")
-    add("--runs", type=Path, help="where robustness.py left the weights")
+    add("--runs", type=Path, help="where run.py left the weights")
     add("--json", type=Path, help="write the rows here")
     add("--table", type=Path, help="print the table of such a file and attack nothing")
     args = parser.parse_args(argv)

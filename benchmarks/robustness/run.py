@@ -1,12 +1,12 @@
 """Train and evaluate every method of the paper's table, and print it.
 
-    python benchmarks/robustness.py                                   # digits, all, three seeds
-    python benchmarks/robustness.py --methods cure,trades --seeds 0   # some of it
-    python benchmarks/robustness.py --compare cure trades-pre         # is one better?
+    python benchmarks/robustness/run.py                                   # digits, all, three seeds
+    python benchmarks/robustness/run.py --methods cure,trades --seeds 0   # some of it
+    python benchmarks/robustness/run.py --compare cure trades-pre         # is one better?
 
 Every run has the same data, network, schedule and evaluation. What is finished is skipped, what was
 interrupted goes on from its last epoch: the same command, started again, loses nothing. Each run
-leaves a JSON under benchmarks/results/robustness/PRESET; the table is made of these.
+leaves a JSON under benchmarks/robustness/results/PRESET; the table is made of these.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ class Trainer:
     def weights(self, file: Path) -> dict[str, torch.Tensor]:
         if not file.exists():
             raise DataError(
-                f"{file} is missing: run the method that leaves it first, with `robustness.py "
+                f"{file} is missing: run the method that leaves it first, with `run.py "
                 "--results` elsewhere if its result is committed: weights are not."
             )
         state: dict[str, torch.Tensor] = torch.load(

@@ -90,7 +90,6 @@ def test_selection_writes_rows(tmp_path, capsys):
     assert "byte floor" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm's statistics")
 def test_step_writes_rows(tmp_path, capsys):
     path = tmp_path / "speed.csv"
     small = ["--rounds", "1", "--steps", "1", "--batch-sizes", "2"]
