@@ -56,8 +56,8 @@ class Step:
         self.x = torch.rand(args.batch_size, 3, 32, 32, device=device)
         self.y = torch.randint(0, 10, (args.batch_size,), device=device)
         self.model: nn.Module = NETWORKS[args.network](channels=3, classes=10).to(device)
-        for name, buffer in self.model.named_buffers():
-            if name.endswith("num_batches_tracked"):
+        for key, buffer in self.model.named_buffers():
+            if key.endswith("num_batches_tracked"):
                 buffer.fill_(1000)  # as of a trained network
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
