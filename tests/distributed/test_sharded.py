@@ -102,7 +102,7 @@ def leave_unreduced(rank, size, how):
 @pytest.mark.parametrize("how", ["all scored", "the last scored", "replicas"])
 def test_gradients_that_are_not_reduced_never_reach_a_score(two, four, how):
     ranks, size = (four, 4) if how == "replicas" else (two, 2)
-    message = r"not reduced yet|gradient synchronisation is off"
+    message = r"are not reduced|gradient synchronisation is off"
     with pytest.raises(RankFailed, match=message):
         ranks.run(leave_unreduced, size, how)
 
@@ -150,7 +150,7 @@ def test_score_rules(two, kind):
 # Precision, clipping, overflow.
 
 
-def train_scaled(rank, size, kind):
+def train_scaled(rank, size, kind, cache=False):
     """A scaler and clipping; in the second step the loss of rank 1 alone overflows."""
     model = small(torch.float32)
     called, opt = wrapped(kind, model), make_opt(model)
@@ -158,7 +158,7 @@ def train_scaled(rank, size, kind):
     found = []
     for step in range(4):
         data = share(rank, size, batch(step, torch.float32))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
             loss, nat, adv = parts(called, *data)
         if step == 1 and rank == 1:
             loss = loss * torch.inf
@@ -179,6 +179,12 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
     assert_same_bits([weights for _, weights in answers])
     for found, _ in answers:
         assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
+
+
+def test_autocast_with_a_cache_under_fsdp2_is_refused(two):
+    """A weight that both forward passes cast once gets its gradient after FSDP2 has reduced."""
+    with pytest.raises(RankFailed, match=r"torch.autocast\(..., cache_enabled=False\)"):
+        two.run(train_scaled, 2, "fsdp", True)
 
 
 def train_half(rank, size, kind):
