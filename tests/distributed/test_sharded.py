@@ -158,7 +158,7 @@ def train_scaled(rank, size, kind):
     found = []
     for step in range(4):
         data = share(rank, size, batch(step, torch.float32))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=kind != "fsdp"):
             loss, nat, adv = parts(called, *data)
         if step == 1 and rank == 1:
             loss = loss * torch.inf
@@ -179,6 +179,21 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
     assert_same_bits([weights for _, weights in answers])
     for found, _ in answers:
         assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
+
+
+def share_cached_weights(rank, size):
+    """Autocast casts a weight once for both forward passes, in the graph of the first."""
+    model = small(torch.float32)
+    called, opt = wrapped("fsdp", model), make_opt(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nat, adv = parts(called, *share(rank, size, batch(0, torch.float32)))
+    backward(opt, loss, natural=nat, adversarial=adv)
+
+
+def test_fsdp2_with_cached_casts_is_refused(two):
+    """FSDP2 reduces after the second forward pass's part, before the cast has given its own."""
+    with pytest.raises(RankFailed, match="cache_enabled=False"):
+        two.run(share_cached_weights, 2)
 
 
 def train_half(rank, size, kind):
