@@ -196,13 +196,13 @@ def test_fsdp2_with_cached_casts_is_refused(two):
         two.run(share_cached_weights, 2)
 
 
-def train_half(rank, size, kind):
-    """Parameters in bfloat16, or FSDP2's mixed precision."""
-    model = small(torch.bfloat16 if kind != "policy" else torch.float32)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+def train_half(rank, size, kind, half):
+    """Parameters in half precision, or FSDP2's mixed precision."""
+    model = small(half if kind != "policy" else torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     called = shard(model, mp_policy=policy) if kind == "policy" else wrapped(kind, model)
     opt = make_opt(model)
-    data = torch.float32 if kind == "policy" else torch.bfloat16
+    data = torch.float32 if kind == "policy" else half
     moved = []
     for step in range(5):
         before = values(model)
@@ -212,9 +212,10 @@ def train_half(rank, size, kind):
     return values(model), moved
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "policy"])
-def test_half_precision(two, kind):
-    answers = two.run(train_half, 2, kind)
+def test_half_precision(two, kind, half):
+    answers = two.run(train_half, 2, kind, half)
     assert_same_bits([weights for weights, _ in answers])
     for _, moved in answers:
         assert all(0.1 < fraction <= 0.45 for step in moved for fraction in step)
