@@ -220,11 +220,12 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
             held |= unsharded is not None and unsharded.grad is not None
         if held and any(each.sharded_param in scored for each in group.fsdp_params):
             raise RuntimeError(
-                "FSDP2 holds gradients that are not reduced: scores would be wrong. Reduce every "
-                "micro-batch: leave `set_requires_gradient_sync(True)` and "
+                "FSDP2 holds gradients that are not reduced yet and would be added to the score. "
+                "Reduce every micro-batch: leave `set_requires_gradient_sync(True)` and "
                 "`set_requires_all_reduce(True)`; in Accelerate use "
-                "`GradientAccumulationPlugin(sync_each_batch=True)`. In place of autocast use a "
-                "`MixedPrecisionPolicy`, or `torch.autocast(..., cache_enabled=False)`."
+                "`GradientAccumulationPlugin(sync_each_batch=True)`. With autocast use FSDP2's "
+                "`MixedPrecisionPolicy` or `torch.autocast(..., cache_enabled=False)`: a weight "
+                "that several forward passes share through the cache is reduced too early."
             )
 
 

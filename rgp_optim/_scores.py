@@ -94,8 +94,6 @@ class Scores:
         name: Callable[[Tensor], str],
     ) -> None:
         """Add the gradients of the losses, which the same incoming gradient multiplies."""
-        if not params:
-            return
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
         if not params:  # frozen, say

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_micro_batches(two, window, ddp):
         answers = two.run(accumulate, 2, "ddp", order, window, ddp)
         assert_same_bits(answers)
         assert_close(answers[0], accumulate(0, 1, "alone", order, window))
+
+
+def train_two_passes(rank, size, by_hand):
+    """Both forward passes, then one backward pass per role: DDP reduces in the first only."""
+    model = small()
+    ddp = DistributedDataParallel(model) if size > 1 else model
+    opt = make_opt(model)
+    for step in range(3):
+        opt.zero_grad()
+        with ddp.no_sync() if by_hand else nullcontext():
+            _, nat, adv = parts(ddp, *share(rank, size, batch(step)))
+            opt.scored(nat, natural=nat).backward()
+            opt.scored(adv, adversarial=adv).backward()
+        for p in model.parameters() if by_hand else ():
+            dist.all_reduce(p.grad.div_(size))
+        opt.step()
+    return values(model)
+
+
+def test_two_backward_passes_after_two_forward_passes(two):
+    """Right where the training gradient is reduced by hand; else refused at the first step."""
+    answers = two.run(train_two_passes, 2, True)
+    assert_same_bits(answers)
+    assert_close(answers[0], train_two_passes(0, 1, False))
+    with pytest.raises(RankFailed, match=r"the ranks differ in the gradient of .*Nothing was ch"):
+        two.run(train_two_passes, 2, False)
 
 
 def half_means(rank, size):
