@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import DataError, Images, fingerprint, load_cifar10, load_digits
+from image_data import DataError, Images, fingerprint, load_cifar10, load_digits
 from networks import NETWORKS
 from report import nrr, plot, table, versions, write_json, write_whole
 from torch import nn

@@ -10,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_choice, check_count, check_real, check_tensor, error_text
+from rgp_optim._checks import (
+    check_choice,
+    check_classes,
+    check_count,
+    check_model,
+    check_real,
+    check_target,
+    check_tensor,
+    error_text,
+    logits_of,
+    switched,
+)
 from rgp_optim._distributed import local
-from rgp_optim._models import check_classes, check_model, check_target, logits_of, switched
 from rgp_optim.losses import kl_divergence, widen
 
 __all__ = ["kl_attack", "pgd_attack"]

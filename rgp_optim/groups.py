@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_fraction, error_text
-from rgp_optim._models import check_model
+from rgp_optim._checks import check_fraction, check_model, error_text
 
 __all__ = ["rgp_param_groups"]
 

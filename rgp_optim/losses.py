@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgp_optim._checks import check_real, check_tensor, error_text
-from rgp_optim._models import check_classes, check_target
+from rgp_optim._checks import check_classes, check_real, check_target, check_tensor, error_text
 
 __all__ = ["consistency_loss", "kl_adv_loss", "kl_divergence"]
 

@@ -5,6 +5,7 @@ Four steps: take the gradients for the score, select, run the inner step, restor
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,6 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no
 from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._checks import check_choice, check_dense, check_fraction, error_text
-from rgp_optim._closure import AROUND, Evaluated, Reevaluated, needs_closure
 from rgp_optim._distributed import Ranks, local
 from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
@@ -30,6 +30,10 @@ __all__ = ["RGPSelectiveOptimizer", "ScoreInputs"]
 Conserve = Literal["weights", "gradients", "update"]
 CONSERVE = ("weights", "gradients", "update")
 GATHERED = 2**26  # weights whose scores are gathered at a time
+AROUND = (
+    "Wrap the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
+    "torch.optim.SGD(g, **k))), with the loss scored in the second pass."
+)
 
 
 @dataclass
@@ -172,7 +176,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             score=score,
             backend=cast(Backend, check_choice("backend", backend, BACKENDS)),
             ranks=Ranks(process_group),
-            needs_closure=needs_closure(optimizer),
+            needs_closure=_needs_closure(optimizer),
         )
         for group in holder.inner.param_groups:
             _check_group({**holder.defaults, **group})
@@ -203,8 +207,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if name == "eval" and not self._holder.warned:
             self._holder.warned = True
             warnings.warn(
-                f"{type(inner).__name__}.eval() moves all weights, also those that no step has "
-                "updated: they return to the same bits only approximately at train().",
+                f"{type(inner).__name__}.eval() moves every weight that a step has updated, and "
+                "with weight decay or conserve='update' the others too. train() brings them back up to "
+                "rounding, not to the same bits.",
                 stacklevel=2,
             )
         return getattr(inner, name)
@@ -383,7 +388,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """
         return dict(self._holder.masks)
 
-    def _evaluate(self, closure: Callable[[], Any] | None) -> Evaluated | None:
+    def _evaluate(self, closure: Callable[[], Any] | None) -> _Evaluated | None:
         """Evaluate a closure; refuse to go without one where the inner step needs it."""
         holder = self._holder
         if closure is None:
@@ -391,9 +396,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 raise TypeError(error_text("closure", "be given: the inner step needs it", "None"))
             return None
         first, holder.closed = not holder.closed, True
-        return Evaluated(closure, self._parameters(), first)
+        return _Evaluated(closure, self._parameters(), first)
 
-    def _inner_step(self, once: Evaluated | None) -> Any:
+    def _inner_step(self, once: _Evaluated | None) -> Any:
         """Run the inner step; hand it the evaluated closure, whose loss some optimizers read."""
         holder = self._holder
         holder.guarded = False
@@ -402,7 +407,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 return holder.inner.step()
             holder.inner.step(once)
             return once.loss
-        except Reevaluated:
+        except _Reevaluated:
             assert once is not None
             once.undo()
             raise
@@ -627,3 +632,45 @@ def _all_lrs_zero(groups: Sequence[dict[str, Any]]) -> bool:
     if any(rate is None or getattr(rate, "is_cuda", False) for rate in rates):
         return False
     return all(float(rate) == 0.0 for rate in rates)
+
+
+# The closure of a step: evaluated once, before the selection; its loss is handed on.
+
+
+class _Reevaluated(RuntimeError):
+    """The inner step wants the loss of other weights, which its closure no longer gives."""
+
+
+class _Evaluated:
+    """A closure after its evaluation: gives its loss again, as long as the weights are the same."""
+
+    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], first: bool) -> None:
+        with torch.enable_grad():
+            self.loss = closure()
+        self._params = params
+        self._versions = [p._version for p in params]
+        self._before = [p.detach().clone() for p in params] if first else []
+
+    def __call__(self) -> Any:
+        """Return the loss; refuse where the weights have changed since the evaluation."""
+        changed = [p._version for p in self._params] != self._versions
+        for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
+            changed = changed or not bool(((local(p) == local(old)) | local(old).isnan()).all())
+        if changed:
+            raise _Reevaluated(
+                "step(): the inner optimizer changed the weights and called the closure again, but "
+                f"the closure is evaluated once per step, before weights are selected. {AROUND}"
+            )
+        return self.loss
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put back the weights of the first step."""
+        for p, old in zip(self._params, self._before, strict=False):
+            p.copy_(old)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether ``step`` cannot be called without a closure."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_count, check_fraction, check_real, error_text
+from rgp_optim._checks import (
+    check_count,
+    check_fraction,
+    check_model,
+    check_real,
+    error_text,
+    logits_of,
+    modes_of,
+    set_eval,
+    switched,
+    unwrapped,
+)
 from rgp_optim._distributed import local
-from rgp_optim._models import check_model, logits_of, modes_of, set_eval, switched, unwrapped
 from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]

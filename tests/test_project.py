@@ -19,20 +19,19 @@ PACKAGE = ROOT / "rgp_optim"
 ARROWS = {
     "__init__": {"optimizer", "groups", "reviser", "losses", "attacks", "functional"},
     "optimizer": {"functional", "groups", "_distributed", "_scores"},
-    "reviser": {"losses", "_models", "_distributed"},
-    "attacks": {"losses", "_models", "_distributed"},
-    "losses": {"_models"},
-    "groups": {"_models"},
+    "reviser": {"losses", "_distributed"},
+    "attacks": {"losses", "_distributed"},
+    "losses": set(),
+    "groups": set(),
     "functional": {"_reference"},
     "_scores": {"_distributed", "_reference"},
     "_distributed": set(),
-    "_models": set(),
     "_cpu": {"_reference"},
     "_triton": {"_reference"},
     "_reference": set(),
     "_checks": set(),
 }
-LINES, LONGEST = 3000, 70  # of the package; statements of a function, in lines
+LINES, LONGEST = 3400, 70  # of the package; statements of a function, in lines
 
 
 def imported(module):
@@ -125,11 +124,11 @@ def test_readme_diff_is_the_loop_that_runs():
         assert any(not torch.equal(p, q) for p, q in zip(now, start, strict=True))
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(5))
 def test_readme_recipes_run(number):
     """Each in the place of the loop's last lines."""
     blocks = readme_blocks("python")
-    assert len(blocks) == 6
+    assert len(blocks) == 5
     names = environment()
     exec(sides_of_the_diff()[0], names)
     model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))

@@ -19,7 +19,7 @@ from methods import METHODS, Method, Setting
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from datasets import Data, DataError, Images, load_cifar10, load_digits
+from image_data import Data, DataError, Images, load_cifar10, load_digits
 from networks import NETWORKS
 from report import versions, write_json, write_whole
 from updates import Updates

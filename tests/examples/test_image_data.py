@@ -18,8 +18,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import datasets
-from datasets import DataError, Images, crop_and_flip, load_cifar10
+import image_data
+from image_data import DataError, Images, crop_and_flip, load_cifar10
 
 
 def batch(seed, n=4):
@@ -33,7 +33,7 @@ def batch(seed, n=4):
 
 def write_files(folder):
     folder.mkdir(parents=True)
-    for seed, name in enumerate(datasets.FILE_MD5):
+    for seed, name in enumerate(image_data.FILE_MD5):
         (folder / name).write_bytes(pickle.dumps(batch(seed), protocol=2))
     return folder
 
@@ -129,10 +129,10 @@ def test_missing_data_names_both_ways_out(tmp_path):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve a small archive, with ranges; count what is asked for."""
-    write_files(tmp_path / "made" / datasets.FOLDER)
+    write_files(tmp_path / "made" / image_data.FOLDER)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        archive.add(tmp_path / "made" / datasets.FOLDER, datasets.FOLDER)
+        archive.add(tmp_path / "made" / image_data.FOLDER, image_data.FOLDER)
     content = packed.getvalue()
     asked = []
 
@@ -153,8 +153,10 @@ def server(tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(datasets, "URL", f"http://127.0.0.1:{http_server.server_port}/c.tar.gz")
-        monkeypatch.setattr(datasets, "ARCHIVE_MD5", hashlib.md5(content).hexdigest())
+        monkeypatch.setattr(
+            image_data, "URL", f"http://127.0.0.1:{http_server.server_port}/c.tar.gz"
+        )
+        monkeypatch.setattr(image_data, "ARCHIVE_MD5", hashlib.md5(content).hexdigest())
         yield content, asked
         http_server.shutdown()
 
@@ -166,34 +168,34 @@ def left_in(folder):
 def test_download(server, tmp_path):
     data = load_cifar10(tmp_path / "data", download=True)
     assert len(data.train) == 20
-    assert left_in(tmp_path / "data") == [datasets.FOLDER]
+    assert left_in(tmp_path / "data") == [image_data.FOLDER]
     load_cifar10(tmp_path / "data", download=True)
     assert server[1] == [0]
 
 
 @pytest.mark.parametrize("download", [False, True])
 def test_a_folder_of_the_user_is_left_alone(download, server, tmp_path):
-    own = tmp_path / "data" / datasets.FOLDER / "test_batch.bak"
+    own = tmp_path / "data" / image_data.FOLDER / "test_batch.bak"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    message = f"{datasets.FOLDER} lacks data_batch_1: move the folder away and add --download"
+    message = f"{image_data.FOLDER} lacks data_batch_1: move the folder away and add --download"
     with pytest.raises(DataError, match=message):
         load_cifar10(tmp_path / "data", download)
     assert own.read_text() == "mine"
-    assert left_in(tmp_path / "data") == [datasets.FOLDER]
+    assert left_in(tmp_path / "data") == [image_data.FOLDER]
     assert server[1] == []
 
 
 def test_a_folder_that_comes_while_fetching_is_left_alone(server, tmp_path, monkeypatch):
-    own = tmp_path / "data" / datasets.FOLDER / "notes"
-    fetch = datasets._download
+    own = tmp_path / "data" / image_data.FOLDER / "notes"
+    fetch = image_data._download
 
     def fetch_and_write(*args):
         fetch(*args)
         own.parent.mkdir()
         own.write_text("mine")
 
-    monkeypatch.setattr(datasets, "_download", fetch_and_write)
+    monkeypatch.setattr(image_data, "_download", fetch_and_write)
     with pytest.raises(DataError, match=r"cannot be put in place .*: move the folder away"):
         load_cifar10(tmp_path / "data", download=True)
     assert own.read_text() == "mine"
@@ -206,18 +208,18 @@ def test_a_download_goes_on_where_it_stopped(have, server, tmp_path):
     (tmp_path / "data" / "cifar-10-python.tar.gz.part").write_bytes(content[:have])
     load_cifar10(tmp_path / "data", download=True)
     assert asked == [min(have, len(content))]
-    assert left_in(tmp_path / "data") == [datasets.FOLDER]
+    assert left_in(tmp_path / "data") == [image_data.FOLDER]
 
 
 def test_a_wrong_archive_is_never_unpacked(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "ARCHIVE_MD5", "0" * 32)
+    monkeypatch.setattr(image_data, "ARCHIVE_MD5", "0" * 32)
     with pytest.raises(DataError, match=r"has MD5 .*, not 0000"):
         load_cifar10(tmp_path / "data", download=True)
     assert left_in(tmp_path / "data") == []
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "URL", "http://127.0.0.1:9/c.tar.gz")
+    monkeypatch.setattr(image_data, "URL", "http://127.0.0.1:9/c.tar.gz")
     with pytest.raises(DataError, match="the same command goes on"):
         load_cifar10(tmp_path / "data", download=True)
 

@@ -1,0 +1,318 @@
+"""Optimizers of other packages under the wrapper: one row for each, in optimizers.csv.
+
+``python benchmarks/optimizers.py [--only NAME]``. Packages that are not installed are named and
+left out. Columns hold ``yes``, ``no`` with what was found, or ``refused`` with the message:
+
+- all: with update_fraction 1, weights equal the plain optimizer's bit for bit
+- none: with update_fraction 0, no weight moves
+- half: with 0.5, each mask has the exact count
+- bits: what the masks leave out is bit-identical after each step
+- resume: a new wrapper that loads the checkpoint goes on bit for bit
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib
+import importlib.metadata
+import inspect
+import subprocess
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgp_optim import RGPSelectiveOptimizer
+
+PACKAGES = {  # distribution: modules with optimizers
+    "torch": ["torch.optim"],
+    "pytorch_optimizer": ["pytorch_optimizer"],
+    "schedulefree": ["schedulefree"],
+    "prodigyopt": ["prodigyopt"],
+    "lion-pytorch": ["lion_pytorch"],
+    "bitsandbytes": ["bitsandbytes.optim"],
+    "torch-optimi": ["optimi"],
+    "came-pytorch": ["came_pytorch"],
+    "adabelief-pytorch": ["adabelief_pytorch"],
+    "torchao": ["torchao.optim"],  # these two compile, which takes minutes
+    "heavyball": ["heavyball"],
+}
+COLUMNS = ["all", "none", "half", "bits", "resume"]
+FIELDS = ["package", "version", "optimizer", "weights", *COLUMNS, "torch", "commit"]
+RESULT = Path(__file__).with_suffix(".csv")
+REQUIRED = {"lr": 1e-3, "num_iterations": 10, "num_data": 10, "base_optimizer": torch.optim.SGD}
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def optimizers(modules: list[str]) -> Iterator[tuple[str, type]]:
+    seen = set()
+    for module in map(importlib.import_module, modules):
+        for name, cls in sorted(vars(module).items()):
+            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
+                continue
+            if cls not in seen and not name.startswith("_") and cls is not torch.optim.Optimizer:
+                seen.add(cls)
+                yield name, cls
+
+
+def maker(cls: type) -> Make:
+    """The optimizer with its defaults, and values for options that have none."""
+    known = inspect.signature(cls).parameters
+    options = {name: value for name, value in REQUIRED.items() if name in known}
+    options = {n: v for n, v in options.items() if known[n].default is inspect.Parameter.empty}
+
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            opt = cls(params, **options)
+        except NotImplementedError:  # of bitsandbytes
+            opt = cls(params, momentum=0.9, **options)
+        except RuntimeError:  # a use_muon in each group
+            opt = cls([{"params": params, "use_muon": True}], **options)
+        except (AttributeError, ValueError):  # around another one
+            if "optimizer" not in known:
+                raise
+            opt = cls(torch.optim.SGD(params, lr=0.01, momentum=0.9), **options)
+        if callable(getattr(opt, "train", None)):
+            opt.train()  # schedule-free
+        return opt
+
+    return make
+
+
+def weights(kind: str) -> list[nn.Parameter]:
+    """Two matrices; channels_last: a convolution; half: bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (16, 8)] if kind == "channels_last" else [(16, 12), (8, 16)]
+    drawn = [torch.randn(shape, generator=draw) for shape in shapes]
+    if kind == "channels_last":
+        drawn[0] = drawn[0].to(memory_format=torch.channels_last)
+    if kind == "half":
+        drawn = [each.bfloat16() for each in drawn]
+    return [nn.Parameter(each) for each in drawn]
+
+
+def losses(params: list[nn.Parameter], seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(100 + seed)
+    both = []
+    for _ in range(2):
+        targets = [torch.randn(p.shape, generator=draw) for p in params]
+        terms = [((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True)]
+        both.append(torch.stack(terms).sum())
+    return both[0], both[1]
+
+
+def step(opt: torch.optim.Optimizer, params: list[nn.Parameter], seed: int) -> None:
+    """One step; optimizers that draw numbers draw the same ones."""
+    torch.manual_seed(seed)
+
+    @torch.enable_grad()
+    def closure() -> Tensor:
+        nat, adv = losses(params, seed)
+        loss = nat + 0.5 * adv
+        if isinstance(opt, RGPSelectiveOptimizer):
+            loss = opt.scored(loss, natural=nat, adversarial=adv)
+        opt.zero_grad()
+        loss.backward(create_graph=needs_graph(opt))
+        return loss
+
+    if needs_closure(opt):
+        opt.step(closure)
+    else:
+        closure()
+        opt.step()
+
+
+def inner(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return opt.inner if isinstance(opt, RGPSelectiveOptimizer) else opt
+
+
+def needs_graph(opt: torch.optim.Optimizer) -> bool:
+    """Of those that take second derivatives."""
+    return type(inner(opt)).__name__ in {"AdaHessian", "SophiaH"}
+
+
+def needs_closure(opt: torch.optim.Optimizer) -> bool:
+    option = inspect.signature(inner(opt).step).parameters.get("closure")
+    needed = option is not None and option.default is option.empty
+    return needed or type(inner(opt)).__name__ in {"AliG", "Momo", "MomoAdam"}
+
+
+def wrap(make: Make, kind: str, fraction: float) -> tuple[RGPSelectiveOptimizer, list[Any]]:
+    params = weights(kind)
+    torch.manual_seed(0)
+    wrapper = RGPSelectiveOptimizer(make(params), update_fraction=fraction)
+    return wrapper, params
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(torch.equal(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
+
+
+def check_all(make: Make, kind: str) -> str:
+    opt, params = wrap(make, kind, 1.0)
+    others = weights(kind)
+    torch.manual_seed(0)
+    plain = make(others)
+    for seed in range(12):  # some warm up
+        step(opt, params, seed)
+        step(plain, others, seed)
+    if same(others, weights(kind)):
+        return "no: the plain optimizer moved nothing"
+    return "yes" if same(params, others) else "no: weights differ"
+
+
+def check_none(make: Make, kind: str) -> str:
+    opt, params = wrap(make, kind, 0.0)
+    for seed in range(3):
+        step(opt, params, seed)
+    return "yes" if same(params, weights(kind)) else "no: weights moved"
+
+
+def check_half(make: Make, kind: str) -> str:
+    opt, params = wrap(make, kind, 0.5)
+    for seed in range(3):
+        step(opt, params, seed)
+        counts = [int(opt.masks()[p].sum()) for p in params]
+        if counts != [p.numel() // 2 for p in params]:
+            return f"no: counts {counts}"
+    return "yes"
+
+
+def check_bits(make: Make, kind: str) -> str:
+    opt, params = wrap(make, kind, 0.5)
+    for seed in range(4):
+        before = [p.detach().clone() for p in params]
+        step(opt, params, seed)
+        for p, old in zip(params, before, strict=True):
+            left = ~opt.masks()[p]
+            if moved := int((p.detach()[left] != old[left]).sum()):
+                return f"no: {moved} conserved weights moved"
+    return "yes"
+
+
+def check_resume(make: Make, kind: str) -> str:
+    opt, params = wrap(make, kind, 0.5)
+    for seed in range(3):
+        step(opt, params, seed)
+    state = copy.deepcopy(opt.state_dict())
+    restored, others = wrap(make, kind, 0.5)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    restored.load_state_dict(state)
+    for seed in range(3, 6):
+        step(opt, params, seed)
+        step(restored, others, seed)
+    if same(params, others):
+        return "yes"
+    return "no: weights differ" + (
+        ", as in the plain optimizer" if plain_differs(make, kind) else ""
+    )
+
+
+def plain_differs(make: Make, kind: str) -> bool:
+    """Whether the optimizer itself, without the wrapper, resumes to other weights."""
+    params, others = weights(kind), weights(kind)
+    opt = make(params)
+    for seed in range(3):
+        step(opt, params, seed)
+    restored = make(others)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    restored.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for seed in range(3, 6):
+        step(opt, params, seed)
+        step(restored, others, seed)
+    return not same(params, others)
+
+
+CHECKS = dict(
+    zip(COLUMNS, [check_all, check_none, check_half, check_bits, check_resume], strict=True)
+)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def row(make: Make, kind: str) -> dict[str, str]:
+    """The answers of one optimizer."""
+    try:
+        params = weights(kind)
+        plain = make(params)
+    except Exception as error:
+        return dict.fromkeys(COLUMNS, f"not made: {one_line(error)}")
+    try:
+        RGPSelectiveOptimizer(plain)
+    except (TypeError, ValueError) as error:
+        return dict.fromkeys(COLUMNS, f"refused: {one_line(error)}")
+    try:
+        fresh = weights(kind)
+        opt = make(fresh)
+        step(opt, fresh, 0)
+    except Exception as error:
+        return dict.fromkeys(COLUMNS, f"plain fails: {one_line(error)}")
+    answers = {}
+    for column, check in CHECKS.items():
+        try:
+            answers[column] = check(make, kind)
+        except Exception as error:
+            answers[column] = f"no: {one_line(error)}"
+    return answers
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=RESULT.parent, check=False)
+    return found.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="NAME", help="one package or optimizer; writes no file")
+    only = parser.parse_args().only
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, str]] = []
+    head = {"torch": torch.__version__, "commit": commit()}
+    for package, modules in PACKAGES.items():
+        try:
+            found = list(optimizers(modules))
+        except Exception as error:
+            print(f"{package}: left out ({one_line(error)})")
+            continue
+        version = importlib.metadata.version(package)
+        for name, cls in found:
+            if only not in (None, package, name):
+                continue
+            for kind in ("float32", "channels_last", "half"):
+                if kind == "channels_last" and package not in ("torch", "bitsandbytes"):
+                    continue
+                if kind == "half" and package != "adabelief-pytorch":
+                    continue
+                about = {"package": package, "version": version, "optimizer": name, "weights": kind}
+                rows.append({**about, **row(maker(cls), kind), **head})
+                if only or not all(rows[-1][c] == "yes" for c in COLUMNS):
+                    print(package, name, kind, {c: rows[-1][c] for c in COLUMNS}, flush=True)
+        if only is None:
+            write(rows)
+    for column in COLUMNS:
+        print(column, dict(Counter(each[column].split(":")[0] for each in rows)))
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    with RESULT.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
