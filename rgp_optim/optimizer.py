@@ -208,8 +208,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             self._holder.warned = True
             warnings.warn(
                 f"{type(inner).__name__}.eval() moves every weight that a step has updated, and "
-                "with weight decay or conserve='update' the others too. train() brings them back up to "
-                "rounding, not to the same bits.",
+                "with weight decay or conserve='update' the others too. train() brings them back "
+                "up to rounding, not to the same bits.",
                 stacklevel=2,
             )
         return getattr(inner, name)
