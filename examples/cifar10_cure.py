@@ -25,7 +25,17 @@ import torch
 import torch.nn.functional as F
 from image_data import DataError, Images, fingerprint, load_cifar10, load_digits
 from networks import NETWORKS
-from report import nrr, plot, table, versions, write_json, write_whole
+from report import (
+    load_checked,
+    nrr,
+    plot,
+    save_checked,
+    table,
+    versions,
+    writable,
+    write_json,
+    write_whole,
+)
 from torch import nn
 from tqdm import tqdm
 from updates import Updates
@@ -98,7 +108,8 @@ COUNTS = ["epochs", "batch_size", "val_size", "attack_steps"]
 COUNTS += ["train_size", "eval_size", "image_size", "threads"]
 RULES: list[tuple[list[str], str, Callable[[float], bool]]] = [
     (COUNTS, "at least 1", lambda v: v >= 1),
-    (["warmup_epochs", "seed"], "at least 0", lambda v: v >= 0),
+    (["warmup_epochs"], "at least 0", lambda v: v >= 0),
+    (["seed"], "at least 0 and below 2**31", lambda v: 0 <= v < 2**31),
     (["eps"], "above 0 and at most 1, as pixels are", lambda v: 0 < v <= 1),
     (["lr", "attack_step_size"], "finite and above 0", lambda v: math.isfinite(v) and v > 0),
     (
@@ -213,10 +224,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=args.device).item()  # not on "meta"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         parser.error(f"--device {args.device} cannot be used here: {reason}")
+    places = {"--out": Path(args.out)}
+    if args.warmup_file:
+        places["--warmup-file"] = Path(args.warmup_file).parent
+    for flag, folder in places.items():
+        if problem := writable(folder):
+            parser.error(f"{flag} cannot be written, {problem}.")
     return args
 
 
@@ -346,6 +363,11 @@ class Run:
             row = self.train_epoch(method, optimizer, reviser, scheduler, updates, bar)
             if updates is not None:
                 row["updated"] = updates.mean()
+            if not math.isfinite(row["loss"]):
+                raise DataError(
+                    f"the loss is {row['loss']} in {phase} epoch {epoch + 1}: lower --lr (now "
+                    f"{args.lr:g}) or --beta."
+                )
             row["lr"] = lr
             row["natural"], row["robust"] = self.validate()
             row["seconds"] = time.perf_counter() - began
@@ -502,7 +524,7 @@ class Run:
             "seconds": self.seconds,
             **states,
         }
-        write_whole(self.out / "checkpoint.pt", lambda path: torch.save(state, path))
+        save_checked(self.out / "checkpoint.pt", state)
 
     def load(self) -> dict[str, Any] | None:
         """Return the checkpoint to go on from, its weights and history already in place."""
@@ -522,14 +544,17 @@ class Run:
             return None
         if not path.exists():
             raise DataError(f"There is nothing to resume in {self.out}: leave out --resume.")
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        state = self.read(path, "begin anew with --overwrite")
         changed = [
             f"--{name.replace('_', '-')} was {state['settings'].get(name)!r}, is {value!r}"
             for name, value in self.settings.items()
             if state["settings"].get(name) != value
         ]
         if changed:
-            raise DataError(f"{path} was made with other settings: {'; '.join(changed)}.")
+            why = ""
+            if "--epochs" in str(changed):
+                why = " Learning rates and averaging depend on --epochs: a run cannot be extended."
+            raise DataError(f"{path} was made with other settings: {'; '.join(changed)}.{why}")
         if state.get("images") != self.images:
             raise DataError(
                 f"{path} was made with other images: give the data it had, or begin anew."
@@ -549,7 +574,7 @@ class Run:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         path = Path(args.warmup_file or self.out.parent / f"warmup-{args.data}-{digest}.pt")
         if state is None and path.exists():
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = self.read(path, "delete it, or give another --warmup-file")
             if saved["settings"] != key:
                 raise DataError(
                     f"{path} is a warm-up with other settings or images: give another "
@@ -566,7 +591,14 @@ class Run:
             "history": self.history,
             "seconds": self.seconds,
         }
-        write_whole(path, lambda p: torch.save(content, p))
+        save_checked(path, content)
+
+    def read(self, path: Path, way_out: str) -> dict[str, Any]:
+        """Return the content of a checkpoint or a warm-up."""
+        try:
+            return load_checked(path, self.device)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise DataError(f"{error}: {way_out}.") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -577,6 +609,11 @@ def main(argv: list[str] | None = None) -> None:
         report(run)
     except DataError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, say; files are whole or not there
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(
+            f"error: {place}{error.strerror}. Free space or give another --out, then --resume."
+        )
     except KeyboardInterrupt:
         if (Path(args.out) / "checkpoint.pt").exists():
             instead = " in place of --overwrite" if args.overwrite else ""

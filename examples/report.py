@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,38 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     scratch = path.with_name(path.name + ".new")
     write(scratch)
     os.replace(scratch, path)
+
+
+def save_checked(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and numbers after a line with their checksum, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    digest = hashlib.sha256(data).hexdigest().encode()
+    write_whole(path, lambda scratch: scratch.write_bytes(digest + b"\n" + data))
+
+
+def load_checked(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return what `save_checked` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or another kind of file.
+    """
+    digest, _, data = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(data).hexdigest().encode():
+        raise ValueError(f"{path} is damaged, or another kind of file")
+    content: dict[str, Any] = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    return content
+
+
+def writable(folder: Path) -> str:
+    """Return why no file can be made in a folder, which is made if need be; "" if one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def about(rows: Sequence[Row]) -> str:
     threads = f", {first['threads']} thread(s)" if first["threads"] else ""
     return (
         f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}, "
-        f"{first['date']}. Medians of at least {least} interleaved runs; bars span 20 % to 80 %."
+        f"{first['date']}.\nMedians of at least {least} interleaved runs; bars span 20 % to 80 %."
     )
 
 

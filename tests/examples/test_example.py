@@ -34,6 +34,8 @@ def run(out, *flags):
 
 
 def weights(out, name="last.pt"):
+    if name == "checkpoint.pt":
+        return example.load_checked(out / name, torch.device("cpu"))
     return torch.load(out / name, weights_only=True)
 
 
@@ -74,7 +76,7 @@ def test_each_method(method, tmp_path, capsys):
         assert 0.6 < updated["conv.weight"] <= 0.71
         assert updated["fc.bias"] == 1.0
     (warmup,) = tmp_path.glob("warmup-digits-*.pt")
-    assert torch.load(warmup, weights_only=True)["settings"]["seed"] == 0
+    assert example.load_checked(warmup, torch.device("cpu"))["settings"]["seed"] == 0
 
 
 @pytest.fixture
@@ -191,6 +193,73 @@ def test_command_line_in_a_fresh_process(tmp_path):
 def test_what_cannot_work_is_said_in_a_sentence(flags, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path / "run", "--data-dir", str(tmp_path / "data"), *flags)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "warm-up"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "bit-flipped"])
+def test_damaged_files_are_refused(kind, damage, tmp_path, monkeypatch):
+    """With the path and the way out; nothing is trained from half a file."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(example.Run, "evaluate", stop)
+        run(out, "--method", "at")
+    (warmup,) = tmp_path.glob("warmup-*.pt")
+    file = out / "checkpoint.pt" if kind == "checkpoint" else warmup
+    good = file.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    if damage == "foreign":
+        torch.save({"weights": torch.ones(3)}, file)
+    else:
+        content = {
+            "truncated": good[:-100],
+            "empty": b"",
+            "text": b"hello\n",
+            "bit-flipped": flipped,
+        }
+        file.write_bytes(content[damage])
+    flags = ["--resume"] if kind == "checkpoint" else ["--overwrite"]
+    way_out = "begin anew with --overwrite" if kind == "checkpoint" else "another --warmup-file"
+    with pytest.raises(SystemExit, match=rf"{file.name} is damaged, or another kind.*{way_out}"):
+        run(out, "--method", "at", *flags)
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "checkpoint.pt")
+
+    monkeypatch.setattr(example, "save_checked", full)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt: No space left on device\. Free space"):
+        run(tmp_path / "run", "--method", "at")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(SystemExit, match=r"the loss is nan in warm-up epoch 1: lower --lr"):
+        run(tmp_path / "run", "--method", "at", "--lr", "1e30")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "/proc/run"], "--out cannot be written, /proc/run: "),
+        (["--warmup-file", "/proc/none/w.pt"], "--warmup-file cannot be written, /proc/none: "),
+        (["--seed", "99999999999999999999"], "--seed should be at least 0 and below"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+    ],
+)
+def test_flags_are_checked_before_data_are_loaded(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(example, "load_digits", stop)
+    with pytest.raises(SystemExit):
+        example.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_cannot_be_extended(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(example.Run, "evaluate", stop)
+        run(tmp_path / "run", "--method", "at")
+    with pytest.raises(SystemExit, match="a run cannot be extended"):
+        run(tmp_path / "run", "--method", "at", "--epochs", "9", "--resume")
 
 
 def stop(*args, **kwargs):
