@@ -65,7 +65,8 @@ def maker(cls: type) -> Make:
     """The optimizer with its defaults, and values for options that have none."""
     known = inspect.signature(cls).parameters
     options = {name: value for name, value in REQUIRED.items() if name in known}
-    options = {n: v for n, v in options.items() if known[n].default is inspect.Parameter.empty}
+    empty = (inspect.Parameter.empty, None)
+    options = {n: v for n, v in options.items() if known[n].default in empty}
 
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         try:
@@ -276,7 +277,9 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="NAME", help="one package or optimizer; writes no file")
+    parser.add_argument(
+        "--only", metavar="NAME", help="one package or optimizer: replaces its rows"
+    )
     only = parser.parse_args().only
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -299,15 +302,22 @@ def main() -> None:
                     continue
                 about = {"package": package, "version": version, "optimizer": name, "weights": kind}
                 rows.append({**about, **row(maker(cls), kind), **head})
+                write(rows)
                 if only or not all(rows[-1][c] == "yes" for c in COLUMNS):
                     print(package, name, kind, {c: rows[-1][c] for c in COLUMNS}, flush=True)
-        if only is None:
-            write(rows)
     for column in COLUMNS:
         print(column, dict(Counter(each[column].split(":")[0] for each in rows)))
 
 
 def write(rows: list[dict[str, str]]) -> None:
+    """Replace the rows of the same optimizers; others stay."""
+    key = ("package", "optimizer", "weights")
+    kept = {}
+    if RESULT.exists():
+        with RESULT.open(newline="", encoding="utf-8") as file:
+            kept = {tuple(each[k] for k in key): each for each in csv.DictReader(file)}
+    kept |= {tuple(each[k] for k in key): each for each in rows}
+    rows = list(kept.values())
     with RESULT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()

@@ -269,3 +269,39 @@ def test_activation_checkpointing():
             opt.step()
         found.append(snapshot(model))
     assert same(*found)
+
+
+COMPILED = []
+
+
+def recorded(graph, _):
+    COMPILED.append(graph)
+    return graph.forward
+
+
+class CompiledStep(torch.optim.SGD):
+    """As optimizers that compile their update."""
+
+    update = staticmethod(torch.compile(lambda p, g: p.sub_(0.1 * g), backend=recorded))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, p.grad)
+
+
+def test_an_inner_optimizer_that_compiles_its_step():
+    """It stays compiled under the wrapper."""
+    found = []
+    COMPILED.clear()
+    for inner in (CompiledStep, torch.optim.SGD):
+        model = make_net()
+        opt = RGPSelectiveOptimizer(inner(model.parameters(), lr=0.1), update_fraction=0.4)
+        for step in range(2):
+            passes("loss", model, opt, make_batch(step))
+            opt.step()
+        found.append(snapshot(model))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+    assert COMPILED
