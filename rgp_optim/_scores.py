@@ -37,7 +37,7 @@ def check_loss(name: str, loss: Any) -> None:
 
 
 class Scored(torch.autograd.Function):
-    """The identity on a loss; its backward pass, the first node to run, takes the scores."""
+    """The identity on a loss; its backward takes the scores before the loss's graph runs."""
 
     @staticmethod
     def forward(
@@ -72,7 +72,7 @@ class Scores:
 
     taken: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
     taking: bool = False
-    _walked: bool = False  # the graph of a loss
+    _graph_checked: bool = False  # for reentrant checkpoints, in the first pass
     _pass: int = -1  # the backward pass that took last
 
     @property
@@ -83,7 +83,11 @@ class Scores:
     @property
     def running(self) -> bool:
         """Whether the backward pass that takes the scores still runs."""
-        return self.taking or -1 != torch._C._current_graph_task_id() == self._pass
+        return self.taking or self._in_pass()
+
+    def _in_pass(self) -> bool:
+        current = torch._C._current_graph_task_id()  # -1: no backward pass runs
+        return current != -1 and current == self._pass
 
     @torch.no_grad()
     def take(
@@ -93,21 +97,19 @@ class Scores:
         grad: Tensor,
         name: Callable[[Tensor], str],
     ) -> None:
-        """Add the gradients of the losses, which the same incoming gradient multiplies."""
+        """Add the gradients of the losses, each seeded with the incoming gradient."""
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
         if not params:  # frozen, say
             return
-        current = torch._C._current_graph_task_id()  # several scored losses may share a pass
-        shared = current == self._pass != -1
-        if not shared and all(p.grad is None for p in params):
+        if not self._in_pass() and all(p.grad is None for p in params):
             self.taken.clear()  # the step of earlier scores was skipped
-        self._pass = current
+        self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
         self.taking = True
         try:
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
-                gradients = distributed.take(loss, params, factor, walk=not self._walked)
+                gradients = distributed.take(loss, params, factor, walk=not self._graph_checked)
                 self._add(role, params, gradients, name)
         except BaseException as error:
             self.taken.clear()  # half a score would select the wrong weights
@@ -116,7 +118,7 @@ class Scores:
             raise
         finally:
             self.taking = False
-        self._walked = True
+        self._graph_checked = True
 
     def _add(
         self,

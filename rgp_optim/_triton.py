@@ -1,12 +1,13 @@
 """The GPU backend: exact selection by counting, then masking and restoring, all tensors at once.
 
-Scores become integer keys of the same order. Each counting pass takes the next digit of the keys
-that share the threshold's digits so far, and counts how often each value occurs; the last program
-of a pool to finish (a ticket) picks the digit of the k-th highest key. After the last pass the
-threshold is known bit by bit, and a mask kernel compares. No step depends on the data.
+Scores become integer keys of the same order. The threshold, the k-th highest key of a pool, is
+found digit by digit: a counting pass counts the values of the next digit among the keys that begin
+with the digits found so far, and the pool's last program to finish (a ticket tells) picks the digit
+of the k-th highest. A mask kernel then compares keys with the threshold.
 
-A table of addresses, sizes and strides describes the tensors: launches do not depend on their
-number. Indices are row-major whatever the strides. Nothing synchronises with the host.
+A table of addresses, sizes and strides describes the tensors: each launch handles all of them, and
+the host never reads a result. Indices are row-major whatever the strides. Memory that the table
+cannot describe takes one PyTorch operation per tensor.
 
 All tensors of a call are on one device. The digits and the ticket follow AIR Top-K (Zhang et al.,
 SC 2023), the tables apex.
@@ -49,7 +50,8 @@ SIZE, FIRST_CHUNK, CODE, FAST, N1, N2, S0, S1, S2, MASK = (tl.constexpr(i) for i
 NAT, ADV, SHARE_NAT, SHARE_ADV, PLACE, POOL = (tl.constexpr(i) for i in range(10, 16))  # _count
 TARGET, SOURCE = NAT, ADV  # _merge
 WIDTH = tl.constexpr(16)
-# Columns of a pool's row; of its state on the device, which the counts of a digit follow.
+# A pool's row on the device, and its state: prefix, number still wanted, ticket, then one count per
+# digit value.
 K, POOL_CHUNK, POOL_CHUNKS, POOL_WIDTH = (tl.constexpr(i) for i in (0, 1, 2, 4))
 PREFIX, WANTED, TICKET, COUNTS = (tl.constexpr(i) for i in (0, 1, 2, 4))
 
@@ -182,7 +184,7 @@ def _count(
     tl.atomic_add(state + COUNTS + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
     if SHIFT == 0:
         tl.store(ties + pid * BINS + bins, counts)
-    tl.debug_barrier()  # all of the program's adds come before its ticket
+    tl.debug_barrier()  # the program's adds come before its ticket: whoever draws the last sees all
     pool_row = pools + pool * POOL_WIDTH
     ticket = tl.atomic_add(state + TICKET, 1, sem="acq_rel")
     if ticket == tl.load(pool_row + POOL_CHUNKS) - 1:

@@ -30,7 +30,7 @@ SCOPES = ("tensor", "global")
 BACKENDS = ("auto", "cpu", "triton", "torch")
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly: for tests
-_faults: dict[torch.device, str | None] = {}  # of the kernels, on devices where they were compared
+_faults: dict[torch.device, str | None] = {}  # found by comparing the kernels once per device
 
 
 def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
@@ -147,7 +147,7 @@ def rgp_topk_masks(
 @_disable_dynamo  # backends work on memory, not on operations that could be traced
 @torch.no_grad()
 def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]:
-    """Call a function of `_reference`, or a backend's, once per device; a row is a tensor's."""
+    """Call a function of `_reference`, or a backend's, once per device; one entry per tensor."""
     members: dict[torch.device, list[int]] = {}
     homes: dict[int, torch.device] = {}
     tensors: list[list[Tensor]] = []
@@ -168,7 +168,7 @@ def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]
     return results
 
 
-# For arguments that are known to match, the columns of `_reference`'s functions: the optimizer's.
+# Without checks, for the optimizer: the columns of `_reference`'s functions of these names.
 RANKED = ("select", "topk_masks")
 select, select_scores = partial(_run, "select"), partial(_run, "topk_masks")
 zero_and_save_, restore_ = partial(_run, "zero_and_save_"), partial(_run, "restore_")

@@ -29,8 +29,8 @@ __all__ = ["RGPSelectiveOptimizer", "ScoreInputs"]
 
 Conserve = Literal["weights", "gradients", "update"]
 CONSERVE = ("weights", "gradients", "update")
-GATHERED = 2**26  # weights whose scores are gathered at a time
-AROUND = (
+GATHER_LIMIT = 2**26  # weights whose scores are gathered at a time
+SAM_HINT = (
     "Wrap the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
     "torch.optim.SGD(g, **k))), with the loss scored in the second pass."
 )
@@ -49,9 +49,9 @@ class _Holder:
     ranks: Ranks
     scores: Scores = field(default_factory=Scores)
     masks: dict[Tensor, Tensor] = field(default_factory=dict)  # of the last step
-    guarded: bool = True  # the inner step may not run: it would pass the selection by
-    compared: bool = False  # ranks, in the first step
-    closed: bool = False  # stepped with a closure
+    guarded: bool = True  # the inner step may not run: it would bypass the selection
+    ranks_compared: bool = False  # since groups or a checkpoint changed
+    used_closure: bool = False
     warned: bool = False
     needs_closure: bool = False
 
@@ -254,7 +254,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             plain = [each[1] if isinstance(each, tuple) else each for each in several]
             _check_group({**self._holder.defaults, **param_group, "params": plain})
         self._holder.inner.add_param_group(param_group)
-        self._holder.compared = False
+        self._holder.ranks_compared = False
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         for group, before in zip(self.param_groups, ours, strict=True):
             for name, value in before.items():
                 group.setdefault(name, value)
-        self._holder.compared = False
+        self._holder.ranks_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -359,8 +359,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 other weights; the ranks differ (compared in the first step). With all learning
                 rates 0 an unscored step moves nothing instead: checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
-            ValueError: a setting is out of its range; a score has the wrong shape. Nothing has been
-                changed in any of these cases.
+            ValueError: a setting is out of its range; a score has the wrong shape. No weight has
+                been changed in any of these cases; a closure has run.
         """
         holder = self._holder
         once = self._evaluate(closure)
@@ -395,7 +395,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             if holder.needs_closure:
                 raise TypeError(error_text("closure", "be given: the inner step needs it", "None"))
             return None
-        first, holder.closed = not holder.closed, True
+        first, holder.used_closure = not holder.used_closure, True
         return _Evaluated(closure, self._parameters(), first)
 
     def _inner_step(self, once: _Evaluated | None) -> Any:
@@ -418,7 +418,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Return the masks of this step, by parameter."""
         holder = self._holder
         self._complete_groups()
-        selected = self._selected()
+        selected = self._partly_updated()
         entries = [each for each in selected if each.fraction > 0.0]
         params = self._parameters()
         if holder.scores.running and (holder.scores.taking or len(params) > 1):
@@ -440,16 +440,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 raise
             gradients = {p: p.grad for p in params if p.grad is not None}
             dense = [p for p, g in gradients.items() if g.layout == torch.strided]
-            return {p: _no_weight(p) for p in dense}
-        masks = {each.p: _no_weight(each.p) for each in selected if each.fraction == 0.0}
+            return {p: _empty_mask(p) for p in dense}
+        masks = {each.p: _empty_mask(each.p) for each in selected if each.fraction == 0.0}
         masks.update(zip((each.p for each in entries), found, strict=True))
-        if not holder.compared and holder.ranks.size > 1:
+        if not holder.ranks_compared and holder.ranks.size > 1:
             self._compare_ranks(masks)
-            holder.compared = True
+            holder.ranks_compared = True
         return masks
 
-    def _selected(self) -> list[_Selected]:
-        """Return the parameters with a gradient in which some weights are conserved."""
+    def _partly_updated(self) -> list[_Selected]:
+        """Return the parameters with a gradient whose update fraction is below 1."""
         found = []
         for group in self.param_groups:
             settings = Settings.of(group)
@@ -525,11 +525,11 @@ class _Selected(NamedTuple):
 
 
 def _batches(entries: Sequence[_Selected], pools: Sequence[int]) -> Iterator[list[int]]:
-    """Yield positions of whole pools, about `GATHERED` weights at a time."""
+    """Yield positions of whole pools, about `GATHER_LIMIT` weights at a time."""
     batch: list[int] = []
     for pool in dict.fromkeys(pools):
         batch += [i for i, other in enumerate(pools) if other == pool]
-        if sum(entries[i].p.numel() for i in batch) >= GATHERED:
+        if sum(entries[i].p.numel() for i in batch) >= GATHER_LIMIT:
             yield batch
             batch = []
     if batch:
@@ -577,7 +577,7 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
         hint = "Use a first-order optimizer."
     elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         rule = "take one gradient per step"
-        hint = AROUND
+        hint = SAM_HINT
     if rule:
         raise TypeError(error_text("optimizer", rule, kind, hint))
     return cast(torch.optim.Optimizer, optimizer)
@@ -594,7 +594,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _guard(holder: _Holder) -> None:
-    """Refuse a step of the inner optimizer that passes the wrapper by while scores wait."""
+    """Refuse a step of the inner optimizer that bypasses the wrapper while scores wait."""
     reference = weakref.ref(holder)
 
     def hook(*_: Any) -> None:
@@ -609,7 +609,7 @@ def _guard(holder: _Holder) -> None:
 
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
-    """Clone gradients of ``params`` that share memory: they are about to be masked in place."""
+    """Clone gradients that share memory or overlap themselves: masks write in place."""
     masked = set(params)
     others = [local(p.grad) for p in everyone if p not in masked and p.grad is not None]
     taken = {g.data_ptr() for g in others if g.layout == torch.strided}
@@ -622,7 +622,7 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
         taken.add(start)
 
 
-def _no_weight(p: Tensor) -> Tensor:
+def _empty_mask(p: Tensor) -> Tensor:
     return torch.zeros_like(local(p.detach()), dtype=torch.bool)
 
 
@@ -659,7 +659,7 @@ class _Evaluated:
         if changed:
             raise _Reevaluated(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
-                f"the closure is evaluated once per step, before weights are selected. {AROUND}"
+                f"the closure is evaluated once per step, before weights are selected. {SAM_HINT}"
             )
         return self.loss
 

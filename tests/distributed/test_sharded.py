@@ -61,11 +61,11 @@ def test_four_ranks(four, kind):
 
 def gather_little(rank, size, scope):
     """Whole scores of one tensor at a time, as in a model that does not fit."""
-    gathered, optimizer.GATHERED = optimizer.GATHERED, 1
+    gathered, optimizer.GATHER_LIMIT = optimizer.GATHER_LIMIT, 1
     try:
         return train_with(rank, size, {"kind": "fsdp", "scope": scope})[0]
     finally:
-        optimizer.GATHERED = gathered
+        optimizer.GATHER_LIMIT = gathered
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
