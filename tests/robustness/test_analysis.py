@@ -30,7 +30,7 @@ def images(n=3, channels=3, size=32):
 @pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_corruptions_are_images_and_get_worse(name, channels):
-    if name == "JPEG":
+    if name in ("JPEG", "pixelate"):
         pytest.importorskip("PIL")
     x = images(channels=channels)
     x = F.avg_pool2d(F.pad(x, [2] * 4, mode="replicate"), 5, 1)  # with structure to lose
@@ -72,8 +72,37 @@ def test_contrast_brightness_and_pixels():
     torch.testing.assert_close(bright.amax(1), (x.amax(1) + 0.1).clamp(max=1))
     torch.testing.assert_close(bright / bright.amax(1, keepdim=True), x / x.amax(1, keepdim=True))
     flat = torch.full((1, 3, 32, 32), 0.3)
-    for name in ("pixelate", "gaussian blur", "zoom blur"):
+    for name in ("gaussian blur", "zoom blur"):
         torch.testing.assert_close(corruptions.corrupt(flat, name, 5), flat)
+
+
+def test_pixelate_takes_whole_pixels():
+    """Every second pixel of a checkerboard of 2 x 2 squares at half the size."""
+    pytest.importorskip("PIL")
+    squares = (torch.arange(16) // 2 % 2).float()
+    x = (squares[:, None] + squares[None]).remainder(2).expand(1, 3, 16, 16).contiguous()
+    g = torch.Generator()
+    torch.testing.assert_close(corruptions.pixelate(x, 0.5, g), x)
+    shifted = x.roll(1, 3)[..., 2:14, 2:14].contiguous()  # boxes now cover two squares
+    half = torch.full_like(shifted, 128 / 255)
+    torch.testing.assert_close(corruptions.pixelate(shifted, 0.5, g), half, atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("limit", [1.06, 1.16, 1.26])
+def test_zoom_blur_is_the_mean_of_enlargements(limit):
+    """The original enlarges by splines of order 1, `scipy.ndimage.zoom`."""
+    zoom_of = pytest.importorskip("scipy.ndimage").zoom
+    x = images(1).double()
+    total, factors = x[0].numpy().copy(), np.arange(1, limit, 0.01)
+    for factor in factors:
+        side = math.ceil(32 / factor)
+        first = (32 - side) // 2
+        part = x[0, :, first : first + side, first : first + side].numpy()
+        large = zoom_of(part, (1, factor, factor), order=1)
+        trim = (large.shape[1] - 32) // 2
+        total += large[:, trim : trim + 32, trim : trim + 32]
+    out = corruptions.zoom_blur(x, limit, torch.Generator())[0]
+    np.testing.assert_allclose(out.numpy(), total / (len(factors) + 1), atol=1e-10)
 
 
 def test_blur_is_a_convolution_with_a_gaussian():

@@ -1,5 +1,6 @@
 """The methods of the table against their formulas, computed by hand; the runner; the report."""
 
+import copy
 import hashlib
 import json
 import math
@@ -82,6 +83,12 @@ def test_act():
 def test_ard():
     teacher, student = logits(0), logits(1)
     close(soft_kl(teacher, student, 30.0), kl(p(teacher, 30), p(student, 30)).mean())
+    _, s = setting()
+    s = replace(s, teacher=lambda: lambda x: teacher)
+    method = METHODS["ard"](nn.Linear(3, 3).double(), s)
+    method.model = lambda x: student
+    expected = 900 * kl(p(teacher, 30), p(student, 30)).sum() / (4 * 3)  # over images and classes
+    close(method.loss(None, None, Y), expected)
 
 
 def test_iad():
@@ -89,6 +96,12 @@ def test_iad():
     q = p(ta)[np.arange(4), Y]
     expected = kl(p(t), p(za)).mean() + ((1 - q**0.1) * kl(p(z), p(za))).mean()
     close(iad_loss(z, za, t, ta, Y, 1.0, 0.1), expected)
+    _, s = setting(epochs=10)
+    method = METHODS["iad"](nn.Linear(3, 3).double(), s)
+    method.teacher, method.model = {0: t, 1: ta}.get, {0: z, 1: za}.get
+    for epoch, value in ((2, kl(p(t), p(za)).mean()), (3, expected)):
+        method.begin_epoch(epoch)
+        close(method.loss(0, 1, Y), value)
 
 
 def test_st_at():
@@ -102,6 +115,36 @@ def test_st_at():
         expected += (there + back) / 2 / 4
     close(gap(three, Y), expected)
     close(squeeze_loss(three, Y, 6.0), ce(three[0]).mean() + 6 * expected)
+    for z in three:
+        z.requires_grad_()
+    found = torch.autograd.grad(gap(three, Y), three)
+    for i in range(4):  # half of the distance of the predictions, pushing both together
+        order = sorted(range(3), key=lambda j: p(three[j].detach())[i, Y[i]])
+        low, high = (p(three[j].detach())[i] for j in (order[0], order[2]))
+        for j, expected in zip(order, ((low - high) / 8, 0 * low, (high - low) / 8), strict=True):
+            np.testing.assert_allclose(found[j][i].numpy(), expected, atol=1e-12)
+
+
+def test_st_at_goes_on_from_the_extremes():
+    """Each of the two images steps from whichever of the three is the extreme now."""
+    model, s = setting(attack_steps=1)
+    method = METHODS["st-at"](model, s)
+    x, y = data()
+    x_adv, x_col = method.extremes(x, y)
+    g = torch.Generator().manual_seed(0)
+    three = [x, *(x + 0.001 * torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(2))]
+    for i in range(len(x)):
+        images = [each[i : i + 1].clone().requires_grad_() for each in three]
+        z = [model(each) for each in images]
+        true = [F.softmax(each, 1)[0, y[i]].item() for each in z]
+        low, high = true.index(min(true)), true.index(max(true))
+        logs = [F.log_softmax(z[j], 1)[0] for j in (low, high)]
+        sum_ = sum((a.exp().detach() * (a.detach() - b)).sum() for a, b in (logs, logs[::-1]))
+        sum_.backward()
+        for j, moved in ((low, x_adv), (high, x_col)):
+            ahead = images[j].detach() + 0.04 * images[j].grad.sign()
+            ahead = torch.min(torch.max(ahead, x[i] - 0.1), x[i] + 0.1).clamp(0, 1)
+            torch.testing.assert_close(moved[i], ahead[0], rtol=0, atol=1e-12)
 
 
 def test_las_at():
@@ -109,6 +152,45 @@ def test_las_at():
     target = np.full((4, 3), 0.15)
     target[np.arange(4), Y] = 0.7
     close(smoothed_loss(z, Y, 0.7), -(target * np.log(p(z))).sum(1).mean())
+
+
+@pytest.mark.parametrize("reward", [0.01, 5.0])
+def test_the_strategy_of_las_at_follows_the_whole_reward(reward):
+    """REINFORCE by hand: one reward for the batch, no baseline, norm at most 1, no momentum."""
+    model, s = setting()
+    method = METHODS["las-at"](model, s)
+    method.reward = lambda *_: torch.tensor(reward)
+    x, y = data()
+    for _ in range(2):
+        expected = copy.deepcopy(method.strategy)
+        draws = torch.Generator()
+        draws.set_state(s.generator.get_state())
+        _, log_p = expected.sample(x, draws)
+        gradients = torch.autograd.grad((-reward * log_p).mean(), list(expected.parameters()))
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        method.train_strategy(x, y)
+        for w, old, g in zip(
+            method.strategy.parameters(), expected.parameters(), gradients, strict=True
+        ):
+            torch.testing.assert_close(w, old - 1e-4 * g / max(norm, 1.0), rtol=0, atol=1e-9)
+    assert (norm > 1) == (reward > 1)
+
+
+def test_the_reward_of_las_at():
+    model, s = setting(attack_steps=0)
+    method = METHODS["las-at"](model, s)
+    x, y = data()
+    z = model(x).detach()
+    copied = copy.deepcopy(model)
+    smoothed_loss(copied(x), y, 0.7).backward()
+    with torch.no_grad():
+        for w in copied.parameters():
+            w -= 0.1 * (w.grad + 5e-4 * w)
+        right = (copied(x).argmax(1) == y).double().mean()
+        start = METHODS["at"](copied, replace(s, generator=torch.Generator().manual_seed(0)))
+        robust = (copied(start.perturb(x, y)).argmax(1) == y).double().mean()
+    expected = F.cross_entropy(z, y) + 4 * robust + 2 * right
+    close(method.reward(x, x, y), expected)
 
 
 @pytest.mark.parametrize("tau", [0, 1, 2])
@@ -123,6 +205,35 @@ def test_fat_stops_some_steps_after_the_first_mistake(tau):
     out = friendly_pgd(model, x, y, x.clone(), 0.3, 0.05, 10, tau)
     close(out[0], min(0.42 + 0.05 * (2 + tau), 0.72))  # wrong after two steps
     close(out[1], 0.4)  # never wrong: to the end of the ball
+    g, again = (torch.Generator().manual_seed(0) for _ in range(2))
+    noisy = friendly_pgd(model, x[:1], y[:1], x[:1].clone(), 0.3, 0.05, 1, tau, 0.001, g)
+    draw = torch.randn(1, 1, generator=again, dtype=torch.float64)
+    close(noisy, 0.42 + 0.05 + 0.001 * draw)
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+@pytest.mark.parametrize("name", ["mart", "act"])
+def test_attacks_pixel_for_pixel(name, saturated):
+    """A start that is not clipped, then plain steps, from the same noise."""
+    model, s = setting()
+    method = METHODS[name](model, s)
+    x, y = data()
+    x = x.round() if saturated else 0.25 + x / 2
+    g = torch.Generator().manual_seed(0)
+    x_adv = x + 0.001 * torch.randn(x.shape, generator=g, dtype=x.dtype)
+    for _ in range(3):
+        x_adv.requires_grad_()
+        z = F.log_softmax(model(x_adv), 1)
+        nll = -z[torch.arange(12), y]
+        if name == "mart":
+            goal = nll.sum()
+        else:
+            q = F.softmax(method.natural(x), 1).detach()
+            goal = 0.1 * nll.mean() + 0.9 * (q * (q.log() - z)).sum()
+        (gradient,) = torch.autograd.grad(goal, x_adv)
+        ahead = x_adv.detach() + 0.04 * gradient.sign()
+        x_adv = torch.min(torch.max(ahead, x - 0.1), x + 0.1).clamp(0, 1)
+    torch.testing.assert_close(method.perturb(x, y), x_adv, rtol=0, atol=1e-12)
 
 
 def setting(**changes):
@@ -194,7 +305,11 @@ def test_attacks_of_single_methods():
 
 def test_controls_differ_from_cure_in_one_thing():
     cure = METHODS["cure"]
+    assert METHODS["released-rgp"].official["loss"] == "ce"
     for name in list(METHODS)[12:]:
+        if name.startswith("released"):
+            assert METHODS[name].official["conserve"] == "gradients"
+            continue
         changed = {k for k, v in METHODS[name].official.items() if cure.official[k] != v}
         assert len(changed) == 1, name
         assert METHODS[name].warm
@@ -247,6 +362,26 @@ def test_released_rules_select_where_the_released_code_does():
             if isinstance(m, nn.Conv2d | nn.Linear) and n not in left
         }
         assert chosen == allowed if allowed else left == ["fc"]
+
+
+def test_the_released_mode_rgp_by_hand():
+    """Gradients of a CE + (1 - a) CE_adv at or above its quantile in each tensor, the rest zero."""
+    model, s = setting()
+    method = METHODS["released-rgp"](model, s, gamma=0.0)
+    x, y = data()
+    x_adv = METHODS["released-rgp"](model, s, gamma=0.0).perturb(x, y)
+    method.perturb = lambda *_: x_adv
+    expected = copy.deepcopy(model)
+    loss = 0.1 * F.cross_entropy(expected(x), y) + 0.9 * F.cross_entropy(expected(x_adv), y)
+    loss.backward()
+    method.step(x, y)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        gradient = theirs.grad
+        if not name.startswith("3"):  # all but the head, biases too
+            k = math.ceil(0.7 * gradient.numel() - 1e-9)
+            least = gradient.abs().flatten().sort(descending=True).values[k - 1]
+            gradient = gradient * (gradient.abs() >= least)
+        torch.testing.assert_close(ours, theirs - 0.1 * gradient, rtol=0, atol=1e-12)
 
 
 def test_an_unknown_option_is_refused():

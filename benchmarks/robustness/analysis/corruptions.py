@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,24 +66,35 @@ def brightness(x: Tensor, c: float, g: torch.Generator) -> Tensor:
     return torch.where(value > 0, x * raised / value.clamp(min=1e-12), raised)
 
 
-def jpeg(x: Tensor, c: float, g: torch.Generator) -> Tensor:
-    """Encode each image with quality ``c`` and decode it."""
+def through_pillow(x: Tensor, change: Callable[[Any], Any]) -> Tensor:
+    """Return images of eight bits that Pillow has changed, one by one."""
     from PIL import Image
 
     out = []
     for image in (x * 255).round().byte().cpu().permute(0, 2, 3, 1).numpy():
-        file = io.BytesIO()
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture.save(file, "JPEG", quality=int(c))
-        pixels = np.asarray(Image.open(file), dtype=np.float32) / 255
+        pixels = np.asarray(change(picture), dtype=np.float32) / 255
         out.append(torch.from_numpy(pixels.reshape(image.shape)).permute(2, 0, 1))
     return torch.stack(out).to(x)
 
 
+def jpeg(x: Tensor, c: float, g: torch.Generator) -> Tensor:
+    """Encode each image with quality ``c`` and decode it."""
+    from PIL import Image
+
+    def coded(picture: Any) -> Any:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=int(c))
+        return Image.open(file)
+
+    return through_pillow(x, coded)
+
+
 def pixelate(x: Tensor, c: float, g: torch.Generator) -> Tensor:
+    """Average over boxes, then repeat pixels."""
     size = x.shape[-2:]
     small = [max(1, int(side * c)) for side in size]
-    return F.interpolate(F.interpolate(x, small, mode="area"), size, mode="nearest")
+    return through_pillow(x, lambda im: im.resize(small[::-1], 4).resize(size[::-1], 4))  # 4: BOX
 
 
 def zoom_blur(x: Tensor, c: float, g: torch.Generator) -> Tensor:
@@ -93,7 +105,10 @@ def zoom_blur(x: Tensor, c: float, g: torch.Generator) -> Tensor:
         crop = math.ceil(size / zoom)
         first = (size - crop) // 2
         part = x[..., first : first + crop, first : first + crop]
-        total += F.interpolate(part, (size, size), mode="bilinear", align_corners=False)
+        wide = round(crop * zoom)
+        large = F.interpolate(part, (wide, wide), mode="bilinear", align_corners=True)
+        first = (wide - size) // 2
+        total += large[..., first : first + size, first : first + size]
         count += 1
     return total / count
 

@@ -21,6 +21,8 @@ _CONTROL_NAMES = (
     "cure-global",
     "cure-signed",
     "cure-loss",
+    "released-rgp",
+    "released-rgp-soft",
 )
 METHODS: dict[str, type[Method]] = {
     "at": AT,

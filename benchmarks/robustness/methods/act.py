@@ -43,18 +43,19 @@ class ACT(Method):
         return {"loss": losses[0].detach(), "loss_natural_network": losses[1].detach()}
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        """Ascend the robust network's own loss: hard labels and the natural network's view."""
+        """Ascend the mean cross-entropy and the summed divergence from the natural network."""
         s, a = self.setting, self.options["a"]
-        with evaluating(self.model, self.natural):
-            with torch.no_grad():
-                target = F.log_softmax(self.natural(x), 1)
+        self.natural.train()
+        with torch.no_grad():
+            target = F.log_softmax(self.natural(x), 1)
+        with evaluating(self.model):
 
             def goal(x_adv: Tensor) -> Tensor:
                 logits = self.model(x_adv)
                 kl = F.kl_div(F.log_softmax(logits, 1), target, reduction="sum", log_target=True)
-                return (1 - a) * F.cross_entropy(logits, y, reduction="sum") + a * kl
+                return (1 - a) * F.cross_entropy(logits, y) + a * kl
 
-            x_adv = start(x, s)
+            x_adv = start(x, s, noise=0.001)
             for _ in range(s.attack_steps):
                 x_adv = within(x_adv + s.step_size * uphill(goal, x_adv), x, s.eps)
         return x_adv

@@ -1,4 +1,7 @@
-"""Adversarially robust distillation (Goldblum et al., AAAI 2020): imitate a robust teacher."""
+"""Adversarially robust distillation (Goldblum et al., AAAI 2020): imitate a robust teacher.
+
+The divergence is a mean over images and classes, as in the authors' code.
+"""
 
 from typing import Any, ClassVar
 
@@ -31,7 +34,9 @@ class ARD(Method):
         with torch.no_grad():
             taught = self.teacher(x)
         a, temperature = self.options["a"], self.options["temperature"]
-        loss = a * temperature**2 * soft_kl(taught, self.model(x_adv), temperature)
+        logits = self.model(x_adv)
+        kl = soft_kl(taught, logits, temperature) / logits.shape[1]
+        loss = a * temperature**2 * kl
         if a < 1:
             loss = loss + (1 - a) * F.cross_entropy(self.model(x), y)
         return loss

@@ -61,10 +61,10 @@ class Setting:
 
 
 def start(x: Tensor, setting: Setting, *, noise: float | None = None) -> Tensor:
-    """Return where an attack begins: a uniform draw in the ball, or ``x`` with normal noise."""
+    """Return a uniform draw in the ball, clipped, or ``x`` with normal noise, as it is."""
     how = {"generator": setting.generator, "device": x.device, "dtype": x.dtype}
     if noise is not None:
-        return (x + noise * torch.randn(x.shape, **how)).clamp(0, 1)
+        return x + noise * torch.randn(x.shape, **how)
     return (x + setting.eps * (2 * torch.rand(x.shape, **how) - 1)).clamp(0, 1)
 
 

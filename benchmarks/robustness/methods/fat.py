@@ -14,7 +14,7 @@ class FAT(Method):
     title = "FAT"
     paper = "Zhang et al., ICML 2020"
     # Steps beyond the first mistake, from these parts of the run on: epochs 0, 50, 90 of 120.
-    official: ClassVar = {"taus": ((0.0, 0), (50 / 120, 1), (90 / 120, 2))}
+    official: ClassVar = {"taus": ((0.0, 0), (50 / 120, 1), (90 / 120, 2)), "omega": 0.001}
     published: ClassVar = {
         "wrn34-10": (86.60, 49.86, 47.48, 49.35, 62.87),
         "resnet18": (87.72, 46.69, 43.14, 49.66, 63.41),
@@ -29,9 +29,8 @@ class FAT(Method):
         s = self.setting
         first = start(x, s)
         with evaluating(self.model):
-            return friendly_pgd(
-                self.model, x, y, first, s.eps, s.step_size, s.attack_steps, self.tau
-            )
+            how = (s.eps, s.step_size, s.attack_steps, self.tau, self.options["omega"])
+            return friendly_pgd(self.model, x, y, first, *how, s.generator)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.model(x_adv), y)
@@ -46,8 +45,13 @@ def friendly_pgd(
     step_size: float,
     steps: int,
     tau: int,
+    omega: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return each image as it is ``tau`` steps after it was first misclassified."""
+    """Return each image as it is ``tau`` steps after it was first misclassified.
+
+    Every step adds normal noise of standard deviation ``omega``.
+    """
     x_adv = first.detach()
     left = torch.full_like(y, tau)  # steps that an image may still take once it fools the model
     for _ in range(steps):
@@ -57,6 +61,7 @@ def friendly_pgd(
         moving = ~wrong | (left > 0)
         left = left - (wrong & moving).to(left.dtype)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x_adv)
-        ahead = within(x_adv.detach() + step_size * gradient.sign(), x, eps)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        ahead = within(x_adv.detach() + step_size * gradient.sign() + omega * noise, x, eps)
         x_adv = torch.where(per_image(moving, x), ahead, x_adv.detach())
     return x_adv.detach()

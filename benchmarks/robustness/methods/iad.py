@@ -17,7 +17,9 @@ class IAD(Method):
     title = "IAD"
     paper = "Zhu et al., ICLR 2022"
     taught = True
-    official: ClassVar = {"temperature": 1.0, "b": 0.1}
+    introspective = False
+    # Introspection begins at epoch 60 of 200; before, the teacher is alone.
+    official: ClassVar = {"temperature": 1.0, "b": 0.1, "begin": 60 / 200}
     published: ClassVar = {
         "wrn34-10": (83.06, 56.17, 52.68, 53.99, 65.44),
         "resnet18": (80.63, 53.84, 50.17, 51.60, 62.92),
@@ -27,21 +29,21 @@ class IAD(Method):
         super().__init__(model, setting, **options)
         self.teacher = setting.teacher()
 
+    def begin_epoch(self, epoch: int) -> None:
+        self.introspective = epoch / self.setting.epochs >= self.options["begin"]
+
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         return self.pgd(x, y)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        temperature = self.options["temperature"]
         with torch.no_grad():
             taught, taught_adv = self.teacher(x), self.teacher(x_adv)
-        return iad_loss(
-            self.model(x),
-            self.model(x_adv),
-            taught,
-            taught_adv,
-            y,
-            self.options["temperature"],
-            self.options["b"],
-        )
+        logits, logits_adv = self.model(x), self.model(x_adv)
+        if not self.introspective:
+            return temperature**2 * soft_kl(taught, logits_adv, temperature)
+        b = self.options["b"]
+        return iad_loss(logits, logits_adv, taught, taught_adv, y, temperature, b)
 
 
 def iad_loss(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Method, Setting, evaluating, per_image, uphill, within
+from .base import Method, Setting, evaluating, per_image, start, uphill, within
 
 RADII = range(3, 16)  # in 255ths of a pixel at the published radius of 8
 STEPS = range(3, 15)
@@ -40,26 +40,34 @@ class LASAT(Method):
         like = next(model.parameters())
         self.strategy.to(like.device, like.dtype)
         self.strategy_optimizer = torch.optim.SGD(
-            self.strategy.parameters(), lr=self.options["strategy_lr"], momentum=0.9
+            self.strategy.parameters(), lr=self.options["strategy_lr"]
         )
         self.steps = Counter()
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        choice, log_probability = self.strategy.sample(x, self.setting.generator)
-        x_adv = self.attack(x, y, choice)
-        if self.steps.count % self.options["every"] == 0:
-            reward = self.reward(x, x_adv, y)
-            loss = -(log_probability * (reward - reward.mean())).mean()
-            self.strategy_optimizer.zero_grad()
-            loss.backward()
-            self.strategy_optimizer.step()
         self.steps.count += 1
+        if self.steps.count % self.options["every"] == 0:
+            self.train_strategy(x, y)
+        self.strategy.eval()
+        with torch.no_grad():
+            choice, _ = self.strategy.sample(x, self.setting.generator)
+        x_adv = self.attack(x, y, choice)
         self.model.train()
         loss = smoothed_loss(self.model(x_adv), y, self.options["smoothing"])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return {"loss": loss.detach()}
+
+    def train_strategy(self, x: Tensor, y: Tensor) -> None:
+        """Take a step of REINFORCE; the reward is one number, without a baseline."""
+        self.strategy.train()
+        choice, log_probability = self.strategy.sample(x, self.setting.generator)
+        reward = self.reward(x, self.attack(x, y, choice), y)
+        self.strategy_optimizer.zero_grad()
+        (-reward * log_probability).mean().backward()
+        nn.utils.clip_grad_norm_(self.strategy.parameters(), 1.0)
+        self.strategy_optimizer.step()
 
     def attack(self, x: Tensor, y: Tensor, choice: Tensor) -> Tensor:
         """Run PGD with each image's own radius, steps and length."""
@@ -68,8 +76,7 @@ class LASAT(Method):
         eps, length = (per_image(choice[:, i] * unit, x) for i in (0, 2))
         most = s.attack_steps / 10  # the published range of steps is for an attack of ten
         steps = (choice[:, 1] * most).round().clamp(min=1)
-        noise = torch.rand(x.shape, generator=s.generator, device=x.device, dtype=x.dtype)
-        x_adv = (x + eps * (2 * noise - 1)).clamp(0, 1)
+        x_adv = start(x, s)
         with evaluating(self.model):
             for done in range(round(STEPS[-1] * most)):
                 ahead = uphill(lambda x: F.cross_entropy(self.model(x), y, reduction="sum"), x_adv)
@@ -78,19 +85,20 @@ class LASAT(Method):
         return x_adv
 
     def reward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        """Return, for each image, CE_adv + 4 robust + 2 clean accuracy of the updated copy."""
+        """Return CE_adv, at most 10, + 4 robust + 2 clean accuracy of the updated copy."""
+        with evaluating(self.model), torch.no_grad():
+            ce = F.cross_entropy(self.model(x_adv), y).clamp(max=10)
         copied = copy.deepcopy(self.model).train()
         lr = self.optimizer.param_groups[0]["lr"]
-        optimizer = torch.optim.SGD(copied.parameters(), lr=lr)
-        before = F.cross_entropy(copied(x_adv), y, reduction="none")
-        before.mean().backward()
+        optimizer = torch.optim.SGD(copied.parameters(), lr=lr, weight_decay=5e-4)
+        smoothed_loss(copied(x_adv), y, self.options["smoothing"]).backward()
         optimizer.step()
         copied.eval()
         again = self.pgd(x, y, copied)
         with torch.no_grad():
-            robust = (copied(again).argmax(1) == y).float().mean()
-            clean = (copied(x).argmax(1) == y).float().mean()
-        return before.detach() + self.options["robust"] * robust + self.options["clean"] * clean
+            robust = (copied(again).argmax(1) == y).to(ce.dtype).mean()
+            clean = (copied(x).argmax(1) == y).to(ce.dtype).mean()
+        return ce + self.options["robust"] * robust + self.options["clean"] * clean
 
     def carried(self) -> dict[str, Any]:
         return {

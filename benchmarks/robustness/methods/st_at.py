@@ -1,4 +1,4 @@
-"""Squeeze training (Li and Liu, ICCV 2023): bring the extremes of a neighbourhood together.
+"""Squeeze training (Li, Guo, Zuo and Chen, ICLR 2023): bring a neighbourhood's extremes together.
 
 Beside the adversarial image, where the true class is least likely, there is a collaborative one,
 where it is most likely. Both are sought at once, and the loss squeezes the gap between the lowest
@@ -17,7 +17,7 @@ from .base import Method, evaluating, start, within
 
 class STAT(Method):
     title = "ST-AT"
-    paper = "Li and Liu, ICCV 2023"
+    paper = "Li et al., ICLR 2023, arXiv 2205.11156"
     official: ClassVar = {"beta": 6.0}
     published: ClassVar = {
         "wrn34-10": (84.92, 57.73, 53.54, None, None),
@@ -35,37 +35,43 @@ class STAT(Method):
         return {"loss": loss.detach()}
 
     def extremes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Move both images together, to where the gap that will be squeezed is widest."""
+        """Widen the gap: at each step from the lowest and the highest of the three images."""
         s = self.setting
-        both = [start(x, s, noise=0.001) for _ in range(2)]
+        rows = torch.arange(len(y), device=y.device)
+        x_adv, x_col = (start(x, s, noise=0.001) for _ in range(2))
         with evaluating(self.model):
-            with torch.no_grad():
-                logits = self.model(x)
             for _ in range(s.attack_steps):
-                both = [each.detach().requires_grad_() for each in both]
-                found = [logits, *(self.model(each) for each in both)]
-                gradients = torch.autograd.grad(gap(found, y, "sum"), both)
-                both = [
-                    within(each.detach() + s.step_size * gradient.sign(), x, s.eps)
-                    for each, gradient in zip(both, gradients, strict=True)
-                ]
-        return both[0], both[1]
+                three = [each.detach().requires_grad_() for each in (x, x_adv, x_col)]
+                logits = [self.model(each) for each in three]
+                gradients = torch.autograd.grad(gap(logits, y, "sum"), three)
+                images, signs = torch.stack(three).detach(), torch.stack(gradients).sign()
+                x_adv, x_col = (
+                    within(images[each, rows] + s.step_size * signs[each, rows], x, s.eps)
+                    for each in lowest_and_highest(logits, y)
+                )
+        return x_adv, x_col
 
 
 def symmetric_kl(first: Tensor, second: Tensor, reduction: str = "batchmean") -> Tensor:
-    """Return (KL(p || q) + KL(q || p)) / 2 of two predictions."""
+    """Return (KL(p || q) + KL(q || p)) / 2; no gradient goes into the first of either KL."""
     log_p, log_q = F.log_softmax(first, 1), F.log_softmax(second, 1)
-    there = F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
-    back = F.kl_div(log_p, log_q, reduction=reduction, log_target=True)
+    there = F.kl_div(log_q, log_p.detach(), reduction=reduction, log_target=True)
+    back = F.kl_div(log_p, log_q.detach(), reduction=reduction, log_target=True)
     return (there + back) / 2
+
+
+def lowest_and_highest(logits: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each image, which prediction gives the true class least, and which most."""
+    stacked = torch.stack(logits).detach()  # [3, batch, classes]
+    true = F.softmax(stacked, 2).gather(2, y.expand(len(logits), -1)[..., None]).squeeze(2)
+    return true.argmin(0), true.argmax(0)
 
 
 def gap(logits: list[Tensor], y: Tensor, reduction: str = "batchmean") -> Tensor:
     """Return how far the predictions are apart that give the true class least and most."""
-    stacked = torch.stack(logits)  # [3, batch, classes]
-    true = F.softmax(stacked, 2).gather(2, y.expand(len(logits), -1)[..., None]).squeeze(2)
-    rows = torch.arange(len(y), device=y.device)
-    return symmetric_kl(stacked[true.argmax(0), rows], stacked[true.argmin(0), rows], reduction)
+    lowest, highest = lowest_and_highest(logits, y)
+    stacked, rows = torch.stack(logits), torch.arange(len(y), device=y.device)
+    return symmetric_kl(stacked[highest, rows], stacked[lowest, rows], reduction)
 
 
 def squeeze_loss(logits: list[Tensor], y: Tensor, beta: float) -> Tensor:
