@@ -1,18 +1,21 @@
-"""CURE with Hugging Face's `Trainer`: `compute_loss` returns the scored loss."""
+"""CURE with Hugging Face's `Trainer`: `compute_loss` returns the scored loss.
 
-import tempfile
+It calls the model it is given, which holds the Trainer's precision and DistributedDataParallel, and
+scores with your own wrapper, for the Trainer replaces `self.optimizer`.
+"""
+
+import os
 
 import torch
 import torch.nn.functional as F
 from digits import accuracy, cure_losses, loader, network, optimizer
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rgp_optim import ConsistencyReviser
 
 
-class Model(nn.Module):
-    """The network, with inputs and outputs as `Trainer` names them."""
+class Model(torch.nn.Module):
+    """The network; with labels, the outputs that `Trainer` evaluates."""
 
     def __init__(self):
         super().__init__()
@@ -20,62 +23,53 @@ class Model(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.net(x)
+        if labels is None:
+            return logits
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Update(TrainerCallback):
+class Revise(TrainerCallback):
     def __init__(self, reviser):
         self.reviser = reviser
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def file(self, args, state):  # in the Trainer's checkpoint
+        return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "reviser.pt")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:  # resumed
+            self.reviser.load_state_dict(torch.load(self.file(args, state), weights_only=True))
+
+    def on_step_end(self, args, state, control, **kwargs):  # per step, not per micro-batch
         self.reviser.update()
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            torch.save(self.reviser.state_dict(), self.file(args, state))
 
 
 class CureTrainer(Trainer):
-    def __init__(self, *args, raw, reviser, **kwargs):
-        super().__init__(*args, optimizers=(raw, None), callbacks=[Update(reviser)], **kwargs)
-        self.raw, self.reviser = raw, reviser
+    def __init__(self, model, args, steps, **kwargs):
+        self.raw = optimizer(model)
+        super().__init__(model, args, optimizers=(self.raw, None), **kwargs)
+        self.reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=steps)
+        self.add_callback(Revise(self.reviser))  # on the model's device: Trainer has moved it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
-            outputs = model(**inputs)
-            return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-        loss, scores = cure_losses(self.model.net, self.reviser, inputs["x"], inputs["labels"])
+            return super().compute_loss(model, inputs, return_outputs)
+        loss, scores = cure_losses(model, self.reviser, inputs["x"], inputs["labels"])
         return self.raw.scored(loss, **scores)
 
 
-def collate(rows):
-    x, labels = zip(*rows, strict=True)
-    return {"x": torch.stack(x), "labels": torch.stack(labels)}
-
-
-def main(epochs=3, **options):
+def main(epochs=3, ckpt_path=None, **options):
     batches = loader()
-    model = Model()
+    data = [{"x": x, "labels": y} for x, y in batches.dataset]
+    size = {"per_device_train_batch_size": batches.batch_size, "num_train_epochs": epochs}
+    args = TrainingArguments(**size, **options)
     steps = epochs * len(batches)
-    reviser = ConsistencyReviser(model.net, rate=0.5, horizon=0.5, total_steps=steps)
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=64,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **options,
-        )
-        trainer = CureTrainer(
-            model,
-            args,
-            train_dataset=batches.dataset,
-            eval_dataset=batches.dataset,
-            data_collator=collate,
-            raw=optimizer(model),
-            reviser=reviser,
-        )
-        trainer.train()
-    return accuracy(model.net.cpu(), batches), model.net, trainer
+    trainer = CureTrainer(Model(), args, steps, train_dataset=data, eval_dataset=data)
+    trainer.train(ckpt_path)
+    return accuracy(trainer.model.cpu(), batches), trainer.model, trainer
 
 
 if __name__ == "__main__":

@@ -180,21 +180,49 @@ def test_lightning_resumes(make, tmp_path):
 # Hugging Face.
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_hugging_face_trainer_is_a_plain_loop(every, monkeypatch):
-    """With an attack that draws nothing: the Trainer draws between the batches."""
-    for module in (digits, sys.modules[__name__]):
-        monkeypatch.setattr(module, "kl_attack", lambda model, x, **_: (x + 0.05).clamp(0, 1))
+def hugging_face(epochs=EPOCHS, **options):
     pytest.importorskip("transformers")
     import huggingface_trainer
 
-    options = {"use_cpu": True, "gradient_accumulation_steps": every, "max_grad_norm": 0.0}
-    options |= {"lr_scheduler_type": "constant", "seed": 0, "train_sampling_strategy": "sequential"}
-    _, net, trainer = huggingface_trainer.main(EPOCHS, **options)
-    assert same(values(net), plain_loop(every=every))
+    return huggingface_trainer.main(epochs, **{**HUGGING_FACE, **options})
+
+
+HUGGING_FACE = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+}
+
+
+@pytest.mark.parametrize(("every", "clip"), [(1, None), (2, None), (2, 0.1)])
+def test_hugging_face_trainer_is_a_plain_loop(every, clip, monkeypatch):
+    """With an attack that draws nothing: the Trainer draws between the batches."""
+    for module in (digits, sys.modules[__name__]):
+        monkeypatch.setattr(module, "kl_attack", lambda model, x, **_: (x + 0.05).clamp(0, 1))
+    options = {"gradient_accumulation_steps": every, "max_grad_norm": clip or 0.0}
+    _, model, trainer = hugging_face(**options)
+    assert same(values(model), plain_loop(every=every, clip=clip))
     assert "eval_loss" in trainer.evaluate()  # without a graph
     counts = [int(m.sum()) / m.numel() for m in trainer.raw.masks().values()]
     assert counts == pytest.approx([0.7] * 3, abs=0.01)
+
+
+def test_hugging_face_trainer_in_half_precision():
+    accuracy, model, _ = hugging_face(3, bf16=True)
+    assert accuracy > 60.0
+    assert not same(values(model), values(hugging_face(3)[1]))
+
+
+def test_hugging_face_trainer_resumes():
+    """The weights, the optimizer, the reviser's copy and the random draws."""
+    _, model, trainer = hugging_face(save_strategy="epoch")
+    _, resumed, again = hugging_face(ckpt_path="trainer_output/checkpoint-4")
+    assert again.state.global_step == 8
+    assert same(values(model), values(resumed))
+    assert same(values(trainer.reviser.model), values(again.reviser.model))
 
 
 # Accelerate.
@@ -243,6 +271,14 @@ def test_accelerate_accumulates(accelerate):
 
     _, model = accelerate_loop.main(EPOCHS, cpu=True, gradient_accumulation_steps=2)
     assert same(values(model), plain_loop(every=2))
+
+
+def test_accelerate_in_half_precision(accelerate):
+    import accelerate_loop
+
+    accuracy, model = accelerate_loop.main(3, cpu=True, mixed_precision="bf16")
+    assert accuracy > 60.0
+    assert not same(values(model), plain_loop(3))
 
 
 def test_accelerate_resumes(accelerate, tmp_path):
@@ -369,6 +405,10 @@ def run_script(rank, size, name, options, port):
     _small_data()
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", GROUP_RANK="0")
     sys.path.insert(0, str(FOLDER))
+    if each := options.get("gradient_accumulation_plugin"):
+        from accelerate.utils import GradientAccumulationPlugin
+
+        options = {**options, "gradient_accumulation_plugin": GradientAccumulationPlugin(**each)}
     result = __import__(name).main(epochs=EPOCHS, **options)
     model = result[1]
     net = getattr(model, "net", model)
@@ -390,6 +430,15 @@ SEVERAL = {
         "accelerate_loop",
         {"cpu": True, "gradient_accumulation_steps": 2},
     ),
+    "Accelerate, reducing each micro-batch": (
+        "accelerate_loop",
+        {"cpu": True, "gradient_accumulation_plugin": {"num_steps": 2, "sync_each_batch": True}},
+    ),
+    "Hugging Face": ("huggingface_trainer", HUGGING_FACE),
+    "Hugging Face, accumulating": (
+        "huggingface_trainer",
+        {**HUGGING_FACE, "gradient_accumulation_steps": 2},
+    ),
 }
 
 
@@ -400,6 +449,8 @@ def test_the_scripts_with_two_processes(two, name, options):
         pytest.importorskip("lightning")
     if "accelerate" in name:
         pytest.importorskip("accelerate")
+    if "huggingface" in name:
+        pytest.importorskip("transformers")
     (accuracy, mine), (_, other) = two.run(run_script, 2, name, options, 29777)
     assert same(mine, other)
     assert not same(mine, values(digits.network()))
