@@ -91,8 +91,8 @@ def test_version_is_in_the_changelog_and_the_citation():
     assert f"version: {rgp_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
-def readme_blocks(language):
-    text = (ROOT / "README.md").read_text()
+def readme_blocks(language, page="README.md"):
+    text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
@@ -141,7 +141,46 @@ def test_readme_recipes_run(number):
     exec(blocks[number], names)
 
 
-PAGES = ["README.md", "CONTRIBUTING.md"]
+class Transformer(torch.nn.Module):
+    """The parameters of a vision transformer that have three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 5, 8))
+        self.head = torch.nn.Linear(8, 3)
+
+
+class Text(torch.nn.Module):
+    """A mean of embeddings, classified."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 3)
+
+    def classify(self, embedded):
+        return self.head(embedded.mean(1))
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_recipes_run(number):
+    """Each after a step of the loop, with every public name imported."""
+    blocks = readme_blocks("python", "examples/RECIPES.md")
+    assert len(blocks) == 11
+    names = environment()
+    exec(sides_of_the_diff()[0], names)
+    names |= {name: getattr(rgp_optim, name) for name in rgp_optim.__all__}
+    names |= {"ViT": Transformer, "text_model": Text(), "pgd_attack": rgp_optim.pgd_attack}
+    names["inner"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
+    exec(blocks[number], names)
+    if "vit" in names:
+        selected = names["opt"].param_groups[0]["params"]
+        assert [id(p) for p in selected] == [id(names["vit"].head.weight)]
+    if "fraction" in names:
+        assert 0.6 < float(names["fraction"]) < 0.8
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/RECIPES.md"]
 PAGES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/**/*.md"))]
 
 
