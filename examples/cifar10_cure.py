@@ -31,6 +31,7 @@ from report import (
     plot,
     save_checked,
     table,
+    updated_text,
     versions,
     writable,
     write_json,
@@ -340,7 +341,7 @@ class Run:
         self.generator.manual_seed(args.seed + (0 if phase == "warm-up" else 1))
         kept = {"optimizer": optimizer, "scheduler": scheduler}
         if reviser is not None:
-            kept["reviser"] = reviser
+            kept |= {"reviser": reviser, "updates": updates}
         done = 0
         if state is not None:
             for name, thing in kept.items():
@@ -362,7 +363,7 @@ class Run:
             lr = optimizer.param_groups[0]["lr"]
             row = self.train_epoch(method, optimizer, reviser, scheduler, updates, bar)
             if updates is not None:
-                row["updated"] = updates.mean()
+                row["updated"], row["never_updated"] = updates.mean(), updates.never()
             if not math.isfinite(row["loss"]):
                 raise DataError(
                     f"the loss is {row['loss']} in {phase} epoch {epoch + 1}: lower --lr (now "
@@ -665,10 +666,12 @@ def report(run: Run) -> None:
     plot(run.out / "curves.png", content)
     write_json(run.out / "results.json", content)
     print(
-        f"\n{args.method} on {run.data_label}, accuracy in % on {len(run.test)} test images; "
+        f"\n{args.method} on {run.data_label}, accuracy in % on {len(run.test)} test images;\n"
         f"PGD-20 and C&W (margin PGD-20) at eps {eps}"
     )
     print(table(results))
+    if "updated" in run.history[-1]:
+        print(updated_text(run.history[-1]))
     print(
         "best: the epoch most robust on validation images; "
         "NRR = 2 Nat Rob / (Nat + Rob), Rob = C&W\n"

@@ -37,6 +37,21 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def updated_text(row: dict[str, Any]) -> str:
+    """Say which share of the weights the steps of an epoch have updated, 80 columns wide."""
+    shares = {name.removesuffix(".weight"): s for name, s in row["updated"].items() if s < 1}
+    if not shares:
+        return "each step updated all weights"
+    low, high = (f(shares, key=shares.__getitem__) for f in (min, max))
+    text = f"each step of the last epoch updated {shares[low]:.0%} of each layer"
+    if shares[high] - shares[low] > 0.01:
+        text = (
+            "updated by each step of the last epoch:\n"
+            f"  least in {low}, {shares[low]:.1%}; most in {high}, {shares[high]:.1%}"
+        )
+    return f"{text};\n{row['never_updated']:.2%} of these layers' weights were never updated"
+
+
 def versions(device: torch.device) -> dict[str, Any]:
     """Return what a number depends on besides the settings: versions, device, commit."""
     name = platform.processor() or platform.machine()

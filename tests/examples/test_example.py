@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import rgp_optim
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -19,6 +21,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import cifar10_cure as example  # noqa: E402
 import report  # noqa: E402
+import updates  # noqa: E402
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--eval-size", "40", "--batch-size", "16"]
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
@@ -376,3 +379,41 @@ def test_published_settings_are_the_defaults_for_cifar10():
     assert {name: getattr(args, name) for name in published} == published
     assert args.eps == 8 / 255
     assert args.attack_step_size == args.eps / 4
+
+
+def test_updates_are_counted_as_a_loop_does():
+    """Means and never-updated weights of three steps, over a break, against the masks."""
+    model = torch.nn.Linear(4, 5)
+    groups = rgp_optim.rgp_param_groups(model)
+    opt = rgp_optim.RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1), update_fraction=0.2)
+    counted, masks = updates.Updates(opt), []
+    for step in range(3):
+        opt.zero_grad()
+        loss = (
+            model(torch.randn(2, 4, generator=torch.Generator().manual_seed(step))).square().sum()
+        )
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        opt.step()
+        counted.record()
+        masks.append(opt.masks()[model.weight].clone())
+        if step == 0:
+            state, first = counted.state_dict(), counted.mean()
+            assert first == {"weight": pytest.approx(0.2), "bias": 1.0}
+            counted = updates.Updates(opt)
+            counted.load_state_dict(state)
+    never = ~(masks[0] | masks[1] | masks[2])
+    assert counted.never() == pytest.approx(float(never.float().mean()))
+    assert counted.mean()["weight"] == pytest.approx(0.2)
+
+
+def test_what_was_updated_is_said_in_eighty_columns():
+    row = {
+        "updated": {"conv.weight": 0.7, "fc.weight": 0.7, "fc.bias": 1.0},
+        "never_updated": 0.004,
+    }
+    assert "updated 70% of each layer;\n0.40%" in report.updated_text(row)
+    row["updated"]["stages.1.0.shortcut.0.weight"] = 0.25
+    text = report.updated_text(row)
+    assert "least in stages.1.0.shortcut.0, 25.0%; most in conv, 70.0%" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert report.updated_text({"updated": {"fc.bias": 1.0}}) == "each step updated all weights"
