@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import DEVICE, cpu_only, make_net, rng_states, seeded, snapshot
+from common import DEVICE, LowRank, cpu_only, make_net, rng_states, seeded, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -279,25 +279,6 @@ def test_the_model_is_left_as_it_was(attack, fails):
     assert torch.equal(x, kept)
     assert not x.requires_grad
     assert x.grad is None
-
-
-class LowRank(nn.Linear):
-    """Adds a product of low rank to its weight in eval mode, as layers for adaptation do."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.down, self.up = nn.Parameter(torch.ones(1, 4)), nn.Parameter(torch.ones(4, 1))
-        self.merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.merged:
-            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
-            self.merged = not mode
-        return self
-
-    def forward(self, x):
-        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
 
 
 class Cached(nn.Module):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from common import DEVICE, disk, make_batch, make_net, rng_states, seeded, snapshot
+from common import DEVICE, LowRank, disk, make_batch, make_net, rng_states, seeded, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -216,25 +216,6 @@ def test_reparametrised_weights(make, forward_first):
     reviser.decay = 0.0
     reviser.update()
     torch.testing.assert_close(reviser.model(x), model(x))
-
-
-class LowRank(nn.Linear):
-    """Adds a product of low rank to its weight in eval mode."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.down, self.up = nn.Parameter(torch.ones(1, 4)), nn.Parameter(torch.ones(4, 1))
-        self.merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.merged:
-            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
-            self.merged = not mode
-        return self
-
-    def forward(self, x):
-        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
 
 
 class Folded(nn.Module):
