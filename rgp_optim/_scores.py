@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +71,9 @@ class NothingScored(RuntimeError):
 class Scores:
     """The gradients of both losses since the last step, by role and parameter."""
 
-    taken: dict[str, dict[Tensor, Tensor]] = field(default_factory=dict)
+    taken: dict[str, dict[Tensor, Tensor | None]] = field(default_factory=dict)  # None: unused
     taking: bool = False
+    _warned: bool = False
     _graph_checked: bool = False  # for reentrant checkpoints, in the first pass
     _pass: int = -1  # the backward pass that took last
 
@@ -103,7 +105,7 @@ class Scores:
         if not params:  # frozen, say
             return
         if not self._in_pass() and all(p.grad is None for p in params):
-            self.taken.clear()  # the step of earlier scores was skipped
+            self._drop()
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
         self.taking = True
         try:
@@ -119,6 +121,18 @@ class Scores:
         finally:
             self.taking = False
         self._graph_checked = True
+
+    def _drop(self) -> None:
+        """Forget scores whose gradients are gone, as after a skipped step."""
+        if self.taken and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "Earlier scores were dropped: no parameter has a gradient. That is right after a "
+                "skipped step. Where gradients are collected outside `.grad`, only the last scores "
+                "count: keep them in `.grad` until the step, or score the sum of the losses once.",
+                stacklevel=2,
+            )
+        self.taken.clear()
 
     def _add(
         self,
@@ -137,11 +151,14 @@ class Scores:
             )
         held = self.taken.setdefault(role, {})
         for p, gradient in zip(params, taken, strict=True):
-            if gradient is not None:
+            if gradient is None:
+                held.setdefault(p, None)
+            else:
                 if gradient.layout != torch.strided:
                     check_dense(f"{role} gradient of {name(p)}", gradient)
                 gradient = gradient.detach()
-                held[p] = held[p] + gradient if p in held else gradient
+                earlier = held.get(p)
+                held[p] = gradient if earlier is None else earlier + gradient
 
     def averaged(self, ranks: Ranks, params: Sequence[Tensor]) -> Scores:
         """Return the means over ranks that each have gradients of their own batch."""
@@ -162,6 +179,12 @@ class Scores:
         """Return this rank's gradient of a role; None where the loss does not depend on ``p``."""
         if role not in self.taken:
             raise NothingScored(role)
+        if p not in self.taken[role] and p.requires_grad:
+            raise RuntimeError(
+                f"step(): a parameter of shape {tuple(p.shape)} is selected in, but was not when "
+                "the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
+                "`requires_grad` before the backward pass, or after the step."
+            )
         gradient = self.taken[role].get(p)
         return None if gradient is None else local(distributed.as_parameter(gradient, p))
 

@@ -199,6 +199,7 @@ def _pick_digit(
     BINS: tl.constexpr = 1 << BITS
     bins = tl.arange(0, BINS)
     counts = tl.load(state + COUNTS + bins, cache_modifier=".cg")  # as the atomics left them
+    tl.debug_barrier()  # a layout may load a count in several threads
     tl.store(state + COUNTS + bins, tl.zeros([BINS], tl.int64))
     tl.store(state + TICKET, 0)
     if FIRST:

@@ -304,11 +304,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """Return the training loss, which takes the scores when its backward pass runs.
 
-        Whoever calls that pass: the loop, a gradient scaler, a trainer. Its incoming gradient (a
-        loss scale, say) reaches scores and training gradient alike. Scores of several losses, such
-        as micro-batches, add up until ``step()`` or ``zero_grad()``; after a step that was skipped
-        they start anew once the gradients are cleared to None. Nothing but the score sees the extra
-        passes: ``.grad`` stays the training loss's.
+        Its incoming gradient (a loss scale, say) reaches scores and training gradient alike. Scores
+        of micro-batches add up until ``step()`` or ``zero_grad()``, while gradients stay in
+        ``.grad``. After a skipped step call ``opt.zero_grad()`` or clear gradients to None: zeroed
+        in place they leave earlier scores. The extra passes change no ``.grad``; hooks run there.
 
         Args:
             loss: The loss to minimise; a scalar tensor with a graph.
@@ -366,6 +365,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         once = self._evaluate(closure)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
+        holder.masks = masks
         with torch.no_grad():
             _own_gradients(params, self._parameters())
             weights = [local(p) if holder.conserve != "gradients" else None for p in params]
@@ -377,7 +377,6 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 now = [local(p) for p in params]  # it may have given them new memory
                 functional.restore_(marks, now, saved, backend=holder.backend)
                 holder.scores.taken.clear()
-        holder.masks = masks
         return result
 
     def masks(self) -> dict[Tensor, Tensor]:
@@ -610,16 +609,26 @@ def _guard(holder: _Holder) -> None:
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
     """Clone gradients that share memory or overlap themselves: masks write in place."""
-    masked = set(params)
-    others = [local(p.grad) for p in everyone if p not in masked and p.grad is not None]
-    taken = {g.data_ptr() for g in others if g.layout == torch.strided}
-    for p in params:
-        gradient = local(p.grad)
-        start = gradient.data_ptr()
-        sizes = zip(gradient.shape, gradient.stride(), strict=True)
-        if start in taken or any(size > 1 and stride == 0 for size, stride in sizes):
-            p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
-        taken.add(start)
+    masked, spans = set(params), []
+    own: set[Tensor | None] = set()
+    for p in everyone:
+        if p.grad is not None and p.grad.layout == torch.strided:
+            gradient = local(p.grad)
+            start, extent = gradient.data_ptr(), gradient.numel()
+            if not gradient.is_contiguous():
+                sizes = zip(gradient.shape, gradient.stride(), strict=True)
+                extent = 1 + sum((size - 1) * stride for size, stride in sizes)
+            if extent < gradient.numel():  # overlaps itself
+                own.add(p)
+            spans.append((start, start + extent * gradient.element_size(), p))
+    end, owner = 0, None
+    for start, stop, p in sorted(spans, key=lambda span: span[:2]):
+        if start < end:  # clone what will be masked, either will do
+            own.add(p if p in masked else owner)
+        if p not in own and stop > end:
+            end, owner = stop, p
+    for p in masked.intersection(own):
+        p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
 
 
 def _empty_mask(p: Tensor) -> Tensor:

@@ -187,6 +187,10 @@ def ties_to_the_last(*columns):
     return [mask.flip(0) for mask in masks]
 
 
+def sizes_of_scores(scores, *columns):
+    return _reference.topk_masks([score.abs() for score in scores], *columns)
+
+
 def keeps_nan(masks, gradients, weights):
     for mask, gradient in zip(masks, gradients, strict=True):
         gradient.mul_(mask)
@@ -196,6 +200,7 @@ def keeps_nan(masks, gradients, weights):
 FAULTS = {
     "select raises": ({"select": raising}, "which raises OSError: no compiler"),
     "ties": ({"select": ties_to_the_last}, "whose masks differ"),
+    "scores without a sign": ({"topk_masks": sizes_of_scores}, "whose masks differ"),
     "NaN stays": ({"zero_and_save_": keeps_nan}, "whose masks differ"),
     "nothing is restored": ({"restore_": lambda *_: None}, "whose masks differ"),
     "nothing is saved": ({"zero_and_save_": lambda m, g, w: w}, "whose masks differ"),
@@ -219,7 +224,7 @@ def kernels(monkeypatch):
 
 @pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
 def test_kernels_that_differ_are_not_used(faults, problem, kernels):
-    kernels(**faults, topk_masks=raising)
+    kernels(**faults)
     score = torch.tensor([3.0, 1.0, 3.0, 0.0])
     with pytest.warns(RuntimeWarning, match=f"The Triton backend, .*{problem}.*same masks"):
         mask = topk_mask(score, update_fraction=0.25)
@@ -243,7 +248,7 @@ def test_kernels_that_agree_are_used(kernels):
     calls = []
 
     def topk_masks(*columns):
-        calls.append(1)
+        calls.append(columns[0][0].numel())
         return _reference.topk_masks(*columns)
 
     kernels(topk_masks=topk_masks)
@@ -251,4 +256,5 @@ def test_kernels_that_agree_are_used(kernels):
         warnings.simplefilter("error")
         for backend in ("auto", "triton"):
             topk_mask(G, update_fraction=0.5, backend=backend)
-    assert calls == [1, 1]
+    assert calls[-2:] == [3, 3]
+    assert calls.count(3) == 2  # the others are of the comparison

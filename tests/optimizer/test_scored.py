@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from functools import partial
 
@@ -129,7 +130,9 @@ def a_skipped_step(opt, model, batch, clear=RGPSelectiveOptimizer.zero_grad):
 
 
 def a_skipped_step_of_a_model(opt, model, batch):
-    a_skipped_step(opt, model, batch, clear=lambda _: model.zero_grad())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Earlier scores were dropped")
+        a_skipped_step(opt, model, batch, clear=lambda _: model.zero_grad())
 
 
 def a_batch_skipped_before_its_backward_pass(opt, model, batch):
@@ -534,3 +537,90 @@ def test_refusals(act, error, message):
         assert all(map(same_bits, snapshot(model), start))
     if act not in (sparse, sparse_training_gradient):
         cure_step(model, opt)
+
+
+@pytest.mark.parametrize("way", ["autograd.grad", "moved"])
+def test_gradients_collected_elsewhere_are_warned_of(way):
+    """Their micro-batches look like skipped steps: the scores cannot add up."""
+    w = torch.nn.Parameter(torch.zeros(4))
+    opt = RGPSelectiveOptimizer(torch.optim.SGD([w], lr=1.0), alpha=0.0)
+    opt.param_groups[0]["rgp_select"] = True
+
+    def micro_batches():
+        for x in torch.eye(3, 4):
+            loss = (w * x).sum()
+            scored = opt.scored(loss, adversarial=loss)
+            if way == "moved":
+                scored.backward()
+                w.grad = None
+            else:
+                torch.autograd.grad(scored, [w])
+
+    with pytest.warns(UserWarning, match="only the last scores count") as seen:
+        micro_batches()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", ["fraction", "select", "frozen"])
+def test_a_parameter_selected_in_after_the_scores_were_taken_is_refused(change):
+    a, b = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    groups = [{"params": [a]}, {"params": [b]}]
+    opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=1.0), update_fraction=0.5)
+    settings = {"fraction": ("rgp_update_fraction", 1.0), "select": ("rgp_select", False)}
+    if change == "frozen":
+        a.requires_grad_(False)
+        a.grad = torch.ones(2, 3)
+    else:
+        key, value = settings[change]
+        before = opt.param_groups[0][key]
+        opt.param_groups[0][key] = value
+    loss = (a * b).square().sum()
+    opt.scored(loss, natural=loss, adversarial=loss).backward()
+    if change == "frozen":
+        a.requires_grad_()
+    else:
+        opt.param_groups[0][key] = before
+    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) is selected in, but was not"):
+        opt.step()
+    assert torch.equal(a, torch.ones(2, 3))
+    assert torch.equal(b, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("order", [(0, 4), (4, 0), (0, 1)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_that_overlap_in_memory_are_masked_apart(order, alone):
+    """The second one's mask must not reach into the first; as with gradients of their own."""
+    moved = []
+    for shared in (True, False):
+        p, q = (torch.nn.Parameter(torch.arange(8.0).view(2, 4)) for _ in range(2))
+        groups = [{"params": [p]}, {"params": [q]}]
+        if alone:
+            groups[0]["rgp_select"] = False
+        opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=1.0), update_fraction=0.5)
+        weights = torch.arange(1.0, 9.0).view(2, 4)
+        loss = (p * weights).sum() + (q * weights.flip(1)).sum()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        buffer = torch.arange(1.0, 13.0)
+        p.grad, q.grad = (buffer[i : i + 8].view(2, 4) for i in order)
+        if not shared:
+            p.grad, q.grad = p.grad.clone(), q.grad.clone()
+        opt.step()
+        moved.append((p.detach(), q.detach()))
+    for ours, theirs in zip(*moved, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_masks_are_those_of_a_step_that_failed_half_way():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise KeyError("half-way")
+
+    w = torch.nn.Parameter(torch.ones(2, 4))
+    opt = RGPSelectiveOptimizer(Fails([w], lr=1.0), update_fraction=0.5)
+    loss = (w * torch.arange(1.0, 9.0).view(2, 4)).sum()
+    opt.scored(loss, natural=loss, adversarial=loss).backward()
+    with pytest.raises(KeyError, match="half-way"):
+        opt.step()
+    assert torch.equal(w != 1, opt.masks()[w])
+    assert int(opt.masks()[w].sum()) == 4
