@@ -307,7 +307,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Its incoming gradient (a loss scale, say) reaches scores and training gradient alike. Scores
         of micro-batches add up until ``step()`` or ``zero_grad()``, while gradients stay in
         ``.grad``. After a skipped step call ``opt.zero_grad()`` or clear gradients to None: zeroed
-        in place they leave earlier scores. The extra passes change no ``.grad``; hooks run there.
+        in place they leave earlier scores. The extra passes change no ``.grad``; hooks run in them.
 
         Args:
             loss: The loss to minimise; a scalar tensor with a graph.
@@ -618,7 +618,7 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
             if not gradient.is_contiguous():
                 sizes = zip(gradient.shape, gradient.stride(), strict=True)
                 extent = 1 + sum((size - 1) * stride for size, stride in sizes)
-            if extent < gradient.numel():  # overlaps itself
+            if p in masked and extent < gradient.numel():  # overlaps itself
                 own.add(p)
             spans.append((start, start + extent * gradient.element_size(), p))
     end, owner = 0, None

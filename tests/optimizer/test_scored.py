@@ -610,6 +610,18 @@ def test_gradients_that_overlap_in_memory_are_masked_apart(order, alone):
         assert torch.equal(ours, theirs)
 
 
+def test_an_unselected_gradient_that_overlaps_itself_and_a_selected_one_stays():
+    """Three weights share one value of the selected gradient, which its mask sets to zero."""
+    p, q = torch.nn.Parameter(torch.zeros(2, 4)), torch.nn.Parameter(torch.zeros(3))
+    opt = RGPSelectiveOptimizer(torch.optim.SGD([p, q], lr=1.0), update_fraction=0.25)
+    loss = (p * torch.arange(1.0, 9.0).view(2, 4)).sum()
+    opt.scored(loss, natural=loss, adversarial=loss).backward()
+    q.grad = p.grad.view(-1)[:1].expand(3)
+    opt.step()
+    assert q.tolist() == [-1.0, -1.0, -1.0]
+    assert p.flatten().tolist() == [0.0] * 6 + [-7.0, -8.0]
+
+
 def test_masks_are_those_of_a_step_that_failed_half_way():
     class Fails(torch.optim.SGD):
         def step(self, closure=None):
