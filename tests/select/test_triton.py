@@ -72,6 +72,23 @@ def test_a_tensor_of_more_than_two_to_the_24_weights(monkeypatch):
     assert torch.equal(tied, tied.sort(descending=True).values)  # the first of them
 
 
+def test_ties_are_split_over_more_than_1024_chunks(monkeypatch):
+    """Their counts are summed 1,024 chunks at a time."""
+    if not CUDA:
+        for size in ("CHUNK", "BLOCK", "PIECE"):
+            monkeypatch.setattr(_triton, size, 2)
+        monkeypatch.setattr(_triton, "DIGITS", (8, 8, 8, 8))
+    n = 2200 if not CUDA else 1100 * _triton.CHUNK
+    score = torch.arange(n, dtype=torch.int64).mul_(48271).remainder_(3).add_(1).float()
+    (mask,) = _triton.topk_masks([score.to(DEVICE)], [0.65], [0])  # all 3s, 95 % of the 2s
+    mask, k = mask.cpu(), round(0.65 * n)
+    assert mask[score == 3].all()
+    assert not mask[score == 1].any()
+    assert int(mask.sum()) == k
+    tied = mask[score == 2]
+    assert torch.equal(tied, tied.sort(descending=True).values)  # the first of them
+
+
 @pytest.mark.skipif(CUDA, reason="the interpreter's grid is permuted")
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
 def test_the_order_of_programs_changes_nothing(order, monkeypatch):
