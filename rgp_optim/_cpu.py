@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rgp_optim import _reference
-from rgp_optim._reference import Column, Floats, Tensors, restore_, update_count, zero_and_save_
+from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
 
-__all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
+__all__ = ["select", "topk_masks"]
 
 Array = npt.NDArray[Any]
 Source = tuple[Sequence[Tensor], Sequence[float]]  # flat gradients of a tensor and their factors
@@ -57,12 +57,9 @@ def select(
         shapes.append(used[0][0].shape)
     if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
         return _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    members: dict[int, list[int]] = {}
-    for i, pool in enumerate(pools):
-        members.setdefault(pool, []).append(i)
     masks: dict[int, Tensor] = {}
     with np.errstate(all="ignore"):  # infinite and NaN gradients are legitimate
-        for indices in members.values():
+        for indices in by_pool(pools):
             sizes = [shapes[i].numel() for i in indices]
             size, fraction = sum(sizes), fractions[indices[0]]
             k = update_count(size, fraction)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from rgp_optim._checks import error_text
+from rgp_optim._checks import refuse
 
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,23 +41,20 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
-        if group is not None:
-            if not initialised():
-                rule = "be given after `torch.distributed.init_process_group`"
-                raise RuntimeError(error_text("process_group", rule, f"{group}"))
-            if not isinstance(group, dist.ProcessGroup):
-                rule = "be a ProcessGroup that this process belongs to, or None (all processes)"
-                raise TypeError(error_text("process_group", rule, type(group).__name__))
+        if group is not None and not initialised():
+            rule = "be given after `torch.distributed.init_process_group`"
+            refuse("process_group", rule, f"{group}", error=RuntimeError)
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            rule = "be a ProcessGroup that this process belongs to, or None (all processes)"
+            refuse("process_group", rule, type(group).__name__, error=TypeError)
 
     def __deepcopy__(self, _: Any) -> Ranks:
         return self
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
         if self.group is not None:
-            raise TypeError(
-                "An optimizer with a `process_group` cannot be pickled. Save `state_dict()` and "
-                "build the optimizer again."
-            )
+            hint = "Save `state_dict()` and build the optimizer again."
+            refuse("process_group", "be None in a pickle", f"{self.group}", hint, TypeError)
         return Ranks, ()
 
     @property
@@ -74,9 +71,8 @@ class Ranks:
             flat.div_(self.size)  # before the sum, which could overflow
             dist.all_reduce(flat, group=self.group)
             pieces = torch.split(flat, [gradients[i].numel() for i in indices])
-            means.update(
-                (i, g.view(gradients[i].shape)) for i, g in zip(indices, pieces, strict=True)
-            )
+            for i, piece in zip(indices, pieces, strict=True):
+                means[i] = piece.view(gradients[i].shape)
         return [means[i] for i in range(len(gradients))]
 
     def differing(self, tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -84,19 +80,17 @@ class Ranks:
         if not tensors:
             return []
         device = next((t.device for t in tensors.values() if t is not None), "cpu")
-        sums = [
-            torch.zeros((), dtype=torch.int64) if t is None else _hash(t) for t in tensors.values()
-        ]
-        highest = torch.stack([each.to(device) for each in sums])
-        lowest = -highest
-        for bound in (highest, lowest):
-            dist.all_reduce(bound, op=dist.ReduceOp.MAX, group=self.group)
-        apart = (highest != -lowest).tolist()
+        sums = torch.stack([_hash(t).to(device) for t in tensors.values()])
+        bounds = torch.stack([sums, -sums])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
+        apart = (bounds[0] != -bounds[1]).tolist()
         return [name for name, differs in zip(tensors, apart, strict=True) if differs]
 
 
-def _hash(tensor: Tensor) -> Tensor:
-    """Return a number that depends on all bits of a tensor and their places."""
+def _hash(tensor: Tensor | None) -> Tensor:
+    """Return a number that depends on all bits of a tensor and their places; 0 for None."""
+    if tensor is None:
+        return torch.zeros((), dtype=torch.int64)
     plain = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     plain = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     bits = plain.contiguous().view(_INTS[plain.element_size()]).flatten()
@@ -109,29 +103,27 @@ def check_parameter(p: Tensor) -> None:
     if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
         found = "a parameter of FullyShardedDataParallel (FSDP1)"
         hint = "Shard the model with `torch.distributed.fsdp.fully_shard` (FSDP2)."
-        raise RuntimeError(
-            error_text("optimizer", "have parameters that keep their shape", found, hint)
-        )
+        refuse("optimizer", "have parameters that keep their shape", found, hint, RuntimeError)
 
 
 # Scores of sharded parameters.
 
 
-def as_parameter(gradient: Tensor, p: Any) -> Tensor:
-    """Return a gradient sharded as its parameter; partial sums are reduced."""
+def shard(gradient: Any, p: Any) -> Any:
+    """Return this rank's part of a gradient, sharded as its parameter; partial sums are reduced."""
     if is_sharded(p) and is_sharded(gradient):
-        return gradient.redistribute(placements=p.placements)  # type: ignore[attr-defined, no-any-return]
-    return gradient
+        gradient = gradient.redistribute(placements=p.placements)
+    return local(gradient)
 
 
-def whole(shard: Tensor, p: Any) -> Tensor:
+def whole(part: Tensor, p: Any) -> Tensor:
     """Gather a tensor that is sharded as the parameter ``p``; every rank of its mesh must call."""
     if not is_sharded(p):
-        return shard
+        return part
     from torch.distributed.tensor import DTensor
 
     like = DTensor.from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
     return like.full_tensor().contiguous()
 
@@ -150,34 +142,29 @@ def own_part(mask: Tensor, p: Any) -> Tensor:
 # Gradients for the score, which must reach nothing else.
 
 
-def take(loss: Tensor, params: Sequence[Tensor], grad: Tensor, walk: bool) -> list[Tensor | None]:
+def take(loss: Tensor, params: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor | None]:
     """Return the gradients of ``loss`` with respect to ``params``; keep the graph.
 
     Nothing arrives in ``.grad``, and DistributedDataParallel, which reduces what arrives there
     once per forward pass, keeps that reduction for the training loss. FSDP2 reduces only what goes
     through ``.grad``: there it is emptied for the pass and put back.
-
-    Raises:
-        RuntimeError: activations are checkpointed with ``use_reentrant=True``, which loses
-            gradients under nested passes. Looked for if ``walk``, or where a gradient is missing.
     """
+    nodes = _nodes(loss)
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+        raise RuntimeError(
+            "Activations are checkpointed with `use_reentrant=True`, which loses gradients when a "
+            "loss is scored. Set `use_reentrant=False`."
+        )
     if any(is_sharded(p) for p in params) and (groups := _fsdp_groups()):
-        return _take_sharded(loss, params, grad, groups)
-    nodes = list(_nodes(loss)) if walk or initialised() else []
-    _refuse_reentrant(nodes)
+        return _take_sharded(loss, params, grad, groups, nodes)
     with _first_pass_unrecorded(nodes):
-        taken = torch.autograd.grad(loss, params, grad, retain_graph=True, allow_unused=True)
-    if not nodes and any(g is None for g in taken):
-        _refuse_reentrant(_nodes(loss))
-    return list(taken)
+        return torch.autograd.grad(loss, params, grad, retain_graph=True, allow_unused=True)
 
 
 def _take_sharded(
-    loss: Tensor, params: Sequence[Tensor], grad: Tensor, groups: Sequence[Any]
+    loss: Tensor, params: Sequence[Tensor], grad: Tensor, groups: Sequence[Any], nodes: set[Any]
 ) -> list[Tensor | None]:
     """Run a backward pass through FSDP2's hooks and take what it leaves in ``.grad``."""
-    nodes = list(_nodes(loss))
-    _refuse_reentrant(nodes)
     _refuse_unreduced(groups, params)
     reached = [each.sharded_param for group in groups for each in group.fsdp_params]
     reached += [node.variable for node in nodes if hasattr(node, "variable")]
@@ -229,23 +216,12 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
             )
 
 
-def _refuse_reentrant(nodes: Iterator[Any] | Sequence[Any]) -> None:
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
-        raise RuntimeError(
-            "Activations are checkpointed with `use_reentrant=True`, which loses gradients when a "
-            "loss is scored. Set `use_reentrant=False`."
-        )
-
-
 @contextmanager
-def _first_pass_unrecorded(nodes: Sequence[Any]) -> Iterator[None]:
+def _first_pass_unrecorded(nodes: set[Any]) -> Iterator[None]:
     """Keep a DDP model with ``static_graph`` from recording this pass as its first."""
-    references = [getattr(node, "ddp_weakref", None) for node in nodes]
-    models = {id(r()): r() for r in references if r is not None and r() is not None}
+    models = {node.ddp_weakref() for node in nodes if hasattr(node, "ddp_weakref")} - {None}
     waiting = [
-        ddp
-        for ddp in models.values()
-        if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+        ddp for ddp in models if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
     ]
     try:
         for ddp in waiting:
@@ -256,13 +232,13 @@ def _first_pass_unrecorded(nodes: Sequence[Any]) -> Iterator[None]:
             ddp._static_graph_delay_allreduce_enqueued = False
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """Yield every node of the graph of ``loss``."""
-    seen: set[Any] = set()
+def _nodes(loss: Tensor) -> set[Any]:
+    """Return every node of the graph of ``loss``."""
+    found: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(upstream for upstream, _ in node.next_functions)
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [upstream for upstream, _ in node.next_functions]
+    return found

@@ -61,13 +61,18 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
     return (mask & (flat != 0)).view(score.shape)
 
 
-def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
-    """Return one mask per score; scores with equal pool numbers share one threshold."""
+def by_pool(pools: Sequence[int]) -> list[list[int]]:
+    """Return the positions of each pool's members."""
     members: dict[int, list[int]] = {}
     for i, pool in enumerate(pools):
         members.setdefault(pool, []).append(i)
+    return list(members.values())
+
+
+def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
+    """Return one mask per score; scores with equal pool numbers share one threshold."""
     masks: dict[int, Tensor] = {}
-    for indices in members.values():
+    for indices in by_pool(pools):
         parts = [scores[i] for i in indices]
         wide = any(score.dtype == torch.float64 for score in parts)
         dtype = torch.float64 if wide else torch.float32

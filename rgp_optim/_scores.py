@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rgp_optim import _distributed as distributed
-from rgp_optim._checks import check_dense, error_text
-from rgp_optim._distributed import Ranks, local
+from rgp_optim._checks import refuse
+from rgp_optim._distributed import Ranks, is_sharded, local, shard
 from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
@@ -28,13 +28,20 @@ DONATED = (
 def check_loss(name: str, loss: Any) -> None:
     """Refuse everything but one number with a graph."""
     if not isinstance(loss, Tensor):
-        raise TypeError(error_text(name, "be a scalar tensor", type(loss).__name__))
+        refuse(name, "be a scalar tensor", type(loss).__name__, error=TypeError)
     if loss.numel() != 1:
-        hint = "Reduce it with .mean() or .sum()."
-        raise ValueError(error_text(name, "be a scalar", f"shape {tuple(loss.shape)}", hint))
+        refuse(name, "be a scalar", f"shape {tuple(loss.shape)}", "Reduce it with .mean().")
     if not loss.requires_grad:
         hint = "Compute it from the model's output with gradients enabled; do not detach it."
-        raise ValueError(error_text(name, "carry a graph", "requires_grad = False", hint))
+        refuse(name, "carry a graph", "requires_grad = False", hint)
+
+
+def check_dense(name: str, gradient: Tensor) -> None:
+    """Refuse the gradient of a selected parameter if it is sparse."""
+    if gradient.layout != torch.strided:
+        hint = "Set 'rgp_select': False for the parameter's group, or make the gradient dense."
+        found = f"a {gradient.layout} gradient, {tuple(gradient.shape)}"
+        refuse(name, "be dense", found, hint, TypeError)
 
 
 class Scored(torch.autograd.Function):
@@ -74,7 +81,6 @@ class Scores:
     taken: dict[str, dict[Tensor, Tensor | None]] = field(default_factory=dict)  # None: unused
     taking: bool = False
     _warned: bool = False
-    _graph_checked: bool = False  # for reentrant checkpoints, in the first pass
     _pass: int = -1  # the backward pass that took last
 
     @property
@@ -85,11 +91,7 @@ class Scores:
     @property
     def running(self) -> bool:
         """Whether the backward pass that takes the scores still runs."""
-        return self.taking or self._in_pass()
-
-    def _in_pass(self) -> bool:
-        current = torch._C._current_graph_task_id()  # -1: no backward pass runs
-        return current != -1 and current == self._pass
+        return self.taking or self._pass == torch._C._current_graph_task_id() != -1
 
     @torch.no_grad()
     def take(
@@ -104,23 +106,21 @@ class Scores:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
         if not params:  # frozen, say
             return
-        if not self._in_pass() and all(p.grad is None for p in params):
+        if not self.running and all(p.grad is None for p in params):
             self._drop()
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
         self.taking = True
         try:
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
-                gradients = distributed.take(loss, params, factor, walk=not self._graph_checked)
-                self._add(role, params, gradients, name)
+                self._add(role, params, distributed.take(loss, params, factor), name)
         except BaseException as error:
             self.taken.clear()  # half a score would select the wrong weights
-            if isinstance(error, RuntimeError) and "donated buffers" in str(error):
+            if "donated buffers" in str(error):
                 raise RuntimeError(DONATED) from error
             raise
         finally:
             self.taking = False
-        self._graph_checked = True
 
     def _drop(self) -> None:
         """Forget scores whose gradients are gone, as after a skipped step."""
@@ -138,11 +138,11 @@ class Scores:
         self,
         role: str,
         params: Sequence[Tensor],
-        taken: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
         name: Callable[[Tensor], str],
     ) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
-        if all(gradient is None for gradient in taken):
+        if all(gradient is None for gradient in gradients):
             raise RuntimeError(
                 f"scored: the {role} loss depends on no parameter in which weights are selected, "
                 "or FSDP2's gradient synchronisation is off: leave "
@@ -150,22 +150,19 @@ class Scores:
                 "`GradientAccumulationPlugin(sync_each_batch=True)`."
             )
         held = self.taken.setdefault(role, {})
-        for p, gradient in zip(params, taken, strict=True):
-            if gradient is None:
-                held.setdefault(p, None)
-            else:
+        for p, gradient in zip(params, gradients, strict=True):
+            earlier = held.setdefault(p, None)
+            if gradient is not None:
                 if gradient.layout != torch.strided:
                     check_dense(f"{role} gradient of {name(p)}", gradient)
                 gradient = gradient.detach()
-                earlier = held.get(p)
                 held[p] = gradient if earlier is None else earlier + gradient
 
     def averaged(self, ranks: Ranks, params: Sequence[Tensor]) -> Scores:
         """Return the means over ranks that each have gradients of their own batch."""
-        whole = [p for p in params if not distributed.is_sharded(p)]
-        if ranks.size == 1 or not whole or not self.taken:
+        keys = [(r, p) for r in ROLES if r in self.taken for p in params if not is_sharded(p)]
+        if ranks.size == 1 or not keys:
             return self
-        keys = [(role, p) for role in ROLES if role in self.taken for p in whole]
         taken = [self.taken[role].get(p) for role, p in keys]  # None: unused on this rank
         filled = [
             torch.zeros_like(p) if g is None else g for g, (_, p) in zip(taken, keys, strict=True)
@@ -185,8 +182,8 @@ class Scores:
                 "the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
                 "`requires_grad` before the backward pass, or after the step."
             )
-        gradient = self.taken[role].get(p)
-        return None if gradient is None else local(distributed.as_parameter(gradient, p))
+        gradient: Tensor | None = shard(self.taken[role].get(p), p)
+        return gradient
 
     def pair(self, p: Tensor, alpha: float) -> tuple[Tensor | None, Tensor | None]:
         """Return the natural and the adversarial gradient that the score reads, not both None."""
@@ -200,16 +197,14 @@ class Scores:
         """Return the scores of this rank's part of a parameter, under a rule."""
         if rule == "rgp":
             return rgp_score(*self.pair(p, alpha), alpha)
-        assert p.grad is not None
-        weight, gradient = local(p.detach()), local(distributed.as_parameter(p.grad, p))
-        score = rule(ScoreInputs(p, weight, gradient, alpha, self))
+        weight = local(p.detach())
+        score = rule(ScoreInputs(p, weight, shard(p.grad, p), alpha, self))
         if not isinstance(score, Tensor) or not score.is_floating_point():
             found = f"{getattr(score, 'dtype', type(score).__name__)}"
-            raise TypeError(error_text("score", "return a tensor of a real floating dtype", found))
+            refuse("score", "return a tensor of a real floating dtype", found, error=TypeError)
         if score.shape != weight.shape or score.device != weight.device:
             rule = f"return the weight's shape and device, {tuple(weight.shape)} on {weight.device}"
-            found = f"{tuple(score.shape)} on {score.device}"
-            raise ValueError(error_text("score", rule, found))
+            refuse("score", rule, f"{tuple(score.shape)} on {score.device}")
         return score.detach()
 
 
@@ -236,11 +231,13 @@ class ScoreInputs:
     @property
     def natural(self) -> Tensor:
         """Gradient of the natural loss; zeros where that loss does not depend on the weight."""
-        gradient = self._scores.get("natural", self.parameter)
-        return torch.zeros_like(self.weight) if gradient is None else gradient
+        return self._read("natural")
 
     @property
     def adversarial(self) -> Tensor:
         """Gradient of the adversarial loss, likewise."""
-        gradient = self._scores.get("adversarial", self.parameter)
+        return self._read("adversarial")
+
+    def _read(self, role: str) -> Tensor:
+        gradient = self._scores.get(role, self.parameter)
         return torch.zeros_like(self.weight) if gradient is None else gradient

@@ -10,19 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgp_optim._checks import (
-    check_choice,
-    check_classes,
-    check_count,
-    check_model,
-    check_real,
-    check_target,
-    check_tensor,
-    error_text,
-    logits_of,
-    switched,
-)
-from rgp_optim._distributed import local
+from rgp_optim import _checks as check
+from rgp_optim._checks import logits_of, refuse, switched
+from rgp_optim._distributed import is_sharded
 from rgp_optim.losses import kl_divergence, widen
 
 __all__ = ["kl_attack", "pgd_attack"]
@@ -74,10 +64,9 @@ def kl_attack(
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
-    eps = _check_inputs(model, x, eps, bounds)
-    step = eps / 4 if step_size is None else check_real("step_size", step_size, strict=True)
-    steps = check_count("steps", steps)
-    draws = _generator(generator, x.device)
+    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    step = eps / 4 if step_size is None else check.real("step_size", step_size, strict=True)
+    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x = x.detach().clone()
         noise = torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device)
@@ -132,13 +121,12 @@ def pgd_attack(
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
-    eps = _check_inputs(model, x, eps, bounds)
-    check_target(target, x, probabilities=False)
-    check_choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
+    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    check.target(target, x, probabilities=False)
+    check.choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
     default = PGD_STEP * (eps / (8 / 255))
-    step = default if step_size is None else check_real("step_size", step_size, strict=True)
-    steps = check_count("steps", steps)
-    draws = _generator(generator, x.device)
+    step = default if step_size is None else check.real("step_size", step_size, strict=True)
+    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x, labels = x.detach().clone(), target.clone()
         low, high = _ball(x, eps, bounds)
@@ -148,7 +136,7 @@ def pgd_attack(
             start = (x + eps * (2 * draw - 1)).clamp(low, high)
 
         def objective(logits: Tensor) -> Tensor:
-            check_classes(labels, logits)
+            check.classes(labels, logits)
             if loss == "cross_entropy":
                 return F.cross_entropy(logits, labels, reduction="sum")
             true = logits.gather(1, labels[:, None]).squeeze(1)
@@ -160,43 +148,37 @@ def pgd_attack(
 
 def _ascend(
     model: nn.Module,
-    start: Tensor,
+    x_adv: Tensor,
     objective: Callable[[Tensor], Tensor],
     ball: tuple[Tensor, Tensor],
     step_size: float,
     steps: int,
 ) -> Tensor:
     """Take ``steps`` signed steps up ``objective``, a sum over the batch, clipped to ``ball``."""
-    x_adv = start
     for _ in range(steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
             logits = logits_of(model, x_adv)
             wide = widen(logits.detach()).requires_grad_()
             (pull,) = torch.autograd.grad(objective(wide), wide)
-        gradient = _gradient(logits, x_adv, _scaled(pull).to(logits.dtype))
+        gradient = None
+        if logits.requires_grad:
+            try:
+                pull = _scaled(pull).to(logits.dtype)
+                (gradient,) = torch.autograd.grad(logits, x_adv, pull, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                hint = "Reentrant checkpointing gives no gradient of the images alone."
+                rule = "checkpoint activations with use_reentrant=False"
+                refuse("model", rule, "use_reentrant=True", hint, RuntimeError)
+        if gradient is None:
+            hint = "Remove detach(), no_grad() or inference_mode() from the model's forward."
+            rule = "depend on the images through autograd"
+            refuse("model(x)", rule, "no graph from the logits to x", hint)
         # The sign of a NaN is 0: where the model overflows, the pixel stays.
         x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(*ball)
     return x_adv.clamp(*ball)
-
-
-def _gradient(logits: Tensor, x: Tensor, pull: Tensor) -> Tensor:
-    """Return the gradient with respect to the images, or say why the model has none."""
-    gradient = None
-    try:
-        if logits.requires_grad:
-            (gradient,) = torch.autograd.grad(logits, x, pull, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        hint = "Reentrant checkpointing gives no gradient of the images alone."
-        rule = "checkpoint activations with use_reentrant=False"
-        raise RuntimeError(error_text("model", rule, "use_reentrant=True", hint)) from error
-    if gradient is None:
-        rule, found = "depend on the images through autograd", "no graph from the logits to x"
-        hint = "Remove detach(), no_grad() or inference_mode() from the model's forward."
-        raise ValueError(error_text("model(x)", rule, found, hint))
-    return gradient
 
 
 def _ball(x: Tensor, eps: float, bounds: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
@@ -240,8 +222,8 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     with switched(model):
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in net.modules()):
             # A compiled backward pass computes the gradient of every parameter that requires one.
-            parameters = [p for p in net.parameters() if id(local(p)) == id(p)]  # not sharded
-            constant = [p for p in parameters if p.requires_grad and p.is_leaf]
+            whole = (p for p in net.parameters() if not is_sharded(p))
+            constant = [p for p in whole if p.requires_grad and p.is_leaf]
         try:
             for p in constant:
                 p.requires_grad = False
@@ -253,35 +235,32 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
                 p.requires_grad = True
 
 
-def _generator(generator: Any, device: torch.device) -> torch.Generator | None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    return torch.Generator(device).manual_seed(check_count("generator", generator))
-
-
-def _check_inputs(model: Any, x: Any, radius: Any, bounds: Any) -> float:
-    """Return the radius; refuse what does not fit the bounds."""
-    check_model(model)
-    check_tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
+def _check_inputs(
+    model: Any, x: Any, radius: Any, bounds: Any, draws: Any
+) -> tuple[float, torch.Generator | None]:
+    """Return radius and generator; refuse what does not fit the bounds."""
+    check.model(model)
+    check.tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
     if x.is_complex():
-        raise TypeError(error_text("x", "be real", str(x.dtype)))
-    eps: float = check_real("eps", radius)
+        refuse("x", "be real", str(x.dtype), error=TypeError)
+    eps = check.real("eps", radius)
+    if draws is not None and not isinstance(draws, torch.Generator):
+        draws = torch.Generator(x.device).manual_seed(check.count("generator", draws))
     if bounds is None:
-        return eps
+        return eps, draws
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(error_text("bounds", "be (lowest, highest), or None", bounds))
+        refuse("bounds", "be (lowest, highest), or None", bounds)
     lowest, highest = bounds
     pixels = (lowest, highest) == (0, 1)
     if eps > highest - lowest:
         hint = "Pixels are in [0, 1]: write 8 / 255." if pixels else "It is in units of `x`."
-        rule = f"be at most {highest - lowest:g}, the width of `bounds`"
-        raise ValueError(error_text("eps", rule, eps, hint))
+        refuse("eps", f"be at most {highest - lowest:g}, the width of `bounds`", eps, hint)
     if x.device.type == "cpu" and x.numel():
         low, high = (value.item() for value in x.detach().aminmax())
         if not (low >= lowest and high <= highest):
             hint = "Normalise inside the model, or give the range of `x` as `bounds`."
             if pixels and low >= 0 and 1 < high <= 255:
                 hint = "For pixels from 0 to 255, pass x / 255."
-            found = f"values from {low:.3g} to {high:.3g}"
-            raise ValueError(error_text("x", f"be in [{lowest:g}, {highest:g}]", found, hint))
-    return eps
+            rule = f"be in [{lowest:g}, {highest:g}]"
+            refuse("x", rule, f"values from {low:.3g} to {high:.3g}", hint)
+    return eps, draws

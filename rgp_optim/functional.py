@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
+from rgp_optim import _checks as check
 from rgp_optim import _reference
-from rgp_optim._checks import check_choice, check_fraction, check_tensor, error_text
+from rgp_optim._checks import refuse
 
 __all__ = ["Backend", "Scope", "rgp_score", "rgp_topk_masks", "topk_mask"]
 
@@ -58,7 +59,7 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
     """
     _check_pair(g_nat, g_adv, "g_nat", "g_adv")
     with torch.no_grad():
-        return _reference.rgp_score(g_nat, g_adv, check_fraction("alpha", alpha))
+        return _reference.rgp_score(g_nat, g_adv, check.fraction("alpha", alpha))
 
 
 def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto") -> Tensor:
@@ -84,9 +85,9 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
     """
-    _check_real("score", score)
-    check_choice("backend", backend, BACKENDS)
-    fraction = check_fraction("update_fraction", update_fraction)
+    _check_gradient("score", score)
+    check.choice("backend", backend, BACKENDS)
+    fraction = check.fraction("update_fraction", update_fraction)
     masks: list[Tensor] = select_scores([score], [fraction], [0], backend=backend)
     return masks[0]
 
@@ -129,17 +130,16 @@ def rgp_topk_masks(
     """
     count = len(g_nats)
     if len(g_advs) != count:
-        found = f"{len(g_advs)} against {count}"
-        raise ValueError(error_text("g_advs", "have as many entries as `g_nats`", found))
+        refuse("g_advs", "have as many entries as `g_nats`", f"{len(g_advs)} against {count}")
     for i, (g_nat, g_adv) in enumerate(zip(g_nats, g_advs, strict=True)):
         _check_pair(g_nat, g_adv, f"g_nats[{i}]", f"g_advs[{i}]")
-    check_choice("scope", scope, SCOPES)
-    check_choice("backend", backend, BACKENDS)
+    check.choice("scope", scope, SCOPES)
+    check.choice("backend", backend, BACKENDS)
     alphas = _per_tensor("alpha", alpha, count)
     fractions = _per_tensor("update_fraction", update_fraction, count)
     if scope == "global" and len(set(fractions)) > 1:
         rule = "be one number under scope='global', where all tensors share a threshold"
-        raise ValueError(error_text("update_fraction", rule, update_fraction))
+        refuse("update_fraction", rule, update_fraction)
     pools = [0] * count if scope == "global" else list(range(count))
     return select(g_nats, g_advs, alphas, fractions, pools, backend=backend)
 
@@ -148,22 +148,22 @@ def rgp_topk_masks(
 @torch.no_grad()
 def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]:
     """Call a function of `_reference`, or a backend's, once per device; one entry per tensor."""
+    rows = list(zip(*columns, strict=True))
+    tensors = [[t for t in row if isinstance(t, Tensor) and t.dtype != torch.bool] for row in rows]
     members: dict[torch.device, list[int]] = {}
     homes: dict[int, torch.device] = {}
-    tensors: list[list[Tensor]] = []
-    for i, row in enumerate(zip(*columns, strict=True)):
-        tensors.append([t for t in row if isinstance(t, Tensor) and t.dtype != torch.bool])
-        if tensors[i]:
-            device = tensors[i][0].device
-            members.setdefault(device, []).append(i)
-            if name in RANKED and homes.setdefault(row[-1], device) != device:
-                rule = "be 'tensor' where weights that share a threshold lie on several devices"
-                raise ValueError(error_text("scope", rule, f"{homes[row[-1]]} and {device}"))
-    results: list[Any] = [None] * len(tensors)
+    for i in [i for i, found in enumerate(tensors) if found]:
+        device = tensors[i][0].device
+        members.setdefault(device, []).append(i)
+        if name in RANKED and homes.setdefault(rows[i][-1], device) != device:
+            rule = "be 'tensor' where weights that share a threshold lie on several devices"
+            refuse("scope", rule, f"{homes[rows[i][-1]]} and {device}")
+    results: list[Any] = [None] * len(rows)
     for indices in members.values():
         module = _module(backend, name, [t for i in indices for t in tensors[i]])
-        rows = [[column[i] for i in indices] for column in columns]
-        for i, result in zip(indices, getattr(module, name)(*rows) or (), strict=False):
+        work = getattr(module, name, getattr(_reference, name))
+        found = work(*zip(*(rows[i] for i in indices), strict=True))
+        for i, result in zip(indices, found or (), strict=False):
             results[i] = result
     return results
 
@@ -183,8 +183,8 @@ def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
         if reason is None:
             return _load(each)
         if backend != "auto":
-            rule, found = "be able to run on these tensors", f"backend = {backend!r}, {reason}"
-            raise RuntimeError(error_text("backend", rule, found, "Use 'auto'."))
+            found = f"backend = {backend!r}, {reason}"
+            refuse("backend", "be able to run on these tensors", found, "Use 'auto'.", RuntimeError)
     return _reference
 
 
@@ -270,35 +270,26 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
 
 def _per_tensor(name: str, value: float | Sequence[float], count: int) -> list[float]:
     """Return one checked fraction per tensor."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != count:
-            rule = f"be a number, or one for each of the {count} tensors"
-            raise ValueError(error_text(name, rule, value))
-        return [check_fraction(f"{name}[{i}]", each) for i, each in enumerate(value)]
-    return [check_fraction(name, value)] * count
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [check.fraction(name, value)] * count
+    if len(value) != count:
+        refuse(name, f"be a number, or one for each of the {count} tensors", value)
+    return [check.fraction(f"{name}[{i}]", each) for i, each in enumerate(value)]
 
 
 def _check_pair(g_nat: Tensor | None, g_adv: Tensor | None, name: str, partner: str) -> None:
     """Refuse a pair of gradients that do not belong to one tensor."""
     if g_nat is None and g_adv is None:
         hint = "Leave out a tensor without gradients."
-        raise ValueError(error_text(name, f"be a tensor where `{partner}` is None", "None", hint))
+        refuse(name, f"be a tensor where `{partner}` is None", "None", hint)
     for tensor, each in ((g_nat, name), (g_adv, partner)):
         if tensor is not None:
-            _check_real(each, tensor)
+            _check_gradient(each, tensor)
     if g_nat is not None and g_adv is not None:
-        if (g_nat.shape, g_nat.dtype, g_nat.device) != (g_adv.shape, g_adv.dtype, g_adv.device):
-            rule = f"match `{name}` in shape, dtype and device"
-            raise ValueError(
-                error_text(partner, rule, f"{_describe(g_adv)} against {_describe(g_nat)}")
-            )
+        check.match(g_nat, g_adv, name, partner)
 
 
-def _check_real(name: str, tensor: Tensor) -> None:
-    check_tensor(name, tensor)
+def _check_gradient(name: str, tensor: Tensor) -> None:
+    check.tensor(name, tensor)
     if tensor.is_complex():
-        raise TypeError(error_text(name, "have a real dtype", f"{name}: {tensor.dtype}"))
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        refuse(name, "have a real dtype", f"{name}: {tensor.dtype}", error=TypeError)

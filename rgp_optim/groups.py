@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgp_optim._checks import check_fraction, check_model, error_text
+from rgp_optim import _checks as check
+from rgp_optim._checks import refuse
 
 __all__ = ["rgp_param_groups"]
 
 KEYS = ("rgp_update_fraction", "rgp_alpha", "rgp_select")
-MISSPELT = {"update_fraction": "rgp_update_fraction", "select": "rgp_select"}
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Settings:
         fraction, alpha, select = (group[key] for key in KEYS)
         if select is not None and not isinstance(select, bool):
             rule = "be None (two or more dimensions), True (all) or False (none)"
-            raise TypeError(error_text("rgp_select", rule, f"rgp_select = {select!r}"))
+            refuse("rgp_select", rule, select, error=TypeError)
         hint = "It is the fraction updated: to conserve 30 %, write 0.7."
-        fraction = check_fraction("rgp_update_fraction", fraction, hint)
-        return cls(fraction, check_fraction("rgp_alpha", alpha), select)
+        fraction = check.fraction("rgp_update_fraction", fraction, hint)
+        return cls(fraction, check.fraction("rgp_alpha", alpha), select)
 
     def selects(self, p: Tensor) -> bool:
         """Return whether ``p`` takes part in the selection; complex and integer ones never do."""
@@ -54,8 +54,8 @@ def rgp_param_groups(
         groups = rgp_param_groups(model, leave_out=["cls_token", "pos_embed"], weight_decay=5e-4)
         opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))
 
-    Each group has its own ``lr``, equal at first. Schedulers set both; a loop that sets only
-    ``opt.param_groups[0]["lr"]`` changes the selected parameters alone, so loop over all groups.
+    Each group has its own ``lr``: a loop that sets ``opt.param_groups[0]["lr"]`` changes the
+    selected parameters alone. Schedulers set both.
 
     Args:
         model: The model; frozen parameters are included, as in ``model.parameters()``.
@@ -70,21 +70,19 @@ def rgp_param_groups(
         ValueError: a name in ``leave_out`` does not exist, or an option is misspelt or set here.
         TypeError: ``model`` is not a module, or ``leave_out`` is a string.
     """
-    check_model(model)
+    check.model(model)
     for name in {"params", "rgp_select"} & options.keys():
-        hint = "The model and `leave_out` decide it."
-        raise ValueError(error_text("options", f"not contain '{name}'", name, hint))
+        refuse("options", f"not contain '{name}'", name, "The model and `leave_out` decide it.")
     _check_keys("options", options)
     if isinstance(leave_out, str):
-        hint = f"Write [{leave_out!r}]."
-        raise TypeError(error_text("leave_out", "be a list of names", leave_out, hint))
+        refuse("leave_out", "be a list of names", leave_out, f"Write [{leave_out!r}].", TypeError)
     left = tuple(leave_out)
     parameters = list(model.named_parameters(remove_duplicate=False))  # each name of tied weights
     known = {n for n, _ in [*model.named_modules(remove_duplicate=False), *parameters]}
     for name in left:
         if name not in known or not name:
             hint = f"The model has {', '.join(n for n, _ in model.named_children())}."
-            raise ValueError(error_text("leave_out", "name modules of the model", name, hint))
+            refuse("leave_out", "name modules of the model", name, hint)
     outside = {p for n, p in parameters if any(n == o or n.startswith(f"{o}.") for o in left)}
     groups: list[dict[str, Any]] = [
         {"params": [], "rgp_select": select, **options} for select in (True, False)
@@ -98,9 +96,7 @@ def rgp_param_groups(
 def _check_keys(name: str, keys: Iterable[str]) -> None:
     """Refuse misspelt settings; ``alpha`` is an option of ASGD and RMSprop."""
     for key in keys:
-        if key in MISSPELT:
-            hint = f"Write '{MISSPELT[key]}'."
-            raise ValueError(error_text(name, "name its settings rgp_*", key, hint))
+        if key in ("update_fraction", "select"):
+            refuse(name, "name its settings rgp_*", key, f"Write 'rgp_{key}'.")
         if key.startswith("rgp_") and key not in KEYS:
-            hint = f"Known are {', '.join(KEYS)}."
-            raise ValueError(error_text(name, "have rgp_* settings that exist", key, hint))
+            refuse(name, "have rgp_* settings that exist", key, f"Known are {', '.join(KEYS)}.")

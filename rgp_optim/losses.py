@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rgp_optim._checks import check_classes, check_real, check_target, check_tensor, error_text
+from rgp_optim import _checks as check
+from rgp_optim._checks import refuse
 
 __all__ = ["consistency_loss", "kl_adv_loss", "kl_divergence"]
 
@@ -43,12 +44,12 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 5; Zhang et al., TRADES, ICML 2019, Eq. 5.
     """
     check_pair(logits, logits_adv, "logits", "logits_adv")
-    check_target(target, logits, probabilities=True)
-    beta = check_real("beta", beta)
+    check.target(target, logits, probabilities=True)
+    beta = check.real("beta", beta)
     if target.is_floating_point():
         natural = F.cross_entropy(widen(logits), target.to(widen(logits).dtype))
     else:
-        check_classes(target, logits)
+        check.classes(target, logits)
         natural = F.cross_entropy(widen(logits), target, ignore_index=NO_LABEL)
     return natural + beta * kl_divergence(logits, logits_adv)
 
@@ -98,14 +99,11 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "batchmea
 def check_pair(first: Tensor, second: Tensor, name: str, partner: str) -> None:
     """Refuse logits that are not [batch, classes], or do not match."""
     for logits, shown in ((first, name), (second, partner)):
-        check_tensor(shown, logits)
+        check.tensor(shown, logits)
         if logits.dim() != 2 or logits.is_complex():
             found = f"{tuple(logits.shape)} {logits.dtype}"
-            raise ValueError(error_text(shown, "be real and [batch, classes]", found))
-    if (first.shape, first.dtype, first.device) != (second.shape, second.dtype, second.device):
-        found = f"{tuple(second.shape)} {second.dtype} on {second.device}"
-        against = f"{found} against {tuple(first.shape)} {first.dtype} on {first.device}"
-        raise ValueError(error_text(partner, f"match `{name}` in shape, dtype and device", against))
+            refuse(shown, "be real and [batch, classes]", found)
+    check.match(first, second, name, partner)
 
 
 def widen(logits: Tensor) -> Tensor:

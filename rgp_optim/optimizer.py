@@ -11,24 +11,25 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
+from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
 from rgp_optim import functional
-from rgp_optim._checks import check_choice, check_dense, check_fraction, error_text
-from rgp_optim._distributed import Ranks, local
-from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss
+from rgp_optim._checks import refuse
+from rgp_optim._distributed import Ranks, is_sharded, local
+from rgp_optim._reference import by_pool
+from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_dense, check_loss
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
 
 __all__ = ["RGPSelectiveOptimizer", "ScoreInputs"]
 
 Conserve = Literal["weights", "gradients", "update"]
-CONSERVE = ("weights", "gradients", "update")
 GATHER_LIMIT = 2**26  # weights whose scores are gathered at a time
 SAM_HINT = (
     "Wrap the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
@@ -73,12 +74,11 @@ def _of_groups(name: str, doc: str) -> Any:
         self._complete_groups()
         values = {group[key] for group in self.param_groups}
         if len(values) > 1:
-            hint = "Read `param_groups`."
-            raise ValueError(error_text(key, "be the same in all groups", f"{values}", hint))
+            refuse(key, "be the same in all groups", f"{values}", "Read `param_groups`.")
         return float(values.pop()) if values else float(self._holder.defaults[key])
 
     def set_(self: RGPSelectiveOptimizer, value: float) -> None:
-        self._holder.defaults[key] = check_fraction(name, value)
+        self._holder.defaults[key] = check.fraction(name, value)
         for group in self.param_groups:
             group[key] = self._holder.defaults[key]
 
@@ -162,19 +162,22 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         if not callable(score):
-            check_choice("score", score, ("rgp",), "Or pass a callable from ScoreInputs to scores.")
+            check.choice("score", score, ("rgp",), "Or pass a callable from ScoreInputs to scores.")
+        check.choice("scope", scope, SCOPES)
+        check.choice("conserve", conserve, ("weights", "gradients", "update"))
+        check.choice("backend", backend, BACKENDS)
         hint = "Conserving 30 % is update_fraction=0.7."
         holder = _Holder(
             inner=_check_inner(optimizer),
             defaults={
-                "rgp_update_fraction": check_fraction("update_fraction", update_fraction, hint),
-                "rgp_alpha": check_fraction("alpha", alpha),
+                "rgp_update_fraction": check.fraction("update_fraction", update_fraction, hint),
+                "rgp_alpha": check.fraction("alpha", alpha),
                 "rgp_select": None,
             },
-            scope=cast(Scope, check_choice("scope", scope, SCOPES)),
-            conserve=cast(Conserve, check_choice("conserve", conserve, CONSERVE)),
+            scope=scope,
+            conserve=conserve,
             score=score,
-            backend=cast(Backend, check_choice("backend", backend, BACKENDS)),
+            backend=backend,
             ranks=Ranks(process_group),
             needs_closure=_needs_closure(optimizer),
         )
@@ -333,13 +336,23 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             check_loss(name, each)
         if not given:
             hint = "Pass the cross-entropies that score the weights."
-            raise ValueError(error_text("natural", "be given, or `adversarial`", "None", hint))
-        needed = self._needed_roles()
-        wanted = {role: each for role, each in given.items() if role in needed}
+            refuse("natural", "be given, or `adversarial`", "None", hint)
+        ranked = [each for each in self._selected().values() if each.update_fraction > 0.0]
+        always = bool(ranked) and self._holder.score != "rgp"
+        factors = {
+            "natural": [s.alpha for s in ranked],
+            "adversarial": [1 - s.alpha for s in ranked],
+        }
+        wanted = {role: each for role, each in given.items() if always or any(factors[role])}
         if not wanted:
             return loss
-        take = partial(_take, self._holder)
-        return cast(Tensor, Scored.apply(loss, take, wanted))  # type: ignore[no-untyped-call]
+        return cast(Tensor, Scored.apply(loss, self._take, wanted))  # type: ignore[no-untyped-call]
+
+    def _take(self, losses: dict[str, Tensor], grad: Tensor) -> None:
+        """Take the scores, within the backward pass."""
+        ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
+        params = [p for p in ranked if p.requires_grad]
+        self._holder.scores.take(losses, params, grad, partial(_name, self.param_groups))
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -361,8 +374,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             ValueError: a setting is out of its range; a score has the wrong shape. No weight has
                 been changed in any of these cases; a closure has run.
         """
-        holder = self._holder
-        once = self._evaluate(closure)
+        holder, once = self._holder, None
+        if closure is not None:
+            once = _Evaluated(closure, self._parameters(), copy=not holder.used_closure)
+            holder.used_closure = True
+        elif holder.needs_closure:
+            refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
         holder.masks = masks
@@ -372,12 +389,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
             saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
             try:
-                result = self._inner_step(once)
+                holder.guarded = False
+                result = holder.inner.step() if once is None else holder.inner.step(once)
             finally:  # also where the inner step stops half-way
+                holder.guarded = True
                 now = [local(p) for p in params]  # it may have given them new memory
                 functional.restore_(marks, now, saved, backend=holder.backend)
                 holder.scores.taken.clear()
-        return result
+        return result if once is None else once.loss
 
     def masks(self) -> dict[Tensor, Tensor]:
         """Return the masks of the last step: by parameter, bool, True where it was updated.
@@ -387,39 +406,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """
         return dict(self._holder.masks)
 
-    def _evaluate(self, closure: Callable[[], Any] | None) -> _Evaluated | None:
-        """Evaluate a closure; refuse to go without one where the inner step needs it."""
-        holder = self._holder
-        if closure is None:
-            if holder.needs_closure:
-                raise TypeError(error_text("closure", "be given: the inner step needs it", "None"))
-            return None
-        first, holder.used_closure = not holder.used_closure, True
-        return _Evaluated(closure, self._parameters(), first)
-
-    def _inner_step(self, once: _Evaluated | None) -> Any:
-        """Run the inner step; hand it the evaluated closure, whose loss some optimizers read."""
-        holder = self._holder
-        holder.guarded = False
-        try:
-            if once is None:
-                return holder.inner.step()
-            holder.inner.step(once)
-            return once.loss
-        except _Reevaluated:
-            assert once is not None
-            once.undo()
-            raise
-        finally:
-            holder.guarded = True
-
     def _select(self) -> dict[Tensor, Tensor]:
         """Return the masks of this step, by parameter."""
-        holder = self._holder
+        holder, params = self._holder, self._parameters()
         self._complete_groups()
-        selected = self._partly_updated()
-        entries = [each for each in selected if each.fraction > 0.0]
-        params = self._parameters()
+        selected = {p: each for p, each in self._selected().items() if p.grad is not None}
+        for p in selected:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                check_dense(f"gradient of {_name(self.param_groups, p)}", p.grad)
         if holder.scores.running and (holder.scores.taking or len(params) > 1):
             raise RuntimeError(
                 "step() was called within the backward pass, where other parameters may wait for "
@@ -431,57 +425,53 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
             )
+        ranked = {p: each for p, each in selected.items() if each.update_fraction > 0.0}
         try:
             with torch.no_grad():
-                found = self._select_in(entries) if entries else []
+                masks = self._rank(ranked) if ranked else {}
         except NothingScored:
             if not _all_lrs_zero(self.param_groups):
                 raise
-            gradients = {p: p.grad for p in params if p.grad is not None}
-            dense = [p for p, g in gradients.items() if g.layout == torch.strided]
+            dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
             return {p: _empty_mask(p) for p in dense}
-        masks = {each.p: _empty_mask(each.p) for each in selected if each.fraction == 0.0}
-        masks.update(zip((each.p for each in entries), found, strict=True))
+        masks |= {p: _empty_mask(p) for p in selected if p not in masks}
         if not holder.ranks_compared and holder.ranks.size > 1:
             self._compare_ranks(masks)
             holder.ranks_compared = True
         return masks
 
-    def _partly_updated(self) -> list[_Selected]:
-        """Return the parameters with a gradient whose update fraction is below 1."""
-        found = []
+    def _selected(self) -> dict[Tensor, Settings]:
+        """Return the parameters in which some weights are conserved, with their settings."""
+        found: dict[Tensor, Settings] = {}
         for group in self.param_groups:
-            settings = Settings.of(group)
+            settings = Settings.of({**self._holder.defaults, **group})
             if settings.update_fraction < 1.0:
-                for p in group["params"]:
-                    if p.grad is not None and settings.selects(p):
-                        if p.grad.layout != torch.strided:
-                            check_dense(f"gradient of {_name(self.param_groups, p)}", p.grad)
-                        found.append(_Selected(p, settings.update_fraction, settings.alpha))
+                found |= {p: settings for p in group["params"] if settings.selects(p)}
         return found
 
-    def _select_in(self, entries: Sequence[_Selected]) -> list[Tensor]:
+    def _rank(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
-        holder = self._holder
-        fractions = [each.fraction for each in entries]
-        pools = list(range(len(entries)))
+        holder, params = self._holder, list(selected)
+        fractions = [each.update_fraction for each in selected.values()]
+        pools = list(range(len(params)))
         if holder.scope == "global":  # groups with different fractions cannot share a threshold
             pools = [fractions.index(fraction) for fraction in fractions]
-        scores = holder.scores.averaged(holder.ranks, [each.p for each in entries])
-        sharded = any(distributed.is_sharded(each.p) for each in entries)
-        if holder.score == "rgp" and not sharded:
-            g_nats, g_advs = zip(*(scores.pair(e.p, e.alpha) for e in entries), strict=True)
-            columns = g_nats, g_advs, [e.alpha for e in entries], fractions, pools
-            return functional.select(*columns, backend=holder.backend)
-        masks: dict[int, Tensor] = {}
-        for indices in _batches(entries, pools) if sharded else [range(len(entries))]:
-            part = [entries[i] for i in indices]
-            whole = [distributed.whole(scores.score(e.p, e.alpha, holder.score), e.p) for e in part]
-            some = whole, [e.fraction for e in part], [pools[i] for i in indices]
-            found = functional.select_scores(*some, backend=holder.backend)
-            own = (distributed.own_part(mask, e.p) for mask, e in zip(found, part, strict=True))
-            masks.update(zip(indices, own, strict=True))
-        return [masks[i] for i in range(len(entries))]
+        scores = holder.scores.averaged(holder.ranks, params)
+        if holder.score == "rgp" and not any(is_sharded(p) for p in params):
+            alphas = [each.alpha for each in selected.values()]
+            pairs = map(scores.pair, params, alphas)
+            columns = *zip(*pairs, strict=True), alphas, fractions, pools
+            found = functional.select(*columns, backend=holder.backend)
+            return dict(zip(params, found, strict=True))
+        masks: dict[Tensor, Tensor] = {}
+        for indices in _batches(params, pools):
+            part = [params[i] for i in indices]
+            own = [scores.score(p, selected[p].alpha, holder.score) for p in part]
+            whole = [distributed.whole(score, p) for score, p in zip(own, part, strict=True)]
+            columns = whole, [fractions[i] for i in indices], [pools[i] for i in indices]
+            found = functional.select_scores(*columns, backend=holder.backend)
+            masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
+        return masks
 
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
         """Raise if replicas differ in weights, gradients or masks."""
@@ -501,36 +491,20 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "train apart need a `process_group` each."
             )
 
-    def _needed_roles(self) -> set[str]:
-        """Return the losses that the score reads under the settings of the groups."""
-        self._complete_groups()
-        settings = [Settings.of(group) for group in self.param_groups]
-        partly = [each for each in settings if 0.0 < each.update_fraction < 1.0]
-        shares = {"natural": [each.alpha for each in partly]}
-        shares["adversarial"] = [1.0 - each.alpha for each in partly]
-        always = self._holder.score != "rgp"
-        return {role for role, factors in shares.items() if any(always or f > 0.0 for f in factors)}
-
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
 
-class _Selected(NamedTuple):
-    """A parameter in which weights are selected."""
-
-    p: Tensor
-    fraction: float
-    alpha: float
-
-
-def _batches(entries: Sequence[_Selected], pools: Sequence[int]) -> Iterator[list[int]]:
+def _batches(params: Sequence[Tensor], pools: Sequence[int]) -> Iterator[list[int]]:
     """Yield positions of whole pools, about `GATHER_LIMIT` weights at a time."""
     batch: list[int] = []
-    for pool in dict.fromkeys(pools):
-        batch += [i for i, other in enumerate(pools) if other == pool]
-        if sum(entries[i].p.numel() for i in batch) >= GATHER_LIMIT:
+    size = 0
+    for indices in by_pool(pools):
+        batch += indices
+        size += sum(params[i].numel() for i in indices)
+        if size >= GATHER_LIMIT:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -543,16 +517,6 @@ def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
                 names = group.get("param_names")
                 return f"{names[j] if names else f'parameter {j}'} (group {i})"
     return "a parameter"
-
-
-def _take(holder: _Holder, losses: dict[str, Tensor], grad: Tensor) -> None:
-    """Take the scores of the parameters in which some weights are conserved."""
-    params = []
-    for group in holder.inner.param_groups:
-        settings = Settings.of({**holder.defaults, **group})
-        if 0.0 < settings.update_fraction < 1.0:
-            params += [p for p in group["params"] if p.requires_grad and settings.selects(p)]
-    holder.scores.take(losses, params, grad, partial(_name, holder.inner.param_groups))
 
 
 def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
@@ -578,7 +542,7 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
         rule = "take one gradient per step"
         hint = SAM_HINT
     if rule:
-        raise TypeError(error_text("optimizer", rule, kind, hint))
+        refuse("optimizer", rule, kind, hint, TypeError)
     return cast(torch.optim.Optimizer, optimizer)
 
 
@@ -589,7 +553,7 @@ def _check_group(group: dict[str, Any]) -> None:
         distributed.check_parameter(p)
     if group.get("differentiable"):
         hint = "Masked and restored weights have no derivative."
-        raise ValueError(error_text("differentiable", "be False", "differentiable = True", hint))
+        refuse("differentiable", "be False", True, hint)
 
 
 def _guard(holder: _Holder) -> None:
@@ -609,8 +573,8 @@ def _guard(holder: _Holder) -> None:
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
     """Clone gradients that share memory or overlap themselves: masks write in place."""
-    masked, spans = set(params), []
-    own: set[Tensor | None] = set()
+    shared: set[Tensor | None] = set()
+    spans: list[tuple[int, int, Any]] = []
     for p in everyone:
         if p.grad is not None and p.grad.layout == torch.strided:
             gradient = local(p.grad)
@@ -618,16 +582,16 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
             if not gradient.is_contiguous():
                 sizes = zip(gradient.shape, gradient.stride(), strict=True)
                 extent = 1 + sum((size - 1) * stride for size, stride in sizes)
-            if p in masked and extent < gradient.numel():  # overlaps itself
-                own.add(p)
+            if extent < gradient.numel():
+                shared.add(p)
             spans.append((start, start + extent * gradient.element_size(), p))
     end, owner = 0, None
     for start, stop, p in sorted(spans, key=lambda span: span[:2]):
-        if start < end:  # clone what will be masked, either will do
-            own.add(p if p in masked else owner)
-        if p not in own and stop > end:
+        if start < end:
+            shared |= {p, owner}
+        if stop > end:
             end, owner = stop, p
-    for p in masked.intersection(own):
+    for p in set(params).intersection(shared):
         p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
 
 
@@ -643,40 +607,31 @@ def _all_lrs_zero(groups: Sequence[dict[str, Any]]) -> bool:
     return all(float(rate) == 0.0 for rate in rates)
 
 
-# The closure of a step: evaluated once, before the selection; its loss is handed on.
-
-
-class _Reevaluated(RuntimeError):
-    """The inner step wants the loss of other weights, which its closure no longer gives."""
-
-
 class _Evaluated:
     """A closure after its evaluation: gives its loss again, as long as the weights are the same."""
 
-    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], first: bool) -> None:
+    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], copy: bool) -> None:
         with torch.enable_grad():
             self.loss = closure()
         self._params = params
         self._versions = [p._version for p in params]
-        self._before = [p.detach().clone() for p in params] if first else []
+        self._before = [p.detach().clone() for p in params] if copy else []
 
+    @torch.no_grad()
     def __call__(self) -> Any:
-        """Return the loss; refuse where the weights have changed since the evaluation."""
+        """Return the loss; where the weights have changed, put them back and refuse."""
         changed = [p._version for p in self._params] != self._versions
-        for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
+        pairs = list(zip(self._params, self._before, strict=False))
+        for p, old in pairs:  # `p.data` has no version
             changed = changed or not bool(((local(p) == local(old)) | local(old).isnan()).all())
         if changed:
-            raise _Reevaluated(
+            for p, old in pairs:
+                p.copy_(old)
+            raise RuntimeError(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 f"the closure is evaluated once per step, before weights are selected. {SAM_HINT}"
             )
         return self.loss
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Put back the weights of the first step."""
-        for p, old in zip(self._params, self._before, strict=False):
-            p.copy_(old)
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:

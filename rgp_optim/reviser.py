@@ -12,25 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgp_optim._checks import (
-    check_count,
-    check_fraction,
-    check_model,
-    check_real,
-    error_text,
-    logits_of,
-    modes_of,
-    set_eval,
-    switched,
-    unwrapped,
-)
-from rgp_optim._distributed import local
+from rgp_optim import _checks as check
+from rgp_optim._checks import logits_of, modes_of, refuse, set_eval, switched, unwrapped
+from rgp_optim._distributed import initialised, local
 from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]
 
-DECAY = 0.999  # the paper's
-HALF = (torch.float16, torch.bfloat16)
 FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 1000  # without an update
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
@@ -90,25 +78,25 @@ class ConsistencyReviser:
         seed: int = 0,
         revised: nn.Module | None = None,
     ) -> None:
-        check_model(model)
-        self.rate = check_fraction("rate", rate)
+        check.model(model)
+        self.rate = check.fraction("rate", rate)
         self.decay = _decay(decay, horizon, total_steps, self.rate)
         self.steps = 0
-        self._seed = check_count("seed", seed)
+        self._seed = check.count("seed", seed)
         self._student = model
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
         self._checked = self._reminded = False
         self.model = _copy(unwrapped(model)) if revised is None else revised
-        check_model(self.model)
+        check.model(self.model)
         name = "model" if revised is None else "revised"
         student, ours = _tensors(unwrapped(model)), _tensors(self.model)
         _check_same(ours, student, name)
-        taken = {_address(tensor) for tensor in student.values()} - {0}
+        taken = {_storage(tensor) for tensor in student.values()} - {0}
         for key, tensor in ours.items():
             tensor.grad = None
-            if _address(tensor) in taken:
-                raise ValueError(error_text(name, "be copied without shared storage", key))
+            if _storage(tensor) in taken:
+                refuse(name, "be copied without shared storage", key)
         set_eval(self.model.requires_grad_(False))
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -132,7 +120,7 @@ class ConsistencyReviser:
         Call it once per step. A model whose parameters or buffers are no longer those of the copy
         raises a ValueError, and nothing is changed.
         """
-        rate, decay = check_fraction("rate", self.rate), _check_decay("decay", self.decay)
+        rate, decay = check.fraction("rate", self.rate), _check_decay("decay", self.decay)
         moves = random.Random(f"{self._seed} {self.steps}").random() < rate
         if self.steps == 0:
             self._move(1.0)
@@ -157,12 +145,11 @@ class ConsistencyReviser:
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
             hint = "Pass what `ConsistencyReviser.state_dict()` returned."
-            found = type(state_dict).__name__
-            raise ValueError(error_text("state_dict", f"have {', '.join(ours)}", found, hint))
+            refuse("state_dict", f"have {', '.join(ours)}", type(state_dict).__name__, hint)
         for part in ("model", "masters"):
             _check_same(ours[part], state_dict[part], "state_dict")
         decay = _check_decay("state_dict['decay']", state_dict["decay"])
-        steps, seed = (check_count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
+        steps, seed = (check.count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
         with torch.no_grad():
             for part in ("model", "masters"):
                 for name, tensor in ours[part].items():
@@ -176,11 +163,11 @@ class ConsistencyReviser:
         with switched(self.model, modes_of(student)):  # merged weights differ from unmerged ones
             theirs, ours = _tensors(student), _tensors(self.model)
             _check_same(ours, theirs, "model")
-            masters = {name: local(master) for name, master in self._float32().items()}
+            masters = self._float32()
             averaged = _averaged(self.model) if weight < 1.0 else set()
             starts, ends = list[Tensor](), list[Tensor]()
             for name, tensor in ours.items():
-                now, target = masters.get(name, local(tensor)), local(theirs[name]).detach()
+                now, target = local(masters.get(name, tensor)), local(theirs[name]).detach()
                 if name in averaged:
                     starts.append(now)
                     ends.append(target.to(now))
@@ -189,7 +176,7 @@ class ConsistencyReviser:
             if starts:
                 torch._foreach_lerp_(starts, ends, weight)
             for name, master in masters.items():
-                local(ours[name]).copy_(master)
+                local(ours[name]).copy_(local(master))
 
     @torch.no_grad()
     def _float32(self) -> dict[str, Tensor]:
@@ -200,7 +187,7 @@ class ConsistencyReviser:
         masters, averaged = self._masters, _averaged(self.model)
         self._masters = {}
         for name, tensor in _tensors(self.model).items():
-            if tensor.dtype in HALF and name in averaged:
+            if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
                 master = masters.get(name)
                 if master is None or _layout(master) != _layout(tensor):
                     master = tensor.detach().float()
@@ -213,7 +200,7 @@ class ConsistencyReviser:
     def _warn(self) -> None:
         """Warn once of statistics that are not filled, and once of a forgotten `update`."""
         self._calls += 1
-        if self._calls >= MANY_CALLS and not self._reminded:
+        if self._calls == MANY_CALLS and not self._reminded:
             self._reminded = True
             text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
             warnings.warn(text, UserWarning, stacklevel=3)
@@ -242,8 +229,7 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, dict(derived))
     except Exception as error:
         found = f"{_refusing(model, derived)}: {type(error).__name__}: {error}".splitlines()[0]
-        hint = SHARD if _sharded(model) else READY
-        raise ValueError(error_text("model", "be copyable", found, hint)) from error
+        refuse("model", "be copyable", found, SHARD if _sharded(model) else READY)
 
 
 def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
@@ -260,31 +246,28 @@ def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
 def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
     """Return d, from itself or from the horizon."""
     if (horizon is None) != (total is None) or (horizon is not None and decay is not None):
-        rule = "be given with `total_steps` and without `decay`"
         found = f"horizon = {horizon}, total_steps = {total}, decay = {decay}"
-        raise ValueError(error_text("horizon", rule, found))
+        refuse("horizon", "be given with `total_steps` and without `decay`", found)
     if horizon is None:
-        return _check_decay("decay", DECAY if decay is None else decay)
-    if check_real("horizon", horizon, strict=True) > 1.0:
-        raise ValueError(error_text("horizon", "be in (0, 1], a fraction of the run", horizon))
-    expected = check_count("total_steps", total, minimum=1) * rate
+        return _check_decay("decay", 0.999 if decay is None else decay)  # the paper's
+    horizon = check.real("horizon", horizon, 1.0, strict=True)
+    expected = check.count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update, horizon * rate * total_steps >= 1"
         least = f", or {math.ceil(1000 / expected) / 1000:g} or more" if expected > 1 else ""
-        hint = f"Give `decay`{least}."
-        raise ValueError(error_text("horizon", rule, f"{horizon} of {expected:g}", hint))
+        refuse("horizon", rule, f"{horizon} of {expected:g}", f"Give `decay`{least}.")
     return 1.0 - 1.0 / (horizon * expected)
 
 
 def _check_decay(name: str, decay: Any) -> float:
-    if check_fraction(name, decay) == 1.0:
-        raise ValueError(error_text(name, "be in [0, 1): 1 would never move", f"{name} = 1"))
+    if check.fraction(name, decay) == 1.0:
+        refuse(name, "be in [0, 1): 1 would never move", f"{name} = 1")
     return float(decay)
 
 
 def _sharded(model: nn.Module) -> list[Any]:
     """Return the modules that FSDP2 has sharded."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not initialised():
         return []
     from torch.distributed.fsdp import FSDPModule  # slow to import
 
@@ -308,8 +291,8 @@ def _averaged(model: nn.Module) -> set[str]:
     return names
 
 
-def _address(tensor: Tensor) -> int:
-    """Return where the tensor's storage begins; 0 for an empty or meta tensor."""
+def _storage(tensor: Tensor) -> int:
+    """Return the address of the tensor's storage; 0 for an empty or meta tensor."""
     with torch.no_grad():
         return int(local(tensor).untyped_storage().data_ptr())
 
@@ -324,6 +307,6 @@ def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: 
         n for n, tensor in ours.items() if _layout(tensor)[1:] != _layout(theirs[n])[1:]
     ]
     if wrong:
-        rule = "have the parameters and buffers that were copied"
         hint = "Make a new reviser for a changed model; shard `reviser.model` as the model."
-        raise ValueError(error_text(name, rule, f"a difference at {', '.join(wrong)}", hint))
+        rule = "have the parameters and buffers that were copied"
+        refuse(name, rule, f"a difference at {', '.join(wrong)}", hint)
