@@ -367,7 +367,9 @@ def test_released_rules_select_where_the_released_code_does():
 def test_the_released_mode_rgp_by_hand():
     """Gradients of a CE + (1 - a) CE_adv at or above its quantile in each tensor, the rest zero."""
     model, s = setting()
+    model[1].bias.data += 2  # every unit is active: no gradient of a bias is 0
     method = METHODS["released-rgp"](model, s, gamma=0.0)
+    assert all("param_names" in group for group in method.optimizer.param_groups)
     x, y = data()
     x_adv = METHODS["released-rgp"](model, s, gamma=0.0).perturb(x, y)
     method.perturb = lambda *_: x_adv

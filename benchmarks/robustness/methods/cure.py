@@ -145,11 +145,12 @@ class ReleasedRGP(CURE):
 
     def groups(self) -> list[dict[str, Any]]:
         head = set(self.left_out())
-        named = [(n.rpartition(".")[0] in head, p) for n, p in self.model.named_parameters()]
-        inside = {"params": [p for outside, p in named if not outside]}
+        named = list(self.model.named_parameters())
+        outside = [(n, p) for n, p in named if n.rpartition(".")[0] in head]
+        inside = [(n, p) for n, p in named if n.rpartition(".")[0] not in head]
         return [
-            inside,
-            {"params": [p for outside, p in named if outside], "rgp_update_fraction": 1.0},
+            {"params": inside, "rgp_select": True},
+            {"params": outside, "rgp_select": False},
         ]
 
 
