@@ -16,10 +16,9 @@ SC 2023), the tables apex.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from rgp_optim import _reference
-from rgp_optim._reference import Column, Floats, Tensors, update_count
+from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
 
 __all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
@@ -40,7 +39,6 @@ PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a ten
 # bins and element: four passes of 256 bins are faster there than three of 2048.
 _VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 DIGITS = (11, 11, 10) if _VERSION >= (3, 8) else (8, 8, 8, 8)
-KEPT_TABLES = 16  # on the device, for the next steps
 CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA graphs
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -318,59 +316,38 @@ def _merge_chunk(
 # Tables.
 
 
-_kept: OrderedDict[Any, list[Tensor]] = OrderedDict()
-_captured: dict[Any, Tensor] = {}  # graphs copy these at each replay: never freed
-_capture_space: list[Tensor] = []  # what is left for them
+_capture_space: list[Tensor] = []  # pinned memory, made before any CUDA graph is captured
 
 
-def _tables(rows: list[list[int]], pools: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Return rows, pools and the owner of each chunk on the device, for the current stream."""
-    values = tuple(chain.from_iterable(rows)), tuple(chain.from_iterable(pools))
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.is_current_stream_capturing():
-        table = _in_graph(values, rows).to(device, non_blocking=True)
-        return _split(table, rows, pools)
-    # A table is copied, used and freed on one stream only, so that its order is enough.
-    key = values, CHUNK, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    found = _kept.pop(key, None)
-    if found is None:
-        table = _on_host(values, rows)
-        if cuda:
-            if not _capture_space:
-                space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
-                _capture_space.append(space)
-            table = table.pin_memory().to(device, non_blocking=True)
-        found = _split(table, rows, pools)
-    _kept[key] = found
-    while len(_kept) > KEPT_TABLES:
-        _kept.popitem(last=False)
-    return found
+def _tables(
+    rows: list[list[int]], pools: list[list[int]], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return rows, pools and the owner of each chunk on the device."""
+    counts = [-(-row[SIZE.value] // CHUNK) for row in rows]
+    for row, first in zip(rows, accumulate(counts, initial=0), strict=False):
+        row[FIRST_CHUNK.value] = first
+    numbers = torch.tensor([*chain(*rows), *chain(*pools)], dtype=torch.int64, device="cpu")
+    owners = torch.repeat_interleave(torch.tensor(counts, device="cpu"))
+    table = torch.cat([numbers, owners])
+    if device.type == "cuda":
+        table = _pinned(table).to(device, non_blocking=True)
+    return table.tensor_split([len(rows) * WIDTH.value, numbers.numel()])
 
 
-def _on_host(values: tuple[tuple[int, ...], ...], rows: list[list[int]]) -> Tensor:
-    chunks = torch.tensor([-(-row[0] // CHUNK) for row in rows], device="cpu")
-    owners = torch.repeat_interleave(chunks)
-    numbers = torch.tensor([*values[0], *values[1]], dtype=torch.int64, device="cpu")
-    return torch.cat([numbers, owners])
-
-
-def _split(table: Tensor, rows: list[list[int]], pools: list[list[int]]) -> list[Tensor]:
-    a, b = len(rows) * WIDTH.value, len(pools) * POOL_WIDTH.value
-    return [table[:a], table[a : a + b], table[a + b :]]
-
-
-def _in_graph(values: tuple[tuple[int, ...], ...], rows: list[list[int]]) -> Tensor:
-    """Return a table in pinned memory that was there before the capture and stays for good."""
-    if values not in _captured:
-        table = _on_host(values, rows)
-        if not _capture_space or _capture_space[0].numel() < table.numel():
-            raise RuntimeError(
-                "The tables of this step do not fit into the pinned memory for CUDA graphs. Run "
-                "an eager step before the first capture; capture once and replay that graph."
-            )
-        _captured[values], _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
-        _captured[values].copy_(table)
-    return _captured[values]
+def _pinned(table: Tensor) -> Tensor:
+    """Return a table in pinned memory. A CUDA graph copies it at each replay: it stays for good."""
+    if not torch.cuda.is_current_stream_capturing():
+        if not _capture_space:
+            space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
+            _capture_space.append(space)
+        return table.pin_memory()
+    if not _capture_space or _capture_space[0].numel() < table.numel():
+        raise RuntimeError(
+            "The tables of this step do not fit into the pinned memory for CUDA graphs. Run an "
+            "eager step before the first capture; capture once and replay that graph."
+        )
+    place, _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
+    return place.copy_(table)
 
 
 @lru_cache(maxsize=4096)
@@ -388,12 +365,10 @@ def _layout(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...] | Non
     return (n1, n2, s0, s1, s2) if max(n1, n2) < 1 << 30 else None
 
 
-def _row(
-    size: int, layout: tuple[int, ...], code: int, pointers: tuple[int, ...], *rest: int
-) -> list[int]:
-    """Return a tensor's row; its first chunk comes later."""
-    fast = layout[:3] == (1, 1, 1) and all(pointer % 16 == 0 for pointer in pointers)
-    row = [size, 0, code, fast, *layout, *pointers, *rest]
+def _row(size: int, layout: tuple[int, ...], code: int, *rest: int) -> list[int]:
+    """Return a tensor's row: ``rest`` begins with three addresses. `_tables` sets FIRST_CHUNK."""
+    fast = layout == FLAT and all(address % 16 == 0 for address in rest[:3])
+    row = [size, 0, code, fast, *layout, *rest]
     return row + [0] * (WIDTH.value - len(row))
 
 
@@ -442,23 +417,18 @@ def _select(
     pools: Sequence[int],
     read: int,
 ) -> list[Tensor]:
-    members: dict[int, list[int]] = {}
-    for i, pool in enumerate(pools):
-        members.setdefault(pool, []).append(i)
     masks = [torch.empty(nat.shape, dtype=torch.bool, device=nat.device) for nat, _ in pairs]
     rows, pool_rows, owned = [], [], []
     chunk = place = 0
-    for pool, indices in enumerate(members.values()):
+    for pool, indices in enumerate(by_pool(pools)):
         fraction, first = fractions[indices[0]], chunk
         n = sum(masks[i].numel() for i in indices)
         for i in indices:
             nat, adv, layout = _same_layout(*pairs[i])
             owned += [nat, adv]  # copies live until they are read
             size = nat.numel()
-            pointers = masks[i].data_ptr(), nat.data_ptr(), adv.data_ptr()
-            row = _row(size, layout, CODES[nat.dtype], pointers, *shares[i], place, pool)
-            row[FIRST_CHUNK.value] = chunk
-            rows.append(row)
+            addresses = masks[i].data_ptr(), nat.data_ptr(), adv.data_ptr()
+            rows.append(_row(size, layout, CODES[nat.dtype], *addresses, *shares[i], place, pool))
             chunk += -(-size // CHUNK)
             place += -(-size // BLOCK) * BLOCK
         k = EVERYTHING.value if fraction == 1.0 else update_count(n, fraction)
@@ -502,24 +472,15 @@ def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, .
 @_disable_dynamo
 def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
     """Zero each gradient outside its mask and copy each weight; see `_reference`."""
-    rows, saved, owned = [], [], []
+    masks = [mask.contiguous() for mask in masks]
+    rows: list[list[int]] = []
     for mask, gradient in zip(masks, gradients, strict=True):
-        if gradient is not None:
-            owned.append(mask.contiguous())
-            row = _merge_row(gradient, None, owned[-1])
-            if row is not None:
-                rows.append(row)
-            else:
-                gradient.masked_fill_(~mask, 0)
-    for weight in weights:
-        copy = None if weight is None else torch.empty_like(weight)
-        if weight is not None and copy is not None:
-            row = _merge_row(copy, weight, None)
-            if row is not None:
-                rows.append(row)
-            else:
-                copy = weight.clone()
-        saved.append(copy)
+        if gradient is not None and not _add_row(rows, gradient, None, mask):
+            gradient.masked_fill_(~mask, 0)
+    saved = [None if weight is None else torch.empty_like(weight) for weight in weights]
+    for weight, copy in zip(weights, saved, strict=True):
+        if weight is not None and copy is not None and not _add_row(rows, copy, weight, None):
+            copy.copy_(weight)
     _launch_merge(rows, masks)
     return saved
 
@@ -527,36 +488,31 @@ def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[T
 @_disable_dynamo
 def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
     """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
-    rows, owned = [], []
+    masks = [mask.contiguous() for mask in masks]
+    rows: list[list[int]] = []
     for mask, weight, old in zip(masks, weights, saved, strict=True):
-        if old is not None:
-            owned.append(mask.contiguous())
-            row = _merge_row(weight, old, owned[-1])
-            if row is not None:
-                rows.append(row)
-            else:
-                torch.where(mask, weight, old, out=weight)
+        if old is not None and not _add_row(rows, weight, old, mask):
+            torch.where(mask, weight, old, out=weight)
     _launch_merge(rows, masks)
 
 
-def _merge_row(target: Tensor, source: Tensor | None, mask: Tensor | None) -> list[int] | None:
-    """Return a row of `_merge`, or None for the rare tensors that it cannot take."""
-    if source is not None and source.stride() != target.stride():
-        return None  # with equal strides `torch.empty_like` has found the tensor dense
+def _add_row(
+    rows: list[list[int]], target: Tensor, source: Tensor | None, mask: Tensor | None
+) -> bool:
+    """Add a row of `_merge`; return False for the rare tensors that it cannot take."""
     layout = FLAT if mask is None else _layout(target.shape, target.stride())
-    if layout is None or target.element_size() not in (2, 4, 8):
-        return None
-    mask_at, source_at = (0 if t is None else t.data_ptr() for t in (mask, source))
-    pointers = mask_at, target.data_ptr(), source_at
-    return _row(target.numel(), layout, target.element_size(), pointers)
+    # With equal strides `torch.empty_like` has found the tensor dense.
+    alike = source is None or source.stride() == target.stride()
+    if layout is None or not alike or target.element_size() not in (2, 4, 8):
+        return False
+    addresses = [0 if t is None else t.data_ptr() for t in (mask, target, source)]
+    rows.append(_row(target.numel(), layout, target.element_size(), *addresses))
+    return True
 
 
 def _launch_merge(rows: list[list[int]], masks: Sequence[Tensor]) -> None:
-    chunks = 0
-    for row in rows:
-        row[FIRST_CHUNK.value] = chunks
-        chunks += -(-row[SIZE.value] // CHUNK)
-    if chunks > 0:
+    if any(row[SIZE.value] for row in rows):
         with torch.cuda.device_of(masks[0]):
             table, _, owners = _tables(rows, [], masks[0].device)
-            _merge[(chunks,)](table, owners, CHUNK=CHUNK, BLOCK=BLOCK, PIECE=PIECE, **OPTIONS)
+            sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK, "PIECE": PIECE, **OPTIONS}
+            _merge[(owners.numel(),)](table, owners, **sizes)

@@ -161,8 +161,7 @@ def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]
     results: list[Any] = [None] * len(rows)
     for indices in members.values():
         module = _module(backend, name, [t for i in indices for t in tensors[i]])
-        work = getattr(module, name, getattr(_reference, name))
-        found = work(*zip(*(rows[i] for i in indices), strict=True))
+        found = getattr(module, name)(*zip(*(rows[i] for i in indices), strict=True))
         for i, result in zip(indices, found or (), strict=False):
             results[i] = result
     return results

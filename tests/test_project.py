@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rgp_optim"
 # Three floors: public modules, the score and the processes, the backends and their specification.
 ARROWS = {
     "__init__": {"optimizer", "groups", "reviser", "losses", "attacks", "functional"},
-    "optimizer": {"functional", "groups", "_distributed", "_scores"},
+    "optimizer": {"functional", "groups", "_distributed", "_scores", "_reference"},
     "reviser": {"losses", "_distributed"},
     "attacks": {"losses", "_distributed"},
     "losses": set(),
@@ -31,7 +31,7 @@ ARROWS = {
     "_reference": set(),
     "_checks": set(),
 }
-LINES, LONGEST = 3400, 70  # of the package; statements of a function, in lines
+LINES, LONGEST = 3240, 70  # of the package; statements of a function, in lines
 
 
 def imported(module):
