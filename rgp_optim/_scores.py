@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,12 +36,11 @@ def check_loss(name: str, loss: Any) -> None:
         refuse(name, "carry a graph", "requires_grad = False", hint)
 
 
-def check_dense(name: str, gradient: Tensor) -> None:
-    """Refuse the gradient of a selected parameter if it is sparse."""
-    if gradient.layout != torch.strided:
-        hint = "Set 'rgp_select': False for the parameter's group, or make the gradient dense."
-        found = f"a {gradient.layout} gradient, {tuple(gradient.shape)}"
-        refuse(name, "be dense", found, hint, TypeError)
+def refuse_sparse(name: str, gradient: Tensor) -> NoReturn:
+    """Refuse a sparse gradient of a selected parameter."""
+    hint = "Set 'rgp_select': False for the parameter's group, or make the gradient dense."
+    found = f"a {gradient.layout} gradient, {tuple(gradient.shape)}"
+    refuse(name, "be dense", found, hint, TypeError)
 
 
 class Scored(torch.autograd.Function):
@@ -70,7 +69,7 @@ class NothingScored(RuntimeError):
         super().__init__(
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
             "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
-            "run `loss.backward()` before `step()`."
+            "run `loss.backward()` before `step()`, under the same settings."
         )
 
 
@@ -154,7 +153,7 @@ class Scores:
             earlier = held.setdefault(p, None)
             if gradient is not None:
                 if gradient.layout != torch.strided:
-                    check_dense(f"{role} gradient of {name(p)}", gradient)
+                    refuse_sparse(f"{role} gradient of {name(p)}", gradient)
                 gradient = gradient.detach()
                 held[p] = gradient if earlier is None else earlier + gradient
 
@@ -180,7 +179,7 @@ class Scores:
             raise RuntimeError(
                 f"step(): a parameter of shape {tuple(p.shape)} is selected in, but was not when "
                 "the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
-                "`requires_grad` before the backward pass, or after the step."
+                "`requires_grad` before `scored`, or after the step."
             )
         gradient: Tensor | None = shard(self.taken[role].get(p), p)
         return gradient

@@ -316,7 +316,8 @@ def _merge_chunk(
 # Tables.
 
 
-_capture_space: list[Tensor] = []  # pinned memory, made before any CUDA graph is captured
+_captured: dict[tuple[int, ...], Tensor] = {}  # graphs copy these at each replay: never freed
+_capture_space: list[Tensor] = []  # pinned memory for them, made before the first capture
 
 
 def _tables(
@@ -335,19 +336,23 @@ def _tables(
 
 
 def _pinned(table: Tensor) -> Tensor:
-    """Return a table in pinned memory. A CUDA graph copies it at each replay: it stays for good."""
+    """Return a table in pinned memory."""
     if not torch.cuda.is_current_stream_capturing():
         if not _capture_space:
-            space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
+            with torch.inference_mode(False):
+                space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
             _capture_space.append(space)
         return table.pin_memory()
-    if not _capture_space or _capture_space[0].numel() < table.numel():
-        raise RuntimeError(
-            "The tables of this step do not fit into the pinned memory for CUDA graphs. Run an "
-            "eager step before the first capture; capture once and replay that graph."
-        )
-    place, _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
-    return place.copy_(table)
+    values = tuple(table.tolist())
+    if values not in _captured:
+        if not _capture_space or _capture_space[0].numel() < table.numel():
+            raise RuntimeError(
+                "The tables of this step do not fit into the pinned memory for CUDA graphs. Run an "
+                "eager step before the first capture; capture once and replay that graph."
+            )
+        _captured[values], _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
+        _captured[values].copy_(table)
+    return _captured[values]
 
 
 @lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ class Settings:
         fraction, alpha, select = (group[key] for key in KEYS)
         if select is not None and not isinstance(select, bool):
             rule = "be None (two or more dimensions), True (all) or False (none)"
-            refuse("rgp_select", rule, select, error=TypeError)
+            refuse("rgp_select", rule, f"rgp_select = {select!r}", error=TypeError)
         hint = "It is the fraction updated: to conserve 30 %, write 0.7."
         fraction = check.fraction("rgp_update_fraction", fraction, hint)
         return cls(fraction, check.fraction("rgp_alpha", alpha), select)

@@ -23,7 +23,7 @@ from rgp_optim import functional
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, is_sharded, local
 from rgp_optim._reference import by_pool
-from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_dense, check_loss
+from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss, refuse_sparse
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
 
@@ -393,6 +393,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 result = holder.inner.step() if once is None else holder.inner.step(once)
             finally:  # also where the inner step stops half-way
                 holder.guarded = True
+                if once is not None:
+                    once.undo()
                 now = [local(p) for p in params]  # it may have given them new memory
                 functional.restore_(marks, now, saved, backend=holder.backend)
                 holder.scores.taken.clear()
@@ -413,7 +415,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         selected = {p: each for p, each in self._selected().items() if p.grad is not None}
         for p in selected:
             if p.grad is not None and p.grad.layout != torch.strided:
-                check_dense(f"gradient of {_name(self.param_groups, p)}", p.grad)
+                refuse_sparse(f"gradient of {_name(self.param_groups, p)}", p.grad)
         if holder.scores.running and (holder.scores.taking or len(params) > 1):
             raise RuntimeError(
                 "step() was called within the backward pass, where other parameters may wait for "
@@ -466,8 +468,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         masks: dict[Tensor, Tensor] = {}
         for indices in _batches(params, pools):
             part = [params[i] for i in indices]
-            own = [scores.score(p, selected[p].alpha, holder.score) for p in part]
-            whole = [distributed.whole(score, p) for score, p in zip(own, part, strict=True)]
+            whole = [
+                distributed.whole(scores.score(p, selected[p].alpha, holder.score), p) for p in part
+            ]
             columns = whole, [fractions[i] for i in indices], [pools[i] for i in indices]
             found = functional.select_scores(*columns, backend=holder.backend)
             masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
@@ -477,7 +480,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Raise if replicas differ in weights, gradients or masks."""
         held: dict[str, Tensor | None] = {}
         for p in self._parameters():
-            if not distributed.is_sharded(p):
+            if not is_sharded(p):
                 name = _name(self.param_groups, p)
                 held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
                 held[f"the mask of {name}"] = masks.get(p)
@@ -616,22 +619,27 @@ class _Evaluated:
         self._params = params
         self._versions = [p._version for p in params]
         self._before = [p.detach().clone() for p in params] if copy else []
+        self._refused = False
 
     @torch.no_grad()
     def __call__(self) -> Any:
-        """Return the loss; where the weights have changed, put them back and refuse."""
+        """Return the loss; refuse where the weights have changed since the evaluation."""
         changed = [p._version for p in self._params] != self._versions
-        pairs = list(zip(self._params, self._before, strict=False))
-        for p, old in pairs:  # `p.data` has no version
+        for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
             changed = changed or not bool(((local(p) == local(old)) | local(old).isnan()).all())
         if changed:
-            for p, old in pairs:
-                p.copy_(old)
+            self._refused = True
             raise RuntimeError(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 f"the closure is evaluated once per step, before weights are selected. {SAM_HINT}"
             )
         return self.loss
+
+    def undo(self) -> None:
+        """After a refusal put back the weights of the first step, once the inner step has ended."""
+        if self._refused:
+            for p, old in zip(self._params, self._before, strict=False):
+                p.copy_(old)
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
