@@ -94,23 +94,19 @@ def parts(model, x, x_adv, y, trades=False):
     """Total, natural and adversarial loss."""
     logits, logits_adv = model(x), model(x_adv)
     nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
-    if trades:
-        return kl_adv_loss(logits, logits_adv, y, beta=3.0), nat, adv
-    return nat + 0.5 * adv, nat, adv
+    return kl_adv_loss(logits, logits_adv, y, beta=3.0) if trades else nat + 0.5 * adv, nat, adv
 
 
 def passes(order, model, opt, data):
     """The backward passes of a step, in one of the orders that people write."""
     x, x_adv, y = data
     if order == "in turn":  # one forward pass per role, each reduced
-        nat = F.cross_entropy(model(x), y)
-        opt.scored(nat, natural=nat).backward()
-        adv = F.cross_entropy(model(x_adv), y)
-        opt.scored(adv, adversarial=adv).backward()
+        for role, images in (("natural", x), ("adversarial", x_adv)):
+            loss = F.cross_entropy(model(images), y)
+            opt.scored(loss, **{role: loss}).backward()
         return
     if order == "joined":  # one forward pass of both batches
-        logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)
-        nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+        nat, adv = (F.cross_entropy(z, y) for z in model(torch.cat([x, x_adv])).chunk(2))
         loss = nat + 0.5 * adv
     else:
         loss, nat, adv = parts(model, x, x_adv, y, trades=order == "trades")

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import parallel
 import pytest
@@ -37,8 +38,8 @@ def test_it_is_one_process_on_the_joined_batch(two, four, ddp, scope):
 
 @parallel.SCOPES
 def test_replicas_are_bit_identical_after_50_steps(two, four, scope):
+    options = {"steps": 50, "dtype": torch.float32, "scope": scope}
     for ranks in (two, four):
-        options = {"steps": 50, "dtype": torch.float32, "scope": scope}
         parallel.assert_same_bits(parallel.run(ranks, train, "ddp", **options))
 
 
@@ -119,10 +120,7 @@ def test_a_step_adds_few_tensor_operations(two):
 # Compiled models, checkpointed activations.
 
 
-def compiled(model):
-    return torch.compile(model, backend="aot_eager")
-
-
+compiled = partial(torch.compile, backend="aot_eager")
 COMPILED = {
     "DDP(compile)": lambda model: wrap("ddp", compiled(model)),
     "compile(DDP)": lambda model: compiled(wrap("ddp", model)),
@@ -143,39 +141,27 @@ def test_compiled_models(two, how):
         assert_joined(two, train_compiled, how, order, want=train("ddp", order))
 
 
-def checkpointed():
-    return Small(reentrant=False)
-
-
-def checkpointed_reentrantly():
-    return Small(reentrant=True)
-
-
 @parallel.DDP_AND_FSDP2
 def test_checkpointed_activations(two, kind):
-    assert_joined(two, train, kind, make=checkpointed, want=train(kind))
+    assert_joined(two, train, kind, make=partial(Small, reentrant=False), want=train(kind))
     with pytest.raises(RankFailed, match="Set `use_reentrant=False`"):
-        parallel.run(two, train, kind, make=checkpointed_reentrantly)
+        parallel.run(two, train, kind, make=partial(Small, reentrant=True))
 
 
 def differ(how):
     """The refusal of the first step, before anything has changed."""
-    model = small()
+    model, rank = small(), dist.get_rank()
     ddp, opt = wrap("ddp", model), make_opt(model)
-    if how == "weights" and dist.get_rank() == 1:
+    if how == "weights" and rank == 1:
         model.head.bias.data[0] += 1e-7
     if how == "rule":
-        opt = make_opt(model, score=lambda s: s.adversarial.abs() * random_on_rank_1(s.weight))
+        opt = make_opt(model, score=lambda s: torch.rand_like(s.weight) if rank == 1 else s.weight)
     before = values(model)
     parallel.passes("loss", model if how == "module" else ddp, opt, share(batch(99)))
     with pytest.raises(RuntimeError, match=r"the ranks differ in .*Nothing was changed") as caught:
         opt.step()
     parallel.assert_same_bits([before, values(model)])
     return str(caught.value)
-
-
-def random_on_rank_1(weight):
-    return torch.rand_like(weight) if dist.get_rank() == 1 else 1.0
 
 
 @pytest.mark.parametrize(
@@ -236,19 +222,16 @@ class TwoHeads(Small):
         return self.head(h), self.unused(h)
 
 
-class First(nn.Module):
-    def forward(self, outputs):
-        return outputs[0]
-
-
 def train_special(what, ddp):
     model = small(TwoHeads if what == "outputs" else Small)
     for p in model.parameters() if what == "hooks" else ():
         p.register_hook(lambda g: g * 0.5)
     called, opt = wrap("ddp", model, **DDP[ddp]), make_opt(model)
+    if what == "outputs":
+        called.register_forward_hook(lambda module, args, outputs: outputs[0])
     if what == "nothing selected":
         opt.param_groups[0]["rgp_select"] = False
-    return fit(nn.Sequential(called, First()) if what == "outputs" else called, opt)
+    return fit(called, opt)
 
 
 @pytest.mark.parametrize(

@@ -168,12 +168,8 @@ def test_half_precision(two, kind, half):
 # The model changes after wrapping.
 
 
-def small_and_linear():
-    return nn.Sequential(Small(), nn.Linear(3, 3))
-
-
 def train_changed(kind):
-    model = small(small_and_linear)
+    model = small(lambda: nn.Sequential(Small(), nn.Linear(3, 3)))
     called, opt = wrap(kind, model), make_opt(model[0])
     fit(called, opt, steps=[0])
     opt.add_param_group({"params": model[1].parameters(), "rgp_update_fraction": 0.6})
