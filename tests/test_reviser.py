@@ -285,8 +285,8 @@ def test_a_model_that_refuses_to_be_copied_may_come_with_a_copy(make, name):
     assert not any(p.requires_grad for p in ready.parameters())
 
 
-@pytest.mark.parametrize(("count", "warnings_"), [(0, 1), (49, 1), (50, 0)])
-def test_warns_once_of_unfilled_statistics(count, warnings_, recwarn):
+@pytest.mark.parametrize(("count", "warned"), [(0, True), (49, True), (50, False)])
+def test_warns_once_of_unfilled_statistics(count, warned, recwarn):
     warnings.simplefilter("always")
     x, x_adv, _ = make_batch()
     model = nn.Sequential(trained_net(), nn.BatchNorm1d(3)).eval()
@@ -296,7 +296,7 @@ def test_warns_once_of_unfilled_statistics(count, warnings_, recwarn):
         reviser(x, x_adv, z, z)
         reviser.update()
     texts = [str(w.message) for w in recwarn]
-    assert len(texts) == warnings_
+    assert len(texts) == warned
     assert all(f"BatchNorm's statistics come from {count} batches" in t for t in texts)
     assert all("natural images" in t for t in texts)
 
@@ -457,11 +457,7 @@ def test_resuming_is_bit_exact(dtype):
     assert reviser.steps == resumed.steps == 30
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
-    ids=["deepcopy", "pickle"],
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_follow_their_own_model(copied):
     model = make_net()
     reviser = started(model, rate=0.5, seed=3)

@@ -117,9 +117,6 @@ def test_a_step_adds_few_tensor_operations(two):
     assert max(parallel.run(two, added_operations)) <= 400
 
 
-# Compiled models, checkpointed activations.
-
-
 compiled = partial(torch.compile, backend="aot_eager")
 COMPILED = {
     "DDP(compile)": lambda model: wrap("ddp", compiled(model)),
@@ -176,9 +173,6 @@ def test_ranks_that_differ_are_told_so(two, how, named):
     assert all(named in message for message in parallel.run(two, differ, how))
 
 
-# Parameters that not every rank uses, hooks, outputs without a loss, other optimizers.
-
-
 class Branches(Small):
     """The second head is used by bright images only."""
 
@@ -200,16 +194,6 @@ def brightened(step):
     return share([x, x_adv, y])
 
 
-def train_branches():
-    model = small(Branches)
-    called = wrap("ddp", model, find_unused_parameters=True)
-    return fit(called, make_opt(model), steps=range(6), data=brightened)
-
-
-def test_parameters_that_some_ranks_do_not_use(two):
-    assert_joined(two, train_branches)
-
-
 class TwoHeads(Small):
     """The losses use the first output only."""
 
@@ -223,7 +207,7 @@ class TwoHeads(Small):
 
 
 def train_special(what, ddp):
-    model = small(TwoHeads if what == "outputs" else Small)
+    model = small({"branches": Branches, "outputs": TwoHeads}.get(what, Small))
     for p in model.parameters() if what == "hooks" else ():
         p.register_hook(lambda g: g * 0.5)
     called, opt = wrap("ddp", model, **DDP[ddp]), make_opt(model)
@@ -231,14 +215,20 @@ def train_special(what, ddp):
         called.register_forward_hook(lambda module, args, outputs: outputs[0])
     if what == "nothing selected":
         opt.param_groups[0]["rgp_select"] = False
-    return fit(called, opt)
+    return fit(called, opt, steps=range(6), data=brightened if what == "branches" else None)
 
 
 @pytest.mark.parametrize(
     ("what", "ddp"),
-    [("hooks", "plain"), ("hooks", "static"), ("outputs", "unused"), ("nothing selected", "plain")],
+    [
+        ("branches", "unused"),
+        ("hooks", "plain"),
+        ("hooks", "static"),
+        ("outputs", "unused"),
+        ("nothing selected", "plain"),
+    ],
 )
-def test_hooks_unused_outputs_and_nothing_to_select_in(two, what, ddp):
+def test_hooks_unused_parameters_and_nothing_to_select_in(two, what, ddp):
     assert_joined(two, train_special, what, ddp)
 
 
@@ -270,9 +260,6 @@ def test_two_optimizers(two, kind, other):
     assert_joined(two, train_two_optimizers, kind, other)
     if other == "wrapped":  # as one optimizer: the fraction holds in each tensor
         parallel.assert_close(train_two_optimizers(kind, other), train(kind))
-
-
-# Other ways to divide the work.
 
 
 def refused(what):

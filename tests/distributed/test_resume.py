@@ -105,9 +105,6 @@ def test_from_shards_to_replicas(four, tmp_path):
     assert_joined(four, save_distributed, "ddp", tmp_path, 2, want=want)
 
 
-# A process dies.
-
-
 def train_until_death(kind, folder, dies_at):
     """Save after each step, as a user would: to a new file that replaces the old one."""
     model, rank = small(), dist.get_rank()

@@ -99,9 +99,6 @@ def test_score_rules(two, kind, scope):
     assert_joined(two, train, kind, score=halved, scope=scope)
 
 
-# Precision, clipping, overflow.
-
-
 def train_scaled(kind):
     """A scaler and clipping; in the second step the loss of rank 1 alone overflows."""
     model = small(dtype=torch.float32)
@@ -165,9 +162,6 @@ def test_half_precision(two, kind, half):
         assert all(0.1 < fraction <= 0.45 for fraction in moved)
 
 
-# The model changes after wrapping.
-
-
 def train_changed(kind):
     model = small(lambda: nn.Sequential(Small(), nn.Linear(3, 3)))
     called, opt = wrap(kind, model), make_opt(model[0])
@@ -206,9 +200,6 @@ def test_masks_are_those_of_the_shards(two):
     counts = np.array(parallel.run(two, mask_shards))
     sizes = [p.numel() for p in Small().parameters() if p.dim() > 1]
     assert counts.sum(0).tolist() == [round(0.4 * n) for n in sizes]
-
-
-# Tensor parallelism, alone and with FSDP2.
 
 
 class Mlp(nn.Module):

@@ -17,12 +17,8 @@ sys.path.insert(0, str(FOLDER))
 pytest.importorskip("sklearn")
 import digits  # noqa: E402
 
-from rgp_optim import (  # noqa: E402
-    ConsistencyReviser,
-    RGPSelectiveOptimizer,
-    kl_adv_loss,
-    kl_attack,
-)
+import rgp_optim  # noqa: E402
+from rgp_optim import kl_attack  # noqa: E402
 
 EPOCHS, FOUR_BATCHES = 2, (64, 256, None)
 pytestmark = pytest.mark.filterwarnings(
@@ -95,15 +91,16 @@ def plain_loop(epochs=EPOCHS, every=1, clip=None, lr_step=None, divide=True):
     """CURE by hand, with the settings of the examples; ``divide``: a window's loss is its mean."""
     batches = digits.loader()
     model = digits.network()
-    reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=epochs * len(batches))
+    steps = epochs * len(batches)
+    reviser = rgp_optim.ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=steps)
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    opt = RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
+    opt = rgp_optim.RGPSelectiveOptimizer(opt, update_fraction=0.7, alpha=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, lr_step or epochs)
     for _ in range(epochs):
         for i, (x, y) in enumerate(batches, start=1):
             x_adv = kl_attack(model, x, eps=digits.EPS, steps=3)
             logits, logits_adv = model(x), model(x_adv)
-            loss = kl_adv_loss(logits, logits_adv, y, beta=2.0)
+            loss = rgp_optim.kl_adv_loss(logits, logits_adv, y, beta=2.0)
             loss = loss + reviser(x, x_adv, logits, logits_adv)
             nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
             loss = opt.scored(loss, natural=nat, adversarial=adv)
@@ -213,9 +210,6 @@ def test_half_precision(name, options):
     assert not same(values(network(result)), whole)  # it did run in half precision
 
 
-# Resuming.
-
-
 @pytest.mark.parametrize("make", ["automatic", "manual"])
 def test_lightning_resumes(make, tmp_path):
     """With random draws of the attack that do not depend on what was run before."""
@@ -285,10 +279,7 @@ def test_a_prepared_optimizer_cannot_be_wrapped():
     accelerator = script("accelerate_loop").Accelerator(cpu=True)
     inner = torch.optim.SGD(digits.network().parameters(), lr=0.1)
     with pytest.raises(TypeError, match="Wrap your own optimizer, then prepare the wrapper"):
-        RGPSelectiveOptimizer(accelerator.prepare(inner))
-
-
-# Several processes: the same scripts.
+        rgp_optim.RGPSelectiveOptimizer(accelerator.prepare(inner))
 
 
 def run_script(rank, name, options):
@@ -304,6 +295,7 @@ def run_script(rank, name, options):
 
 
 DDP = {"strategy": "ddp", "devices": 2}
+EACH_REDUCED = {"num_steps": 2, "sync_each_batch": True}
 
 
 @pytest.mark.parametrize(
@@ -316,10 +308,7 @@ DDP = {"strategy": "ddp", "devices": 2}
         ("fabric_loop", DDP),
         ("accelerate_loop", {}),
         ("accelerate_loop", {"gradient_accumulation_steps": 2}),
-        (
-            "accelerate_loop",
-            {"gradient_accumulation_plugin": {"num_steps": 2, "sync_each_batch": True}},
-        ),
+        ("accelerate_loop", {"gradient_accumulation_plugin": EACH_REDUCED}),
         ("huggingface_trainer", {}),
         ("huggingface_trainer", {"gradient_accumulation_steps": 2}),
     ],
