@@ -19,7 +19,6 @@ torch.backends.cudnn.allow_tf32 = False
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
 
-
 STAY = {  # on the CPU: by folder or module
     "distributed": "processes of a gloo group",
     "examples": "scripts, which have --device; trainers, which choose it",
@@ -32,32 +31,23 @@ STAY = {  # on the CPU: by folder or module
 @pytest.fixture(scope="module", autouse=True)
 def on_device(request):
     """Make tensors on ``RGP_TEST_DEVICE``, by default the CPU."""
-    if DEVICE.type == "cpu":
-        yield
-        return
     for name in (request.module.__name__, request.path.parent.name):
-        if name in STAY:
+        if DEVICE.type != "cpu" and name in STAY:
             pytest.skip(f"on the CPU only: {STAY[name]}")
-    torch.set_default_device(DEVICE)
+    torch.set_default_device(None if DEVICE.type == "cpu" else DEVICE)
     yield
     torch.set_default_device(None)
 
 
-@pytest.fixture(scope="session")
-def two():
-    """Two processes of a gloo group."""
-    yield from _ranks(2)
-
-
-@pytest.fixture(scope="session")
-def four():
-    """Four processes of a gloo group."""
-    yield from _ranks(4)
-
-
 def _ranks(size):
-    if DEVICE.type != "cpu":
-        pytest.skip("on the CPU only: processes of a gloo group")
-    ranks = Ranks(size)
-    yield ranks
-    ranks.stop()
+    def start():
+        if DEVICE.type != "cpu":
+            pytest.skip("on the CPU only: processes of a gloo group")
+        ranks = Ranks(size)
+        yield ranks
+        ranks.stop()
+
+    return pytest.fixture(start, scope="session")
+
+
+two, four = _ranks(2), _ranks(4)

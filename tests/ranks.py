@@ -4,21 +4,20 @@ Starting a process costs seconds, so a group is started once and used by all tes
 """
 
 import gc
-import itertools
 import os
 import tempfile
 import time
 import traceback
 import warnings
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PATIENCE = 300  # seconds for one function; machines can be busy
-_numbers = itertools.count()
+DIED = "the process died"
 
 
 def _serve(rank, size, store, pipe):
@@ -26,20 +25,9 @@ def _serve(rank, size, store, pipe):
     warnings.filterwarnings("error", category=FutureWarning, message=".*torch.distributed")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", LOCAL_WORLD_SIZE=str(size))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=PATIENCE / 2),
-    )
-    while True:
-        try:
-            work = pipe.recv()
-        except EOFError:
-            break
-        if work is None:
-            break
+    options = dict(rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE / 2))
+    dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+    while work := pipe.recv():
         function, args = work
         try:
             torch.manual_seed(1000 + rank)  # of what a test does not draw from a seed
@@ -48,7 +36,6 @@ def _serve(rank, size, store, pipe):
             answer = False, traceback.format_exc()
         gc.collect()
         pipe.send(answer)
-    os._exit(0)  # without the interpreter's own end, in which threads of gloo abort now and then
 
 
 class RankFailed(AssertionError):
@@ -60,59 +47,49 @@ class Ranks:
 
     def __init__(self, size):
         self.size = size
-        self._processes = []
+        self._pipes = {}  # process: pipe
 
     def run(self, function, *args):
         """Return what ``function(rank, *args)`` returned on each rank."""
-        if not self._processes:
+        if not self._pipes:
             self._start()
-        for pipe in self._pipes:
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes.values())}
+        for pipe in waiting:
             pipe.send((function, args))
-        answers = {}
+        answers = dict.fromkeys(range(self.size), (False, "no answer"))
         deadline = time.monotonic() + PATIENCE
-        while len(answers) < self.size:
-            for rank, pipe in enumerate(self._pipes):
-                if rank in answers:
-                    continue
+        while waiting and (ready := wait(waiting, max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
                 try:
-                    if pipe.poll(0.002):
-                        answers[rank] = pipe.recv()
+                    answers[rank] = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    answers[rank] = False, "the process died"
-                if rank in answers and not answers[rank][0]:  # others may wait for it in vain
+                    answers[rank] = False, DIED
+                if not answers[rank][0]:  # others may wait for it in vain
                     deadline = min(deadline, time.monotonic() + 3)
-            if time.monotonic() > deadline:
-                break
-        missing = set(range(self.size)) - set(answers)
-        failed = {rank: text for rank, (fine, text) in answers.items() if not fine}
-        if missing or any(text == "the process died" for text in failed.values()):
+        if waiting or (False, DIED) in answers.values():
             self.stop()
-        if missing or failed:
-            told = [f"rank {rank}: {text}" for rank, text in sorted(failed.items())]
-            raise RankFailed("\n".join([*told, *(f"rank {rank}: no answer" for rank in missing)]))
-        return [answers[rank][1] for rank in range(self.size)]
+        if failed := [f"rank {r}: {text}" for r, (fine, text) in answers.items() if not fine]:
+            raise RankFailed("\n".join(failed))
+        return [answer for _, answer in answers.values()]
 
     def _start(self):
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        store = Path(self._folder.name) / f"store{next(_numbers)}"
-        self._pipes = []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, store, theirs), daemon=True
-            )
+            arguments = rank, self.size, f"{self._folder.name}/store", theirs
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+            self._pipes[process] = ours
 
     def stop(self):
         """End the processes; the next `run` starts new ones."""
-        for process in self._processes:
+        for process in self._pipes:
             process.kill()
-        for process in self._processes:
+        for process in self._pipes:
             process.join()
-        self._processes = []
-        if hasattr(self, "_folder"):
+        if self._pipes:
             self._folder.cleanup()
+        self._pipes = {}

@@ -14,6 +14,7 @@ import rgp_optim
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rgp_optim"
+README = (ROOT / "README.md").read_text()
 
 # Three floors: public modules, the score and the processes, the backends and their specification.
 ARROWS = {
@@ -37,12 +38,11 @@ LINES, LONGEST = 3245, 70  # of the package; statements of a function, in lines
 def imported(module):
     """Modules of the package that a module names in an import, also inside functions."""
     for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and "rgp_optim" in node.module:
-            if node.module == "rgp_optim":
-                yield from (alias.name for alias in node.names)
-            else:
-                yield node.module.split(".")[1]
-        assert not (isinstance(node, ast.ImportFrom) and node.level), "relative import"
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            package, *inside = node.module.split(".")
+            if package == "rgp_optim":
+                yield from inside[:1] or (alias.name for alias in node.names)
 
 
 @pytest.mark.parametrize("module", sorted(p.stem for p in PACKAGE.glob("*.py")))
@@ -55,12 +55,11 @@ def test_sizes():
     modules = sorted(PACKAGE.glob("*.py"))
     assert {m.stem for m in modules} == set(ARROWS)
     assert sum(len(m.read_text().splitlines()) for m in modules) <= LINES
-    for module in modules:
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                assert length <= LONGEST, f"{module.stem}.{node.name}"
+    for node in (node for m in modules for node in ast.walk(ast.parse(m.read_text()))):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= LONGEST, node.name
 
 
 def test_public_names():
@@ -72,16 +71,23 @@ def test_public_names():
     assert (PACKAGE / "py.typed").exists()
 
 
+def printed_by(*command):
+    command = [sys.executable, "-W", "ignore", *command]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+IMPORT = """
+import sys
+sys.modules |= dict.fromkeys(("triton", "numpy", "sklearn"))  # as on a machine without them
+import torch
+before = set(sys.modules)
+import rgp_optim
+print({name.split(".")[0] for name in set(sys.modules) - before})
+"""
+
+
 def test_importing_needs_torch_and_nothing_else():
-    code = (
-        "import sys, torch; before = set(sys.modules); import rgp_optim; "
-        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
-    )
-    for optional in ("triton", "numpy", "sklearn"):  # as on a machine without them
-        code = f"import sys; sys.modules[{optional!r}] = None; " + code
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    new = set(ast.literal_eval(out))
+    new = ast.literal_eval(printed_by("-c", IMPORT))
     assert "rgp_optim" in new
     assert not new & {"triton", "numpy", "sklearn", "matplotlib"}
 
@@ -91,7 +97,7 @@ def test_version_is_in_the_changelog_and_the_citation():
     assert f"version: {rgp_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
-def readme_blocks(language, page="README.md"):
+def blocks(language, page="README.md"):
     text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
@@ -104,41 +110,34 @@ def environment():
     return dict(model=model, loader=batches, gamma=1.0, epochs=100)
 
 
-def sides_of_the_diff():
-    (diff,) = readme_blocks("diff")
-    sides = {"+": [], "-": []}
-    for line in diff.splitlines():
-        for side, lines in sides.items():
-            if line[:1] in (side, " "):
-                lines.append(line[1:])
-    return ["\n".join(lines) for lines in sides.values()]
+def after_the_loop(side="+"):
+    """The names after a side of the README's diff has run."""
+    (diff,) = blocks("diff")
+    names = environment()
+    exec("\n".join(line[1:] for line in diff.splitlines() if line[:1] in (side, " ")), names)
+    names["inner"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
+    return names
 
 
-def test_readme_diff_is_the_loop_that_runs():
+@pytest.mark.parametrize("side", ["+", "-"])
+def test_readme_diff_is_the_loop_that_runs(side):
     """The diff's new side is a program; its old side is plain adversarial training."""
-    for program in sides_of_the_diff():
-        names = environment()
-        start = [p.detach().clone() for p in names["model"].parameters()]
-        exec(program, names)
-        now = names["model"].parameters()
-        assert any(not torch.equal(p, q) for p, q in zip(now, start, strict=True))
+    now, start = (names["model"].parameters() for names in (after_the_loop(side), environment()))
+    assert any(not torch.equal(p, q) for p, q in zip(now, start, strict=True))
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_readme_recipes_run(number):
     """Each in the place of the loop's last lines."""
-    blocks = readme_blocks("python")
-    assert len(blocks) == 5
-    names = environment()
-    exec(sides_of_the_diff()[0], names)
+    recipes, names = blocks("python"), after_the_loop()
+    assert len(recipes) == 5
     model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))
     names |= {"n": 2, "scaler": torch.amp.GradScaler("cpu")}
-    names["inner"] = torch.optim.SGD(model.parameters(), lr=0.1)
     names["natural"] = torch.nn.functional.cross_entropy(model(x), y)
     names["adversarial"] = torch.nn.functional.cross_entropy(model(x_adv), y)
     names["loss"] = names["natural"] + names["adversarial"]
     names["opt"].zero_grad()
-    exec(blocks[number], names)
+    exec(recipes[number], names)
 
 
 class Transformer(torch.nn.Module):
@@ -165,14 +164,11 @@ class Text(torch.nn.Module):
 @pytest.mark.parametrize("number", range(11))
 def test_recipes_run(number):
     """Each after a step of the loop, with every public name imported."""
-    blocks = readme_blocks("python", "examples/RECIPES.md")
-    assert len(blocks) == 11
-    names = environment()
-    exec(sides_of_the_diff()[0], names)
+    recipes, names = blocks("python", "examples/RECIPES.md"), after_the_loop()
+    assert len(recipes) == 11
     names |= {name: getattr(rgp_optim, name) for name in rgp_optim.__all__}
     names |= {"ViT": Transformer, "text_model": Text(), "pgd_attack": rgp_optim.pgd_attack}
-    names["inner"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
-    exec(blocks[number], names)
+    exec(recipes[number], names)
     if "vit" in names:
         selected = names["opt"].param_groups[0]["params"]
         assert [id(p) for p in selected] == [id(names["vit"].head.weight)]
@@ -186,29 +182,22 @@ PAGES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/**/*.md
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_name_files_that_exist(page):
-    file = ROOT / page
-    text = file.read_text()
+    text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
-        assert (file.parent / link).exists(), link
+        assert ((ROOT / page).parent / link).exists(), link
     for path in re.findall(r"`((?:examples|benchmarks|rgp_optim|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 
 def test_readme_is_short():
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = README.splitlines()
     assert len(lines) <= 220
     assert max(map(len, lines)) <= 240
 
 
-def printed_by(script, *words):
-    """What a script of the benchmarks prints."""
-    command = [sys.executable, ROOT / "benchmarks" / script, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 @pytest.mark.parametrize("preset", ["digits", "cpu"])
 def test_tables_of_all_methods_are_those_of_the_committed_runs(preset):
-    report = printed_by("robustness/run.py", "--preset", preset, "--report")
+    report = printed_by("benchmarks/robustness/run.py", "--preset", preset, "--report").strip()
     table = report.split("Last epoch:\n\n")[1].split("\n\n")[0]
     assert len(table.splitlines()) == 2 + 20
     assert table in (ROOT / "benchmarks" / "robustness" / "RESULTS.md").read_text()
@@ -217,18 +206,18 @@ def test_tables_of_all_methods_are_those_of_the_committed_runs(preset):
 def test_speeds_are_those_of_the_committed_rows():
     """The page has the tables whole, the README the first row of each."""
     pytest.importorskip("matplotlib")
-    printed = printed_by("speed/plot.py", ROOT / "benchmarks" / "speed" / "results.csv", "--table")
-    page, readme = ((ROOT / p).read_text() for p in ("benchmarks/README.md", "README.md"))
+    speed = "benchmarks/speed/"
+    printed = printed_by(f"{speed}plot.py", f"{speed}results.csv", "--table").strip()
     assert "| resnet18 |" in printed
+    page = (ROOT / "benchmarks" / "README.md").read_text()
     for table in printed.split("\n\n"):
         assert table in page
         first = table.splitlines()[2].strip("| ").split(" | ")
-        assert all(time in readme for time in first[-4:])
+        assert all(time in README for time in first[-4:])
 
 
 def test_versions_in_the_readme_are_the_pinned_ones():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
-    text = (ROOT / "README.md").read_text()
     for package in ("torch", "lightning", "accelerate", "transformers"):
-        assert pinned[package] in text, package
+        assert pinned[package] in README, package

@@ -1,9 +1,15 @@
-"""A small model and one step of it, alone or on several ranks, for all tests of this folder."""
+"""A small model and its training, alone or on several ranks, for all tests of this folder.
+
+A program is a function that returns weights. In a process without a group it is one process on the
+joined batches, since `wrap` and `share` then return what they are given.
+"""
 
 from contextlib import nullcontext
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import backward
 from torch import nn
@@ -16,33 +22,34 @@ from torch.utils.checkpoint import checkpoint
 from rgp_optim import RGPSelectiveOptimizer, kl_adv_loss
 
 ORDERS = ("loss", "sum", "in turn", "joined", "trades")
-WEIGHT_CHECK = {"rtol": 0, "atol": 1e-12}
+SCOPES = pytest.mark.parametrize("scope", ["tensor", "global"])
+DDP_AND_FSDP2 = pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 
 
 class Small(nn.Module):
     """No batch statistics, so that the batch can be divided; sizes that do not divide evenly."""
 
-    reentrant = None  # or whether the convolution is checkpointed in the reentrant way
-
-    def __init__(self):
+    def __init__(self, reentrant=None):
         super().__init__()
         self.conv = nn.Conv2d(2, 5, 3, padding=1)
         self.norm = nn.GroupNorm(1, 5)
         self.head = nn.Linear(5 * 4, 3)
+        self.reentrant = reentrant  # None: no checkpoint
 
-    def forward(self, x):
+    def features(self, x):
         if self.reentrant is None:
             h = self.conv(x)
         else:
-            x = x.detach().requires_grad_()
-            h = checkpoint(self.conv, x, use_reentrant=self.reentrant)
-        h = F.relu(self.norm(h))
-        return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+            h = checkpoint(self.conv, x.detach().requires_grad_(), use_reentrant=self.reentrant)
+        return F.adaptive_avg_pool2d(F.relu(self.norm(h)), 2).flatten(1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
-def small(dtype=torch.float64):
+def small(make=Small, dtype=torch.float64):
     torch.manual_seed(7)
-    return Small().to(dtype)
+    return make().to(dtype)
 
 
 def batch(step, dtype=torch.float64, n=16):
@@ -52,8 +59,15 @@ def batch(step, dtype=torch.float64, n=16):
     return x.to(dtype), x_adv.to(dtype), torch.randint(0, 3, (n,), generator=g)
 
 
-def share(rank, size, tensors):
-    return [t.chunk(size)[rank] for t in tensors]
+def place():
+    """Rank and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(data, rank=None, size=None):
+    """This rank's part of a batch."""
+    rank, size = place() if size is None else (rank, size)
+    return [t.chunk(size)[rank] for t in data]
 
 
 def make_opt(model, **options):
@@ -61,37 +75,72 @@ def make_opt(model, **options):
     return RGPSelectiveOptimizer(inner, **{"update_fraction": 0.4, "alpha": 0.3, **options})
 
 
+def wrap(kind, model, **options):
+    """DDP, or FSDP2: "fsdp" by layer, "root" at once, "kept" without resharding, "hsdp"."""
+    if not dist.is_initialized():
+        return model
+    if kind == "ddp":
+        return DistributedDataParallel(model, **options)
+    if kind == "hsdp":
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "kept":
+        options["reshard_after_forward"] = False
+    for layer in model.children() if kind != "root" else ():
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
 def parts(model, x, x_adv, y, trades=False):
     """Total, natural and adversarial loss."""
     logits, logits_adv = model(x), model(x_adv)
     nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
-    if trades:
-        return kl_adv_loss(logits, logits_adv, y, beta=3.0), nat, adv
-    return nat + 0.5 * adv, nat, adv
+    return kl_adv_loss(logits, logits_adv, y, beta=3.0) if trades else nat + 0.5 * adv, nat, adv
 
 
 def passes(order, model, opt, data):
     """The backward passes of a step, in one of the orders that people write."""
     x, x_adv, y = data
-    if order == "in turn":  # each role with a forward pass of its own, reduced each
-        nat = F.cross_entropy(model(x), y)
-        opt.scored(nat, natural=nat).backward()
-        adv = F.cross_entropy(model(x_adv), y)
-        opt.scored(adv, adversarial=adv).backward()
+    if order == "in turn":  # one forward pass per role, each reduced
+        for role, images in (("natural", x), ("adversarial", x_adv)):
+            loss = F.cross_entropy(model(images), y)
+            opt.scored(loss, **{role: loss}).backward()
         return
     if order == "joined":  # one forward pass of both batches
-        logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)
-        nat, adv = F.cross_entropy(logits, y), F.cross_entropy(logits_adv, y)
+        nat, adv = (F.cross_entropy(z, y) for z in model(torch.cat([x, x_adv])).chunk(2))
         loss = nat + 0.5 * adv
     else:
         loss, nat, adv = parts(model, x, x_adv, y, trades=order == "trades")
     backward(opt, None if order == "sum" else loss, natural=nat, adversarial=adv)
 
 
-def take_step(order, model, opt, data):
-    opt.zero_grad()
-    passes(order, model, opt, data)
-    opt.step()
+def fit(model, opt, order="loss", steps=range(3), data=None):
+    """Weights after some steps, by default on this rank's part of each batch."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        opt.zero_grad()
+        passes(order, model, opt, data(step) if data else share(batch(step, dtype)))
+        opt.step()
+    return values(model)
+
+
+def train(kind, order="loss", steps=3, make=Small, dtype=torch.float64, wrapping=None, **options):
+    model = small(make, dtype)
+    called = wrap(kind, model, **(wrapping or {}))
+    return fit(called, make_opt(model, **options), order, range(steps))
+
+
+def accumulate(kind, order, window="synced", wrapping=None):
+    """Two micro-batches per step; with ``no_sync`` only the second is reduced."""
+    model = small()
+    called, opt = wrap(kind, model, **(wrapping or {})), make_opt(model)
+    for step in range(3):
+        opt.zero_grad()
+        for micro in range(2):
+            unreduced = window == "no_sync" and micro == 0 and called is not model
+            with called.no_sync() if unreduced else nullcontext():
+                passes(order, called, opt, share(batch(10 * step + micro)))
+        opt.step()
+    return values(model)
 
 
 def values(model):
@@ -100,76 +149,27 @@ def values(model):
     return [p.detach().double().numpy().copy() for p in whole]
 
 
-def alone(order, steps, dtype=torch.float64, **options):
-    """The same training in one process, on the joined batches."""
-    model = small(dtype)
-    opt = make_opt(model, **options)
-    for step in range(steps):
-        take_step(order, model, opt, batch(step, dtype))
-    return values(model)
+def run(ranks, program, *args, **options):
+    """What each rank returns."""
+    return ranks.run(_run, program, args, options)
 
 
-def shard(model, layers=True, **options):
-    if layers:
-        for part in model.children():
-            fully_shard(part, **options)
-    return fully_shard(model, **options)
+def _run(rank, program, args, options):
+    return program(*args, **options)
 
 
-def wrapped(kind, model):
-    """The model as a trainer gives it: "alone", "ddp", "fsdp" (by layer), "root" or "hsdp"."""
-    if kind == "hsdp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        return shard(model, mesh=mesh)
-    makers = {
-        "alone": lambda m: m,
-        "ddp": DistributedDataParallel,
-        "fsdp": shard,
-        "root": lambda m: shard(m, layers=False),
-        "kept": lambda m: shard(m, reshard_after_forward=False),
-    }
-    return makers[kind](model)
+def assert_joined(ranks, program, *args, want=None, **options):
+    """Bit-identical weights on all ranks, those of one process on the joined batches."""
+    answers = run(ranks, program, *args, **options)
+    assert_same_bits(answers)
+    assert_close(answers[0], program(*args, **options) if want is None else want)
 
 
-def train(rank, size, kind, orders=("loss",), steps=3, dtype=torch.float64, ddp=None, **options):
-    """Train once per order; return the weights of each run."""
-    found = []
-    for order in orders:
-        model = small(dtype)
-        called = DistributedDataParallel(model, **ddp) if ddp else wrapped(kind, model)
-        opt = make_opt(model, **options)
-        for step in range(steps):
-            take_step(order, called, opt, share(rank, size, batch(step, dtype)))
-        found.append(values(model))
-    return found
-
-
-def train_with(rank, size, arguments):
-    """`train` for `Ranks.run`, which passes positional arguments only."""
-    return train(rank, size, **arguments)
-
-
-def accumulate(rank, size, kind, order, window, ddp=None):
-    """Two micro-batches per step; with ``no_sync`` only the second is reduced."""
-    model = small()
-    called = DistributedDataParallel(model, **ddp) if ddp is not None else wrapped(kind, model)
-    opt = make_opt(model)
-    for step in range(3):
-        opt.zero_grad()
-        for micro in range(2):
-            unreduced = window == "no_sync" and micro == 0 and size > 1
-            with called.no_sync() if unreduced else nullcontext():
-                data = share(rank, size, batch(10 * step + micro))
-                passes(order, called, opt, data)
-        opt.step()
-    return values(model)
-
-
-def assert_same_bits(per_rank):
-    for other in per_rank[1:]:
-        assert all(map(np.array_equal, per_rank[0], other))
+def assert_same_bits(answers):
+    for other in answers[1:]:
+        assert all(map(np.array_equal, answers[0], other))
 
 
 def assert_close(found, expected):
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, **WEIGHT_CHECK)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

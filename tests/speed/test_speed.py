@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import math
 import os
 import re
@@ -30,10 +31,18 @@ def one_thread():
 
 def rows_of(path):
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    assert tuple(reader.fieldnames) == measure.COLUMNS
+        rows = list(csv.DictReader(file))
+    assert {tuple(row) for row in rows} == {measure.COLUMNS}
     return rows
+
+
+def benchmark(script, *flags, **environment):
+    """What a script for a GPU prints without one, in a fresh process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, f"benchmarks/gpu/{script}.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -53,13 +62,12 @@ def test_models_have_their_weights(model, weights):
 @pytest.mark.parametrize("name", selection.PROVIDERS)
 def test_all_ways_select_the_same(name, scope):
     """Without ties; np.percentile's rank may differ by one."""
-    shapes = [(30, 40), (7, 9, 3, 3), (2, 1)]
-    cpu = torch.device("cpu")
-    gs = [
+    shapes, cpu = [(30, 40), (7, 9, 3, 3), (2, 1)], torch.device("cpu")
+    g_nats, g_advs = (
         [selection.heavy(s, 2 * i + j, torch.float32, cpu) for i, s in enumerate(shapes)]
         for j in (0, 1)
-    ]
-    case = selection.Case(*gs, alpha=0.1, keep=0.5, scope=scope)
+    )
+    case = selection.Case(g_nats, g_advs, alpha=0.1, keep=0.5, scope=scope)
     got, want = selection.PROVIDERS[name](case), selection.sort(case)
     assert [m.shape for m in got] == [m.shape for m in want]
     different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
@@ -76,9 +84,8 @@ def test_the_authors_mask_is_the_librarys_but_for_one():
 
 def test_selection_writes_rows(tmp_path, capsys):
     path = tmp_path / "speed.csv"
-    arguments = ["--models", "tiny", "--rounds", "2", "--csv", str(path)]
-    selection.main(arguments)
-    selection.main(arguments)
+    for _ in range(2):
+        selection.main(["--models", "tiny", "--rounds", "2", "--csv", str(path)])
     rows = rows_of(path)
     assert len(rows) == 2 * 2 * 4
     ours = rows[0]
@@ -91,9 +98,8 @@ def test_selection_writes_rows(tmp_path, capsys):
 
 
 def test_step_writes_rows(tmp_path, capsys):
-    path = tmp_path / "speed.csv"
+    path, profile = tmp_path / "speed.csv", tmp_path / "profile.txt"
     small = ["--rounds", "1", "--steps", "1", "--batch-sizes", "2"]
-    profile = tmp_path / "profile.txt"
     step.main([*small, "--csv", str(path), "--profile", str(profile)])
     assert "convolution" in profile.read_text()
     rows = rows_of(path)
@@ -112,11 +118,9 @@ def test_selection_times_the_step_of_the_optimizer(tmp_path, capsys):
 
 
 def test_the_steps_that_are_timed_do_what_they_say():
-    args = argparse.Namespace(device="cpu", keep=[0.5], alpha=0.1)
-    shapes = [(40, 30), (8, 3, 3, 3)]
-    moved = {}
+    args, moved = argparse.Namespace(device="cpu", keep=[0.5], alpha=0.1), {}
     for name in selection.UPDATES:
-        update = selection.Update(name, shapes, torch.float32, args)
+        update = selection.Update(name, [(40, 30), (8, 3, 3, 3)], torch.float32, args)
         update.prepare()
         update.optimizer.step()
         moved[name] = [int(p.count_nonzero()) for p in update.params]
@@ -125,24 +129,17 @@ def test_the_steps_that_are_timed_do_what_they_say():
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("script", "flags"),
     [
-        ["gpu/roofs.py", "--rounds", "1", "--weights", "40000"],
-        ["gpu/kernels.py", "--models", "tiny", "--calls", "1", "--variants", "4 warps"],
+        ("roofs", ["--rounds", "1", "--weights", "40000"]),
+        ("kernels", ["--models", "tiny", "--calls", "1", "--variants", "4 warps"]),
     ],
-    ids=lambda command: command[0],
 )
-def test_what_is_for_a_gpu_is_rehearsed(command, tmp_path):
+def test_what_is_for_a_gpu_is_rehearsed(script, flags, tmp_path):
     """In the interpreter, which is chosen before triton is imported."""
     pytest.importorskip("triton")
     path = tmp_path / "rows.csv"
-    script, *flags = command
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", "--device", "cpu", *flags, "--csv", str(path)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout
+    assert "FAILED" not in benchmark(script, "--device", "cpu", *flags, "--csv", str(path))
     assert {row["benchmark"] for row in rows_of(path)} <= {"roof", "kernel"}
 
 
@@ -150,21 +147,19 @@ def test_figures_are_drawn_from_the_rows(tmp_path):
     plot = pytest.importorskip("plot", reason="matplotlib", exc_type=ImportError)
     path = tmp_path / "speed.csv"
     common = dict(device="A CPU (AVX2, 2 cores)", repeats=3, dtype="float32", scope="tensor")
+    common |= dict(model="m", keep=0.5, p20_ms=1, p50_ms=2, p80_ms=3, floor_share=0.25)
     rows = [
-        {
-            **common, "benchmark": benchmark, "model": "m", "weights": weights, "keep": 0.5,
-            "provider": provider, "p20_ms": 1, "p50_ms": 2, "p80_ms": 3, "floor_share": 0.25,
-        }
+        {**common, "benchmark": benchmark, "weights": weights, "provider": provider}
         for benchmark, weights in (("select", 10), ("size", 10), ("size", 1000), ("step", 10))
         for provider in ("ours", "topk")
-    ]  # fmt: skip
+    ]
     measure.append_rows(path, rows)
     measure.append_rows(path, [{**rows[0], "p50_ms": 2.5}])
     assert float(plot.read(path)[0]["p50_ms"]) == 2.5
     plot.main([str(path), "--out", str(tmp_path)])
-    found = sorted(p.name for p in tmp_path.glob("*.png"))
-    assert found == ["select-a-cpu.png", "size-a-cpu.png", "step-a-cpu.png"]
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in found)
+    found = {p.name: p.read_bytes()[:4] for p in tmp_path.glob("*.png")}
+    names = ("select-a-cpu.png", "size-a-cpu.png", "step-a-cpu.png")
+    assert found == dict.fromkeys(names, b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -184,13 +179,9 @@ def test_bad_flags_get_a_sentence(main, arguments, message, capsys):
 
 
 def test_interleaved_takes_turns():
-    seen = []
-    times = measure.interleaved(
-        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")},
-        3,
-        torch.device("cpu"),
-        lambda: seen.append("-"),
-    )
+    seen, cpu = [], torch.device("cpu")
+    calls = {name: functools.partial(seen.append, name) for name in "ab"}
+    times = measure.interleaved(calls, 3, cpu, lambda: seen.append("-"))
     assert "".join(seen) == "-a-b" * 3
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
@@ -200,13 +191,9 @@ def test_quantiles():
 
 
 def test_kernels_compile_for_a_gpu_without_spills(tmp_path):
-    """For a GPU that is not there. Interpreted kernels cannot be compiled: ask a fresh process."""
+    """The script fails where a loop spills; interpreted kernels cannot be compiled."""
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "benchmarks/gpu/compiled.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # 1 where a loop spills
-    kernels = re.findall(r"^(\w[\w ]+): .* 0 B stack.* 0 spills", done.stdout, re.MULTILINE)
+    printed = benchmark("compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    kernels = re.findall(r"^(\w[\w ]+): .* 0 B stack.* 0 spills", printed, re.MULTILINE)
     assert {name.split()[0] for name in kernels} == {"count", "mask", "merge"}
-    assert "128" in done.stdout  # four float32 at once
+    assert "128" in printed  # four float32 at once
