@@ -126,20 +126,6 @@ def test_readme_diff_is_the_loop_that_runs(side):
     assert any(not torch.equal(p, q) for p, q in zip(now, start, strict=True))
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_readme_recipes_run(number):
-    """Each in the place of the loop's last lines."""
-    recipes, names = blocks("python"), after_the_loop()
-    assert len(recipes) == 5
-    model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))
-    names |= {"n": 2, "scaler": torch.amp.GradScaler("cpu")}
-    names["natural"] = torch.nn.functional.cross_entropy(model(x), y)
-    names["adversarial"] = torch.nn.functional.cross_entropy(model(x_adv), y)
-    names["loss"] = names["natural"] + names["adversarial"]
-    names["opt"].zero_grad()
-    exec(recipes[number], names)
-
-
 class Transformer(torch.nn.Module):
     """The parameters of a vision transformer that have three dimensions."""
 
@@ -161,13 +147,23 @@ class Text(torch.nn.Module):
         return self.head(embedded.mean(1))
 
 
-@pytest.mark.parametrize("number", range(11))
-def test_recipes_run(number):
-    """Each after a step of the loop, with every public name imported."""
-    recipes, names = blocks("python", "examples/RECIPES.md"), after_the_loop()
-    assert len(recipes) == 11
+RECIPES = {"README.md": 4, "examples/RECIPES.md": 12}
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, i) for page, count in RECIPES.items() for i in range(count)]
+)
+def test_recipes_run(page, number):
+    """Each in the place of the loop's last lines, with every public name imported."""
+    recipes, names = blocks("python", page), after_the_loop()
+    assert len(recipes) == RECIPES[page]
     names |= {name: getattr(rgp_optim, name) for name in rgp_optim.__all__}
-    names |= {"ViT": Transformer, "text_model": Text(), "pgd_attack": rgp_optim.pgd_attack}
+    names |= {"ViT": Transformer, "text_model": Text()}
+    names |= {"n": 2, "scaler": torch.amp.GradScaler("cpu")}
+    model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))
+    names["natural"] = torch.nn.functional.cross_entropy(model(x), y)
+    names["adversarial"] = torch.nn.functional.cross_entropy(model(x_adv), y)
+    names["loss"] = names["natural"] + names["adversarial"]
     exec(recipes[number], names)
     if "vit" in names:
         selected = names["opt"].param_groups[0]["params"]
