@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rgp_optim import RGPSelectiveOptimizer
+
 if module := os.environ.get("RGP_TEST_DEVICE_MODULE"):  # of a device that torch does not know
     importlib.import_module(module)
 DEVICE = torch.device(os.environ.get("RGP_TEST_DEVICE", "cpu"))  # the default one in every test
@@ -27,18 +29,21 @@ def _factory(cls, **options):
     return lambda params: cls(params, **options)
 
 
+def sgd(lr=1.0, **options):
+    """With learning rate 1 a selected weight moves by its gradient."""
+    return _factory(torch.optim.SGD, lr=lr, **options)
+
+
 INNER = {
     name: _factory(cls, lr=0.05)
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in SPECIAL
 }
 INNER |= {
-    "SGD momentum wd": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "SGD nesterov": _factory(
-        torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
-    ),
-    "SGD maximize": _factory(torch.optim.SGD, lr=0.05, maximize=True),
-    "SGD fused": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
+    "SGD momentum wd": sgd(0.05, momentum=0.9, weight_decay=0.1),
+    "SGD nesterov": sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "SGD maximize": sgd(0.05, maximize=True),
+    "SGD fused": sgd(0.05, momentum=0.9, fused=True),
     "Adam amsgrad": _factory(torch.optim.Adam, lr=0.05, amsgrad=True),
     "AdamW fused": _factory(torch.optim.AdamW, lr=0.05, fused=True),
     "AdamW single-tensor": _factory(torch.optim.AdamW, lr=0.05, foreach=False),
@@ -106,20 +111,79 @@ def losses(model, x, x_adv, y):
     return nat + 0.5 * adv.square(), nat, adv
 
 
-def cure_step(model, opt, seed=0, dtype=torch.float32):
-    """One step of the README's loop, on a batch drawn from ``seed``."""
+def make_inner(inner, params):
+    """An inner optimizer by its name in `INNER`, or by a factory."""
+    return (INNER[inner] if isinstance(inner, str) else inner)(params)
+
+
+def wrap(params, inner="SGD momentum wd", **options):
+    """A wrapped optimizer of a model, of parameters or of groups."""
+    params = params.parameters() if isinstance(params, nn.Module) else params
+    options = {"update_fraction": 0.3, **options}
+    return RGPSelectiveOptimizer(make_inner(inner, params), **options)
+
+
+def cure_backward(model, opt, seed=0, dtype=torch.float32):
+    """The README's loop up to the step, on a batch drawn from ``seed``."""
     loss, nat, adv = losses(model, *make_batch(seed, dtype))
-    loss = opt.scored(loss, natural=nat, adversarial=adv)
+    scored = opt.scored(loss, natural=nat, adversarial=adv)
     opt.zero_grad()
-    loss.backward()
+    scored.backward()
+    return loss
+
+
+def cure_step(model, opt, seed=0, dtype=torch.float32):
+    """One step of the README's loop."""
+    loss = cure_backward(model, opt, seed, dtype)
     opt.step()
     return loss
 
 
-def backward(opt, loss=None, *, natural, adversarial):
-    """The backward pass of a scored loss, by default of the sum."""
+class Run:
+    """A small network in training: by a wrapped optimizer, or by a plain one."""
+
+    def __init__(self, inner="SGD momentum wd", *, plain=False, seed=0, **options):
+        self.model, self.plain = make_net(seed), plain
+        params = self.model.parameters()
+        self.opt = make_inner(inner, params) if plain else wrap(params, inner, **options)
+        self.mark()
+
+    def backward(self, seed=0):
+        return cure_backward(self.model, self.opt, seed)
+
+    def step(self, seed=0):
+        return (plain_step if self.plain else cure_step)(self.model, self.opt, seed)
+
+    def mark(self):
+        """Take the weights for the start of what `moved` shows."""
+        self.start = snapshot(self.model)
+
+    def moved(self):
+        return moved(self.model, self.start)
+
+    def stays(self):
+        return same(self, self.start)
+
+
+def train(steps, *runs):
+    """The same batches for each run."""
+    for seed in range(steps):
+        for run in runs:
+            run.step(seed)
+
+
+def backward(opt, loss=None, *, natural=None, adversarial=None):
+    """The backward pass of a scored loss: by default of the sum, or of one that scores itself."""
+    if natural is None and adversarial is None:
+        natural = adversarial = loss
     loss = natural + adversarial if loss is None else loss
     opt.scored(loss, natural=natural, adversarial=adversarial).backward()
+
+
+def step_on(opt, loss):
+    """One step down a loss that scores itself."""
+    backward(opt, loss)
+    opt.step()
 
 
 def moved(model, before):
@@ -154,6 +218,13 @@ def same_bits(a, b):
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
+
+
+def same(a, b):
+    """Whether two runs, models or snapshots have the same bits."""
+    a, b = (getattr(each, "model", each) for each in (a, b))
+    a, b = (snapshot(each) if isinstance(each, nn.Module) else each for each in (a, b))
+    return all(same_bits(p, q) for p, q in zip(a, b, strict=True))
 
 
 def numpy_topk(scores, k):
