@@ -143,9 +143,7 @@ def test_code_that_was_compiled_for_one_pass_is_not_taken_from_the_cache():
     with functorch.patch(donated_buffer=False), tag(cache_key_tag="rgp-optim, kept"):
         compiled = torch.compile(model)
         for _ in range(2):
-            wanted = [
-                torch.autograd.grad(each, params, retain_graph=True) for each in losses(model)
-            ]
+            wanted = [grad(each, params, retain_graph=True) for each in losses(model)]
             opt.zero_grad()
             nat, adv, loss = losses(compiled)
             backward(opt, loss, natural=nat, adversarial=adv)
