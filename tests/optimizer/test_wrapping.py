@@ -556,14 +556,18 @@ def test_refusals_when_wrapping(make, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong", "error", "message"),
     [
-        ({"select": False}, "`param_groups` should name its .* Write 'rgp_select'"),
-        ({"rgp_fraction": 0.2}, "settings that exist. Found `rgp_fraction`. Known are"),
-        ({"rgp_update_fraction": -1}, r"in \[0, 1\].*to conserve 30 %, write 0.7"),
+        ({"select": False}, ValueError, "`param_groups` should name its .* Write 'rgp_select'"),
+        ({"rgp_fraction": 0.2}, ValueError, "settings that exist. Found `rgp_fraction`. Known are"),
+        ({"rgp_update_fraction": -1}, ValueError, r"in \[0, 1\].*to conserve 30 %, write 0.7"),
+        ({"rgp_update_fraction": True}, TypeError, "`rgp_update_fraction` should be a number"),
+        ({"rgp_alpha": float("nan")}, ValueError, r"`rgp_alpha` should be in \[0, 1\]"),
+        ({"rgp_alpha": torch.tensor(0.5)}, TypeError, "`rgp_alpha` should be a number"),
+        ({"rgp_select": 1}, TypeError, "`rgp_select` should be None"),
     ],
 )
-def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wrong, message):
+def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wrong, error, message):
     run = Run()
     opt = run.opt
     run.step()
@@ -575,10 +579,10 @@ def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wro
         lambda: opt.add_param_group({"params": [parameter(1)], **wrong}),
         lambda: opt.load_state_dict(bad),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             act()
         assert opt.state_dict()["param_groups"] == saved["param_groups"]
     opt.param_groups[0].update(wrong)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         run.step()
     assert run.stays()
