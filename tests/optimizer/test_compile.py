@@ -13,7 +13,6 @@ from common import (
     backward,
     make_batch,
     make_net,
-    pool,
     same,
     sgd,
     snapshot,
@@ -23,7 +22,6 @@ from common import (
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils.checkpoint import checkpoint
 
 from rgp_optim import ConsistencyReviser, kl_adv_loss, kl_attack
 
@@ -239,19 +237,6 @@ def test_a_compiled_step_with_a_scheduler():
             step()
             scheduler.step()
     assert [run.opt.param_groups[0]["lr"] for run in runs] == [0.05 * 0.25] * 2
-    assert same(*runs)
-
-
-def test_activation_checkpointing():
-    def partly(model):
-        def called(x):
-            h = F.relu(model.norm(checkpoint(model.conv, x, use_reentrant=False)))
-            return model.head(pool(h).flatten(1))
-
-        return called
-
-    runs = Compiled(partly), Compiled()
-    train(3, *runs)
     assert same(*runs)
 
 

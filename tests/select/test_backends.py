@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from common import numpy_topk, same_bits
+from common import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -222,19 +222,6 @@ def test_given_scores(dtype, sign, scope, backend):
         placed = [on(backend.device, score) for score in scores]
         got = backend.module.topk_masks(placed, [fraction] * 4, pools)
         assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-def test_exactly_k_by_independent_code(fraction, backend):
-    n = backend.n
-    k = round(fraction * n)
-    score = (torch.randperm(n, generator=torch.Generator().manual_seed(0)) + 1).float()  # no ties
-    (mask,) = backend.module.topk_masks([on(backend.device, score)], [fraction], [0])
-    want = torch.zeros(n, dtype=torch.bool).index_fill(0, torch.topk(score, k).indices, True)
-    assert torch.equal(mask.cpu(), want)
-    score = special(n).abs()
-    (mask,) = backend.module.topk_masks([on(backend.device, score)], [fraction], [0])
-    np.testing.assert_array_equal(mask.cpu().numpy(), numpy_topk(score.numpy(), k))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.35])

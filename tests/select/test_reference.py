@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from rgp_optim._reference import rgp_score, score_dtype, select, topk_masks, update_count
 
-FRACTIONS = st.one_of(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
+FRACTIONS = st.one_of(st.sampled_from([0.0, 1e-9, 0.1, 0.5, 0.7, 1.0]), st.floats(0, 1))
 # Few distinct values, so that ties and zeros are common.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, 1e-45, 3.5, math.inf, -math.inf, math.nan])
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6)
@@ -32,20 +32,6 @@ def test_update_count(n, fraction):
     assert (k == 0) == (n == 0 or fraction == 0)
     if k > 1:
         assert abs(k - Fraction(fraction) * n) <= 0.5 + 1e-7
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (0,), (2, 0, 3)])
-def test_limits(shape):
-    assert one(torch.zeros(shape), 1.0).all()
-    assert not one(torch.ones(shape), 0.0).any()
-    assert one(torch.ones(shape), 1e-9).sum() == min(1, math.prod(shape))
-
-
-@given(ARRAYS, FRACTIONS)
-def test_the_rule(score, fraction):
-    k = update_count(score.size, fraction)
-    want = np.ones(score.shape, bool) if fraction == 1 else numpy_topk(score, k)
-    np.testing.assert_array_equal(to_numpy(one(from_numpy(score), fraction)), want)
 
 
 @given(st.lists(ARRAYS, min_size=1, max_size=5), FRACTIONS, st.data())
