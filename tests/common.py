@@ -123,36 +123,29 @@ def wrap(params, inner="SGD momentum wd", **options):
     return RGPSelectiveOptimizer(make_inner(inner, params), **options)
 
 
-def cure_backward(model, opt, seed=0, dtype=torch.float32):
-    """The README's loop up to the step, on a batch drawn from ``seed``."""
-    loss, nat, adv = losses(model, *make_batch(seed, dtype))
-    scored = opt.scored(loss, natural=nat, adversarial=adv)
-    opt.zero_grad()
-    scored.backward()
-    return loss
-
-
-def cure_step(model, opt, seed=0, dtype=torch.float32):
-    """One step of the README's loop."""
-    loss = cure_backward(model, opt, seed, dtype)
-    opt.step()
-    return loss
-
-
 class Run:
     """A small network in training: by a wrapped optimizer, or by a plain one."""
 
-    def __init__(self, inner="SGD momentum wd", *, plain=False, seed=0, **options):
-        self.model, self.plain = make_net(seed), plain
+    def __init__(
+        self, inner="SGD momentum wd", *, plain=False, seed=0, dtype=torch.float32, **options
+    ):
+        self.model, self.dtype = make_net(seed, dtype), dtype
         params = self.model.parameters()
         self.opt = make_inner(inner, params) if plain else wrap(params, inner, **options)
         self.mark()
 
     def backward(self, seed=0):
-        return cure_backward(self.model, self.opt, seed)
+        """The README's loop up to the step, on a batch drawn from ``seed``."""
+        loss, nat, adv = losses(self.model, *make_batch(seed, self.dtype))
+        if isinstance(self.opt, RGPSelectiveOptimizer):
+            loss = self.opt.scored(loss, natural=nat, adversarial=adv)
+        self.opt.zero_grad()
+        loss.backward()
+        return loss
 
     def step(self, seed=0):
-        return (plain_step if self.plain else cure_step)(self.model, self.opt, seed)
+        self.backward(seed)
+        self.opt.step()
 
     def mark(self):
         """Take the weights for the start of what `moved` shows."""
@@ -189,15 +182,6 @@ def step_on(opt, loss):
 def moved(model, before):
     """Where the weights differ from a snapshot."""
     return [p.detach() != old for p, old in zip(model.parameters(), before, strict=True)]
-
-
-def plain_step(model, opt, seed=0, dtype=torch.float32):
-    """The same step without selection."""
-    loss, _, _ = losses(model, *make_batch(seed, dtype))
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    return loss
 
 
 def snapshot(model):

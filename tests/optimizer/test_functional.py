@@ -62,6 +62,8 @@ def test_lists_of_settings_and_of_mixed_dtypes():
     assert mask.tolist() == [False, True]
     (mask,) = rgp_topk_masks([gs[0]], [None], alpha=0.0, update_fraction=0.5)
     assert mask.tolist() == [False, False]  # no score: no weight
+    masks = rgp_topk_masks(TWO, TWO, alpha=0.1, update_fraction=0.5)  # on two devices
+    assert [m.device for m in masks] == [g.device for g in TWO]
     assert rgp_topk_masks([], [], alpha=0.5, update_fraction=0.5, scope="global") == []
     assert topk_mask(torch.zeros(3), update_fraction=1.0).all()
 

@@ -10,7 +10,6 @@ from common import (
     INNER,
     Run,
     backward,
-    cure_step,
     from_numpy,
     losses,
     make_batch,
@@ -162,17 +161,18 @@ def twin_step(kind, w, g, state, t, lr=0.1, wd=0.05):
 @pytest.mark.parametrize("selects", [(None, None), (True, None), (True, False), (None, True)])
 @pytest.mark.parametrize("fractions", [(0.3, 0.3), (0.1, 0.7)])
 def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
-    ours, theirs = (make_net(dtype=torch.float64).eval() for _ in range(2))
+    run, theirs = Run(dtype=torch.float64), make_net(dtype=torch.float64).eval()
+    run.model.eval()
     members = [[0, 1, 2], [3, 4, 5]]  # parameters of the two groups
     groups = list(zip(fractions, (0.1, 0.6), selects, members, strict=True))
-    params, others = list(ours.parameters()), list(theirs.parameters())
+    params, others = list(run.model.parameters()), list(theirs.parameters())
     ours_groups = [group([params[i] for i in m], *settings) for *settings, m in groups]
     options = dict(lr=0.1, weight_decay=0.05) | ({"momentum": 0.9} if kind == "SGD" else {})
     make = lambda groups: getattr(torch.optim, kind)(groups, **options)  # noqa: E731
-    opt = wrap(ours_groups, make, scope=scope, conserve=conserve)
+    run.opt = opt = wrap(ours_groups, make, scope=scope, conserve=conserve)
     states = [{} for _ in others]
     for t in (1, 2, 3):
-        cure_step(ours, opt, t, torch.float64)
+        run.step(t)
         grads, g_nat, g_adv = (
             [to_numpy(g) for g in torch.autograd.grad(each, others, retain_graph=True)]
             for each in losses(theirs, *make_batch(t, torch.float64))
@@ -323,23 +323,6 @@ def test_nothing_selected_takes_no_scores(frozen):
     assert (w == (1.0 if frozen else 0.0)).all()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_devices_of_one_threshold(scope):
-    """Tensors on several devices have thresholds of their own, or are refused."""
-    params = [nn.Parameter(torch.ones(2, 2, device=d)) for d in ("cpu", "meta")]
-    opt = wrap(params, sgd(), update_fraction=0.7, scope=scope, backend="torch")
-    for p in params:
-        p.grad = torch.ones_like(p)
-    opt._holder.scores.taken = {r: {p: p.grad for p in params} for r in ("natural", "adversarial")}
-    if scope == "global":
-        with pytest.raises(ValueError, match="`scope` should be 'tensor' where"):
-            opt.step()
-        assert (params[0] == 1).all()
-    else:
-        opt.step()
-        assert int(opt.masks()[params[0]].sum()) == 3
-
-
 # Inner optimizers that break, rebind, clear.
 
 
@@ -359,18 +342,6 @@ def test_an_inner_optimizer_that_fails_leaves_conserved_weights_as_they_were():
             assert torch.equal(changed, run.opt.masks()[p])
     with pytest.raises(RuntimeError, match="needs the gradients"):
         run.opt.step()
-
-
-def test_weights_stay_when_masking_fails(monkeypatch):
-    run = Run(backend="torch")
-
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr("rgp_optim._reference.zero_and_save_", fail)
-    with pytest.raises(MemoryError):
-        run.step()
-    assert run.stays()
 
 
 class Rebinds(torch.optim.SGD):
