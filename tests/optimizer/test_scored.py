@@ -74,10 +74,6 @@ def one_gradient_moved_away(opt, model, batch):
     w.grad = sum(moved)
 
 
-def micro_batches_in_one_pass(opt, model, batch):
-    sum(scored(opt, model, part, weight) for part, weight in halves(batch)).backward()
-
-
 def one_role_at_a_time(opt, model, batch):
     """The natural graph is freed before the adversarial forward pass."""
     for role, x in zip(("natural", "adversarial"), batch[:2], strict=True):
@@ -142,15 +138,15 @@ def a_tensor_factor(opt, model, batch):
         p.grad /= 64.0
 
 
-def checkpointing(opt, model, batch):
-    plain(opt, lambda x: checkpoint(model, x, use_reentrant=False), batch)
-
-
 LOOPS = {
     "torch.autograd.backward": lambda o, m, b: torch.autograd.backward(scored(o, m, b)),
+    "checkpointing": lambda o, m, b: plain(o, partial(checkpoint, m, use_reentrant=False), b),
     "late zero_grad": late_zero_grad,
     "late zero_grad of the model": partial(late_zero_grad, of_model=True),
     "micro-batches": micro_batches,
+    "micro-batches in one pass": lambda o, m, b: sum(
+        scored(o, m, part, weight) for part, weight in halves(b)
+    ).backward(),
     "tensor weights": partial(micro_batches, weigh=torch.tensor),
     "new gradients": partial(micro_batches, after=new_gradients),
     "skipped step": skipped_step,
@@ -161,7 +157,6 @@ LOOPS |= {
     loop.__name__: loop
     for loop in (
         one_gradient_moved_away,
-        micro_batches_in_one_pass,
         one_role_at_a_time,
         one_role_per_call,
         a_batch_skipped_before_its_backward_pass,
@@ -170,7 +165,6 @@ LOOPS |= {
         saved_tensor_hooks,
         gradient_scaler,
         a_tensor_factor,
-        checkpointing,
     )
 }
 
@@ -301,29 +295,18 @@ def test_a_step_within_the_backward_pass_moves_nothing(batches, hook, own, messa
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_graphs_are_freed_by_the_backward_pass(shared):
-    """Also that of a scored loss with a forward pass of its own, while the losses live on."""
-    saved = []
-
-    class Saves(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            kept = x.clone()
-            saved.append(weakref.ref(kept))
-            ctx.save_for_backward(kept)
-            return x * 1.0
-
-        @staticmethod
-        def backward(ctx, g):
-            return g + 0 * ctx.saved_tensors[0]
-
+    """Also that of a scored loss with a forward pass of its own, while the loss lives on."""
     model = nn.Linear(3, 2)
-    nat, other = (Saves.apply(model(torch.rand(4, 3))).square().sum() for _ in range(2))
-    loss = wrap(model).scored(nat if shared else other, natural=nat, adversarial=nat)
-    del nat, other
+    hidden = [model(torch.rand(4, 3)) for _ in range(1 if shared else 2)]
+    held = [weakref.ref(h) for h in hidden]  # the graphs have saved them
+    nat, *other = [h.square().sum() for h in hidden]
+    loss = wrap(model).scored(*other or [nat], natural=nat, adversarial=nat)
+    del hidden, nat, other
+    gc.collect()
+    assert all(ref() is not None for ref in held)
     loss.backward()
     gc.collect()
-    assert len(saved) == 2
-    assert all(ref() is None for ref in saved)
+    assert all(ref() is None for ref in held)
 
 
 def test_nothing_is_kept_between_steps():
@@ -357,65 +340,56 @@ def test_a_score_that_fails_drops_what_earlier_micro_batches_gave():
 
 
 def call(**kinds):
-    def run(opt, model):
+    def act(run):
         names = ("loss", "natural", "adversarial")
-        made = dict(zip(names, losses(model, *make_batch()), strict=True))
+        made = dict(zip(names, losses(run.model, *make_batch()), strict=True))
         made |= {name: change(made[name]) for name, change in kinds.items()}
-        opt.scored(made.pop("loss"), **made).backward()
+        run.opt.scored(made.pop("loss"), **made).backward()
 
-    return run
-
-
-def step_unscored(opt, model):
-    losses(model, *make_batch())[0].backward()
-    opt.step()
+    return act
 
 
-def step_half_scored(opt, model):
-    call(adversarial=lambda t: None)(opt, model)
-    opt.step()
+NONE = {"natural": lambda t: None, "adversarial": lambda t: None}
+ACTS = {
+    "score": Run.backward,
+    "score the natural loss": call(adversarial=lambda t: None),
+    "plain backward": lambda run: losses(run.model, *make_batch())[0].backward(),
+    "zero_grad": lambda run: run.opt.zero_grad(),
+    "zero_grad of the model": lambda run: run.model.zero_grad(),
+    "step": lambda run: run.opt.step(),
+}
 
 
-def step_after_zero_grad(opt, model):
-    call()(opt, model)
-    opt.zero_grad()
-    step_unscored(opt, model)
+def acts(*names):
+    def act(run):
+        for name in names:
+            ACTS[name](run)
+
+    return act
 
 
-def step_twice(opt, model):
-    call()(opt, model)
-    opt.step()
-    opt.step()
+def scored_twice(run):
+    loss, nat, adv = losses(run.model, *make_batch())
+    backward(run.opt, loss, natural=run.opt.scored(nat, natural=nat), adversarial=adv)
 
 
-def step_without_gradients(opt, model):
-    call()(opt, model)
-    model.zero_grad()
-    opt.step()
-
-
-def scored_twice(opt, model):
-    loss, nat, adv = losses(model, *make_batch())
-    backward(opt, loss, natural=opt.scored(nat, natural=nat), adversarial=adv)
-
-
-def sparse(opt, model, of_scores=True):
+def sparse(run, of_scores=True):
     w = nn.Parameter(torch.zeros(3, 2))
-    opt.param_groups[0]["params"].append(w)
-    opt.param_groups[0]["param_names"] = [*"abcdef", "table"]
+    run.opt.param_groups[0]["params"].append(w)
+    run.opt.param_groups[0]["param_names"] = [*"abcdef", "table"]
     loss = F.embedding(torch.tensor([1]), w, sparse=True).sum()
     score = loss if of_scores else w.sum()
-    backward(opt, loss, natural=score, adversarial=score)
-    opt.step()
+    backward(run.opt, loss, natural=score, adversarial=score)
+    run.opt.step()
 
 
-def reentrant(opt, model, partly=False):
+def reentrant(run, partly=False):
     """Partly: a layer is used inside the checkpoint and outside of it, in a later pass."""
     x, _, y = make_batch()
     if partly:
-        call()(opt, model)
-    loss = F.cross_entropy(checkpoint(model, x.requires_grad_(), use_reentrant=True), y)
-    backward(opt, loss + model.head(torch.ones(1, 16)).sum() if partly else loss)
+        run.backward()
+    loss = F.cross_entropy(checkpoint(run.model, x.requires_grad_(), use_reentrant=True), y)
+    backward(run.opt, loss + run.model.head(torch.ones(1, 16)).sum() if partly else loss)
 
 
 @pytest.mark.parametrize(
@@ -424,16 +398,15 @@ def reentrant(opt, model, partly=False):
         (call(loss=lambda t: t.item()), TypeError, "`loss` should be a scalar tensor. Found"),
         (call(natural=lambda t: t.detach()), ValueError, "`natural` should carry a graph"),
         (call(adversarial=lambda t: t.repeat(2)), ValueError, "`adversarial` should be a sc"),
+        (call(**NONE), ValueError, "`natural` should be given, or `adversarial`"),
+        (acts("plain backward", "step"), RuntimeError, "of the natural loss, and none were taken"),
+        (acts("score the natural loss", "step"), RuntimeError, "of the adversarial loss, and none"),
         (
-            call(natural=lambda t: None, adversarial=lambda t: None),
-            ValueError,
-            "`natural` should be given, or `adversarial`",
+            acts("score", "zero_grad", "plain backward", "step"),
+            RuntimeError,
+            "Write `loss = opt.",
         ),
-        (step_unscored, RuntimeError, "the gradients of the natural loss, and none were taken"),
-        (step_half_scored, RuntimeError, "the gradients of the adversarial loss, and none"),
-        (step_after_zero_grad, RuntimeError, "Write `loss = opt.scored"),
-        (step_twice, RuntimeError, "since the last step or zero_grad"),
-        (step_without_gradients, RuntimeError, "are scored, but no parameter has a gradient"),
+        (acts("score", "zero_grad of the model", "step"), RuntimeError, "no parameter has a gradi"),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (sparse, TypeError, r"`natural gradient of table \(group 0\)` should be dense"),
         (partial(sparse, of_scores=False), TypeError, "`gradient of table .* dense.*'rgp_select'"),
@@ -444,11 +417,12 @@ def reentrant(opt, model, partly=False):
 def test_refusals(act, error, message):
     run = Run()
     with pytest.raises(error, match=message):
-        act(run.opt, run.model)
-    if act is not step_twice:
-        assert run.stays()
+        act(run)
+    assert run.stays()
     if "table" not in message:
         run.step()
+        with pytest.raises(RuntimeError, match="since the last step or zero_grad"):
+            run.opt.step()
 
 
 @pytest.mark.parametrize("way", ["autograd.grad", "moved"])

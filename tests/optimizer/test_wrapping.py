@@ -250,36 +250,25 @@ def test_masks_are_those_of_the_last_step():
     assert not any(mask.any() for mask in run.opt.masks().values())
 
 
-class Modes(torch.optim.SGD):
-    """As schedule-free optimizers: `train` and `eval` move weights, `second_step` steps."""
-
-    mode = "train"
-
-    def train(self):
-        self.mode = "train"
-
-    def eval(self):
-        self.mode = "eval"
-
-    def sync_lookahead(self):
-        self.synced = True
-
-    def second_step(self):
-        raise AssertionError
+def named(name, **members):
+    """A class of optimizers with this name."""
+    return type(name, (torch.optim.SGD,), members)
 
 
 def test_methods_of_the_inner_optimizer_are_found_unless_they_step():
-    assert not hasattr(wrap(make_net()), "train")
-    opt = wrap(make_net(), Modes)
-    opt.sync_lookahead()
-    assert opt.inner.synced
+    """As of schedule-free optimizers, whose `train` and `eval` move weights."""
+    names = ("eval", "train", "sync_lookahead", "second_step", "_private")
+    methods = {name: lambda self, name=name: self.calls.append(name) for name in names}
+    opt = Run(named("Modes", calls=[], **methods)).opt
     with pytest.warns(UserWarning, match=r"Modes.eval\(\)"):
         opt.eval()
-    assert opt.inner.mode == "eval"
     opt.eval()  # one warning is enough
     opt.train()
-    for name in ("second_step", "_private", "mode"):
+    opt.sync_lookahead()
+    assert opt.inner.calls == ["eval", "eval", "train", "sync_lookahead"]
+    for name in ("second_step", "_private", "calls"):
         assert not hasattr(opt, name)
+    assert not hasattr(Run().opt, "train")
 
 
 # Copies.
@@ -485,11 +474,6 @@ def test_sam_goes_around_the_wrapper():
 
 
 # What cannot work is refused before anything has changed.
-
-
-def named(name, **members):
-    """A factory of optimizers of a class with this name."""
-    return type(name, (torch.optim.SGD,), members)
 
 
 class Prepared(torch.optim.SGD):
