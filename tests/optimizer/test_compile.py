@@ -8,17 +8,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
-from common import (
-    Run,
-    backward,
-    make_batch,
-    make_net,
-    same,
-    sgd,
-    snapshot,
-    train,
-    wrap,
-)
+from common import Run, backward, make_batch, make_net, same, sgd, snapshot, train, wrap
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd

@@ -95,12 +95,7 @@ NET = make_net()
         (NET, {"leave_out": ["haed"]}, ValueError, "`leave_out` should name modules.*The model ha"),
         (NET, {"leave_out": [""]}, ValueError, "`leave_out` should name modules"),
         (NET, {"leave_out": "head"}, TypeError, r"Write \['head'\]"),
-        (
-            NET.parameters(),
-            {},
-            TypeError,
-            r"`model` should be a torch.nn.Module. Found `gener",
-        ),
+        (NET.parameters(), {}, TypeError, r"`model` should be a torch.nn.Module. Found `gener"),
     ],
 )
 def test_refusals(model, options, error, message):

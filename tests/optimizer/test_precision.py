@@ -6,19 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    DEVICE,
-    Run,
-    backward,
-    disk,
-    losses,
-    make_batch,
-    numpy_topk,
-    same,
-    seeded,
-    to_numpy,
-    wrap,
-)
+from common import DEVICE, Run, backward, disk, losses, make_batch, numpy_topk, same, to_numpy, wrap
 from torch import nn
 
 
@@ -123,9 +111,8 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
     opt = wrap(model, name, alpha=0.3, conserve=conserve, scope=scope)
     params = [model[0].weight, model[2].weight]
     for step in range(3):
-        draw = seeded(step)
-        x = torch.rand(8, 6, generator=draw).to(dtype)
-        y = torch.randint(0, 3, (8,), generator=draw)
+        torch.manual_seed(step)
+        x, y = torch.rand(8, 6).to(dtype), torch.randint(0, 3, (8,))
         nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
         grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
         masks, start = selected(*grads, scope), [p.detach().clone() for p in params]

@@ -8,18 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    DEVICE,
-    Run,
-    backward,
-    losses,
-    make_batch,
-    make_net,
-    same,
-    sgd,
-    snapshot,
-    wrap,
-)
+from common import DEVICE, Run, backward, losses, make_batch, make_net, same, sgd, snapshot, wrap
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -401,11 +390,7 @@ def reentrant(run, partly=False):
         (call(**NONE), ValueError, "`natural` should be given, or `adversarial`"),
         (acts("plain backward", "step"), RuntimeError, "of the natural loss, and none were taken"),
         (acts("score the natural loss", "step"), RuntimeError, "of the adversarial loss, and none"),
-        (
-            acts("score", "zero_grad", "plain backward", "step"),
-            RuntimeError,
-            "Write `loss = opt.",
-        ),
+        (acts("score", "zero_grad", "plain backward", "step"), RuntimeError, "Write `loss = opt."),
         (acts("score", "zero_grad of the model", "step"), RuntimeError, "no parameter has a gradi"),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (sparse, TypeError, r"`natural gradient of table \(group 0\)` should be dense"),
