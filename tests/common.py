@@ -222,6 +222,21 @@ def numpy_topk(scores, k):
     return (mask & (flat != 0)).reshape(np.shape(scores))
 
 
+def numpy_masks(scores, fractions, pools):
+    """The rule over tensors; those with the same pool number share a threshold."""
+    masks = {}
+    for pool in set(pools):
+        members = [i for i, number in enumerate(pools) if number == pool]
+        joined = np.concatenate([scores[i].reshape(-1) for i in members])
+        fraction = fractions[members[0]]
+        k = max(1, round(fraction * joined.size)) if fraction else 0
+        flat = numpy_topk(joined, k) | (fraction == 1)
+        ends = np.cumsum([scores[i].size for i in members])
+        for i, part in zip(members, np.split(flat, ends[:-1]), strict=True):
+            masks[i] = part.reshape(scores[i].shape)
+    return [masks[i] for i in range(len(scores))]
+
+
 class LowRank(nn.Linear):
     """Adds a product of low rank to its weight in eval mode, as layers for adaptation do."""
 

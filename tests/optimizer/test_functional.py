@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import DEVICE, cpu_only, from_numpy, numpy_topk, to_numpy
+from common import DEVICE, cpu_only, from_numpy, numpy_masks, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -36,19 +36,14 @@ def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
             parts = [f * np.abs(g) for f, g in zip(shares, pair, strict=True) if f != 0]
             scores.append(sum(parts[1:], parts[0]).astype(np.float32))
 
-    def want(flat):
-        k = 0 if flat.size == 0 or fraction == 0 else max(1, round(fraction * flat.size))
-        return numpy_topk(flat, k)
-
-    ends = np.cumsum([each.size for each in scores])
-    joined = np.concatenate([each.reshape(-1) for each in scores])
-    wants = np.split(want(joined), ends[:-1]) if pooled else [want(each) for each in scores]
+    every = range(len(scores))
+    wants = numpy_masks(scores, [fraction] * len(scores), [0 for _ in every] if pooled else every)
     columns = ([from_numpy(g) for g in column] for column in zip(*pairs, strict=True))
     scope = "global" if pooled else "tensor"
     masks = rgp_topk_masks(*columns, alpha=alpha, update_fraction=fraction, scope=scope)
-    for mask, each, g in zip(masks, wants, gradients, strict=True):
-        assert mask.shape == g.shape
-        np.testing.assert_array_equal(to_numpy(mask), each.reshape(g.shape))
+    for mask, want in zip(masks, wants, strict=True):
+        assert mask.shape == want.shape
+        np.testing.assert_array_equal(to_numpy(mask), want)
 
 
 def test_lists_of_settings_and_of_mixed_dtypes():

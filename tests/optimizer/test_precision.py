@@ -2,11 +2,10 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, Run, backward, disk, losses, make_batch, numpy_topk, same, to_numpy, wrap
+from common import DEVICE, Run, disk, losses, make_batch, numpy_masks, same, to_numpy, wrap
 from torch import nn
 
 
@@ -69,16 +68,11 @@ def test_scaler_and_optimizer_resume_together():
     assert same(*ends)
 
 
-def selected(g_nats, g_advs, scope="tensor", fraction=0.3, alpha=0.3):
+def selected(g_nats, g_advs, scope="tensor"):
     """The masks, from the scores in float64 and Python's sort."""
     pairs = zip(g_nats, g_advs, strict=True)
-    scores = [to_numpy(alpha * a.double().abs() + (1 - alpha) * b.double().abs()) for a, b in pairs]
-    if scope == "tensor":
-        return [numpy_topk(each, round(fraction * each.size)) for each in scores]
-    joined = np.concatenate([each.reshape(-1) for each in scores])
-    ends = np.cumsum([each.size for each in scores])
-    parts = np.split(numpy_topk(joined, round(fraction * joined.size)), ends[:-1])
-    return [part.reshape(each.shape) for part, each in zip(parts, scores, strict=True)]
+    scores = [to_numpy(0.3 * a.double().abs() + 0.7 * b.double().abs()) for a, b in pairs]
+    return numpy_masks(scores, [0.3, 0.3], [0, 0] if scope == "global" else [0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,7 +111,7 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
         grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
         masks, start = selected(*grads, scope), [p.detach().clone() for p in params]
         opt.zero_grad()
-        backward(opt, natural=nat, adversarial=adv)
+        opt.scored(nat + adv, natural=nat, adversarial=adv).backward()
         opt.step()
         changed = [to_numpy(p != old) for p, old in zip(params, start, strict=True)]
         assert any(each.any() for each in changed)

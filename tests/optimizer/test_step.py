@@ -14,13 +14,11 @@ from common import (
     losses,
     make_batch,
     make_net,
-    moved,
-    numpy_topk,
+    numpy_masks,
     same,
     same_bits,
     seeded,
     sgd,
-    snapshot,
     step_on,
     to_numpy,
     train,
@@ -121,26 +119,20 @@ def test_only_the_selected_weights_move(make, shapes, conserve):
 # The twin: the same training written out in NumPy, with a sort.
 
 
-def group(params, fraction, alpha, select):
+def group(p, fraction, alpha, select):
     settings = {"rgp_update_fraction": fraction, "rgp_alpha": alpha, "rgp_select": select}
-    return {"params": params, **settings}
+    return {"params": [p], **settings}
 
 
-def twin_masks(scores, groups, scope):
-    """Masks by group settings (fraction, alpha, select); groups with one fraction share a pool."""
-    masks = [np.ones(s.shape, bool) for s in scores]
-    pools = {}
-    for fraction, _, select, members in groups:
-        for i in members:
-            if scores[i].ndim >= 2 if select is None else select:
-                pools.setdefault(fraction if scope == "global" else i, (fraction, []))[1].append(i)
-    for fraction, members in pools.values():
-        joined = np.concatenate([scores[i].reshape(-1) for i in members])
-        flat = numpy_topk(joined, max(1, round(fraction * joined.size)))
-        ends = np.cumsum([scores[i].size for i in members])
-        for i, part in zip(members, np.split(flat, ends[:-1]), strict=True):
-            masks[i] = part.reshape(scores[i].shape)
-    return masks
+def twin_masks(scores, settings, scope):
+    """Masks by fraction, alpha, select of each tensor; equal fractions share a global pool."""
+    fractions = [
+        fraction if (each.ndim >= 2 if select is None else select) else 1.0
+        for each, (fraction, _, select) in zip(scores, settings, strict=True)
+    ]
+    every = list(range(len(scores)))
+    pools = [fractions.index(f) for f in fractions] if scope == "global" else every
+    return numpy_masks(scores, fractions, pools)
 
 
 def twin_step(kind, w, g, state, t, lr=0.1, wd=0.05):
@@ -162,14 +154,12 @@ def twin_step(kind, w, g, state, t, lr=0.1, wd=0.05):
 @pytest.mark.parametrize("fractions", [(0.3, 0.3), (0.1, 0.7)])
 def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
     run, theirs = Run(dtype=torch.float64), make_net(dtype=torch.float64).eval()
-    run.model.eval()
-    members = [[0, 1, 2], [3, 4, 5]]  # parameters of the two groups
-    groups = list(zip(fractions, (0.1, 0.6), selects, members, strict=True))
-    params, others = list(run.model.parameters()), list(theirs.parameters())
-    ours_groups = [group([params[i] for i in m], *settings) for *settings, m in groups]
+    settings = [each for each in zip(fractions, (0.1, 0.6), selects, strict=True) for _ in range(3)]
+    params, others = list(run.model.eval().parameters()), list(theirs.parameters())
+    groups = [group(p, *each) for p, each in zip(params, settings, strict=True)]
     options = dict(lr=0.1, weight_decay=0.05) | ({"momentum": 0.9} if kind == "SGD" else {})
     make = lambda groups: getattr(torch.optim, kind)(groups, **options)  # noqa: E731
-    run.opt = opt = wrap(ours_groups, make, scope=scope, conserve=conserve)
+    run.opt = opt = wrap(groups, make, scope=scope, conserve=conserve)
     states = [{} for _ in others]
     for t in (1, 2, 3):
         run.step(t)
@@ -177,12 +167,11 @@ def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
             [to_numpy(g) for g in torch.autograd.grad(each, others, retain_graph=True)]
             for each in losses(theirs, *make_batch(t, torch.float64))
         )
-        alpha = [a for _, a, _, m in groups for _ in m]
         scores = [
-            a * np.abs(x) + (1.0 - a) * np.abs(y)
-            for a, x, y in zip(alpha, g_nat, g_adv, strict=True)
+            alpha * np.abs(x) + (1.0 - alpha) * np.abs(y)
+            for (_, alpha, _), x, y in zip(settings, g_nat, g_adv, strict=True)
         ]
-        masks = twin_masks(scores, groups, scope)
+        masks = twin_masks(scores, settings, scope)
         for p, g, mask, state in zip(others, grads, masks, states, strict=True):
             old = to_numpy(p.detach()).copy()
             seen = g if conserve == "update" else np.where(mask, g, 0.0)
@@ -197,7 +186,7 @@ def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
 # Any gradients: losses that are linear in the weights have the gradients that are drawn.
 
 VALUES = st.sampled_from([0.0, 1.0, -1.0, 2.0, -3.0, 0.5])
-SHAPES = st.sampled_from([(2, 3), (1, 1), (4,), (), (0,), (2, 2, 2)])
+ANY_SHAPE = st.sampled_from([(2, 3), (1, 1), (4,), (), (0,), (2, 2, 2)])
 
 
 @given(st.data(), st.sampled_from(SCOPES), st.sampled_from(CONSERVE), st.integers(1, 4))
@@ -207,7 +196,7 @@ def test_any_gradients(data, scope, conserve, count):
     losses = [torch.zeros((), requires_grad=True) for _ in range(3)]
     reached = [set(), set()]
     for i in range(count):
-        shape = data.draw(SHAPES)
+        shape = data.draw(ANY_SHAPE)
         n = int(np.prod(shape))
         draw = st.lists(VALUES, min_size=n, max_size=n)
         drawn = [np.array(data.draw(draw), np.float32).reshape(shape) for _ in range(3)]
@@ -227,8 +216,8 @@ def test_any_gradients(data, scope, conserve, count):
         shares = np.float32(alpha), np.float32(1.0 - alpha)
         scores.append(shares[0] * np.abs(drawn[0]) + shares[1] * np.abs(drawn[1]))
     assume(all(reached))  # a loss that reaches no selected weight is refused
-    masks = twin_masks(scores, [(*each, [i]) for i, each in enumerate(settings)], scope)
-    groups = [group([p], *each) for p, each in zip(params, settings, strict=True)]
+    masks = twin_masks(scores, settings, scope)
+    groups = [group(p, *each) for p, each in zip(params, settings, strict=True)]
     opt = wrap(groups, sgd(), scope=scope, conserve=conserve)
     backward(opt, losses[2], natural=losses[0], adversarial=losses[1])
     opt.step()
@@ -253,9 +242,9 @@ def test_memory_format_changes_no_mask(layout):
 
 def test_tied_weights_count_once():
     model = nn.Sequential(*[nn.Linear(4, 4, bias=False)] * 2)
-    start = snapshot(model)
-    step_on(wrap(model, sgd(), update_fraction=0.25), model(torch.randn(3, 4)).square().sum())
-    assert int(moved(model, start)[0].sum()) == 4
+    opt = wrap(model, sgd(), update_fraction=0.25)
+    step_on(opt, model(torch.randn(3, 4)).square().sum())
+    assert [int(mask.sum()) for mask in opt.masks().values()] == [4]
 
 
 # NaN and infinity; kinds of parameters.
@@ -384,15 +373,13 @@ def test_an_inner_optimizer_that_clears_the_gradients():
 @pytest.mark.parametrize("make", [torch.optim.Rprop, torch.optim.SGD, torch.optim.AdamW])
 def test_an_unscored_step_with_all_learning_rates_zero_moves_nothing(make, sparse):
     """Checkpoint tools make it to fill the state; Rprop would move by its smallest step."""
-    model, table = make_net(), nn.Parameter(torch.ones(3, 2))
-    groups = [{"params": list(model.parameters())}]
+    run, table = Run(lambda params: make(params, lr=0.0)), nn.Parameter(torch.ones(3, 2))
     if sparse and make is torch.optim.SGD:
-        groups += [{"params": [table], "rgp_select": False}]
+        run.opt.add_param_group({"params": [table], "rgp_select": False})
         nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum().backward()
-    opt, before = wrap(groups, lambda g: make(g, lr=0.0)), snapshot(model)
-    losses(model, *make_batch())[0].backward()
-    opt.step()
-    assert same(model, before)
+    losses(run.model, *make_batch())[0].backward()
+    run.opt.step()
+    assert run.stays()
     assert (table == 1).all()
 
 

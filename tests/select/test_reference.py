@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from common import from_numpy, numpy_topk, to_numpy
+from common import from_numpy, numpy_masks, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -41,13 +41,11 @@ def test_pools(scores, fraction, data):
     dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in scores]
     tensors = [from_numpy(score).to(dtype) for score, dtype in zip(scores, dtypes, strict=True)]
     masks = topk_masks(tensors, [fraction] * len(scores), pools)
-    for pool in set(pools):
-        members = [i for i, number in enumerate(pools) if number == pool]
-        joined = np.concatenate([to_numpy(tensors[i].double()).reshape(-1) for i in members])
-        want = numpy_topk(joined, update_count(joined.size, fraction)) | (fraction == 1)
-        got = np.concatenate([to_numpy(masks[i]).reshape(-1) for i in members])
-        np.testing.assert_array_equal(got, want)
-    assert [mask.shape for mask in masks] == [score.shape for score in scores]
+    wide = [to_numpy(each.double()) for each in tensors]
+    wants = numpy_masks(wide, [fraction] * len(scores), pools)
+    for mask, want in zip(masks, wants, strict=True):
+        assert mask.shape == want.shape
+        np.testing.assert_array_equal(to_numpy(mask), want)
 
 
 def test_ties_go_to_the_lowest_row_major_index_whatever_the_strides():
