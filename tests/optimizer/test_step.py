@@ -110,6 +110,7 @@ def test_only_the_selected_weights_move(make, shapes, conserve):
         quadratic_step(params, opt, seed)
         for p, old in zip(params, before, strict=True):
             mask = opt.masks()[p]
+            assert mask.dtype == torch.bool
             assert int(mask.sum()) == (max(1, round(0.5 * p.numel())) if seed < 4 else 0)
             assert seed == 4 or p.numel() == 1 or not torch.equal(p, old)
             if conserve != "gradients":
