@@ -437,7 +437,7 @@ def read(*row):
         read({"x": X * 2 - 1}, ValueError, RANGE + ". Found `values from -.*Normalise inside the"),
         read({"x": X * torch.nan}, ValueError, RANGE),
         read({"x": X * 255}, ValueError, "Found `values from .*0 to 255, pass x / 255"),
-        read({"x": X * 9 - 5, "bounds": [-2, 2]}, ValueError, "or give the range of `x` as `boun"),
+        read({"x": X * 9 - 5, "bounds": [-2, 2]}, ValueError, r"in \[-2, 2\].*range of `x` as `bo"),
     ],
 )
 def test_refusals(changed, error, message):
@@ -450,7 +450,9 @@ def test_refusals(changed, error, message):
 
 
 def without_logit(label, loss):
-    message = rf"in \[0, 2\]. Found `labels from {min(label, 1)} to {max(label, 1)}"
+    message = (
+        rf"`target` should be in \[0, 2\]. Found `labels from {min(label, 1)} to {max(label, 1)}"
+    )
     return read({"target": torch.tensor([label, 1]), "loss": loss}, message)
 
 

@@ -92,6 +92,9 @@ def masks(g_nats, g_advs, **options):
     return lambda: rgp_topk_masks(g_nats, g_advs, **{**HALF, **options})
 
 
+SEVERAL = masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -112,7 +115,7 @@ def masks(g_nats, g_advs, **options):
         (masks([None], [None]), ValueError, r"where `g_advs\[0\]` is None.*Leave out"),
         (masks([G], [G], alpha=[0.1, 0.2]), ValueError, "one for each of the 1 tensors"),
         (masks([G], [G], alpha=[2.0]), ValueError, r"`alpha\[0\]` should be in"),
-        (masks(TWO, TWO, update_fraction=[0.5, 0.6], scope="global"), ValueError, "one number und"),
+        (SEVERAL, ValueError, "one number under scope='global'"),
         (masks([G], [G], scope="layer"), ValueError, "`scope` should be one of 'tensor', 'gl"),
         (masks(TWO, TWO, scope="global"), ValueError, "`scope` should be 'tensor' where"),
     ],

@@ -82,6 +82,7 @@ def test_an_empty_group_is_omitted(model, select):
 
 
 NET = make_net()
+PARAMS = NET.parameters()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ NET = make_net()
         (NET, {"leave_out": ["haed"]}, ValueError, "`leave_out` should name modules.*The model ha"),
         (NET, {"leave_out": [""]}, ValueError, "`leave_out` should name modules"),
         (NET, {"leave_out": "head"}, TypeError, r"Write \['head'\]"),
-        (NET.parameters(), {}, TypeError, r"`model` should be a torch.nn.Module. Found `gener"),
+        (PARAMS, {}, TypeError, "`model` should be a torch.nn.Module. Found `generator`"),
     ],
 )
 def test_refusals(model, options, error, message):

@@ -80,10 +80,14 @@ OTHER = make_batch(9, torch.float64)
 
 def skipped_step(opt, model, batch, clear=lambda opt, model: opt.zero_grad()):
     plain(opt, model, OTHER)
+    clear(opt, model)
+    plain(opt, model, batch)
+
+
+def step_skipped_by_the_model(opt, model, batch):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Earlier scores were dropped")
-        clear(opt, model)
-        plain(opt, model, batch)
+        skipped_step(opt, model, batch, clear=lambda _, model: model.zero_grad())
 
 
 def a_batch_skipped_before_its_backward_pass(opt, model, batch):
@@ -140,7 +144,6 @@ LOOPS = {
     "new gradients": partial(micro_batches, after=new_gradients),
     "skipped step": skipped_step,
     "to zero": partial(skipped_step, clear=lambda opt, _: opt.zero_grad(set_to_none=False)),
-    "by the model": partial(skipped_step, clear=lambda _, model: model.zero_grad()),
 }
 LOOPS |= {
     loop.__name__: loop
@@ -148,6 +151,7 @@ LOOPS |= {
         one_gradient_moved_away,
         one_role_at_a_time,
         one_role_per_call,
+        step_skipped_by_the_model,
         a_batch_skipped_before_its_backward_pass,
         a_backward_pass_that_failed,
         a_retained_graph,
@@ -307,7 +311,7 @@ def test_nothing_is_kept_between_steps():
     gc.collect()
     assert all(ref() is None for ref in held)
     ours = [weakref.ref(each) for each in (run.opt, run.opt.inner, run.opt._holder)]
-    del run
+    del run.opt
     gc.collect()
     assert all(ref() is None for ref in ours)
 
@@ -341,10 +345,10 @@ def call(**kinds):
 NONE = {"natural": lambda t: None, "adversarial": lambda t: None}
 ACTS = {
     "score": Run.backward,
-    "score the natural loss": call(adversarial=lambda t: None),
-    "plain backward": lambda run: losses(run.model, *make_batch())[0].backward(),
+    "score half": call(adversarial=lambda t: None),
+    "plain": lambda run: losses(run.model, *make_batch())[0].backward(),
     "zero_grad": lambda run: run.opt.zero_grad(),
-    "zero_grad of the model": lambda run: run.model.zero_grad(),
+    "clear": lambda run: run.model.zero_grad(),
     "step": lambda run: run.opt.step(),
 }
 
@@ -388,10 +392,22 @@ def reentrant(run, partly=False):
         (call(natural=lambda t: t.detach()), ValueError, "`natural` should carry a graph"),
         (call(adversarial=lambda t: t.repeat(2)), ValueError, "`adversarial` should be a sc"),
         (call(**NONE), ValueError, "`natural` should be given, or `adversarial`"),
-        (acts("plain backward", "step"), RuntimeError, "of the natural loss, and none were taken"),
-        (acts("score the natural loss", "step"), RuntimeError, "of the adversarial loss, and none"),
-        (acts("score", "zero_grad", "plain backward", "step"), RuntimeError, "Write `loss = opt."),
-        (acts("score", "zero_grad of the model", "step"), RuntimeError, "no parameter has a gradi"),
+        (
+            acts("plain", "step"),
+            RuntimeError,
+            "gradients of the natural loss, and none were tak",
+        ),
+        (
+            acts("score half", "step"),
+            RuntimeError,
+            "gradients of the adversarial loss, and none w",
+        ),
+        (acts("score", "zero_grad", "plain", "step"), RuntimeError, "Write `loss = opt.scored"),
+        (
+            acts("score", "clear", "step"),
+            RuntimeError,
+            "are scored, but no parameter has a grad",
+        ),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (sparse, TypeError, r"`natural gradient of table \(group 0\)` should be dense"),
         (partial(sparse, of_scores=False), TypeError, "`gradient of table .* dense.*'rgp_select'"),

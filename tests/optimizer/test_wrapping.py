@@ -322,17 +322,14 @@ def test_a_gradient_set_to_none_leaves_its_parameter_out_of_the_step():
 # Closures.
 
 
-class Polyak(torch.optim.Optimizer):
+class Polyak(torch.optim.SGD):
     """The step size comes from the loss that the closure returns."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = 1.0 if closure is None else float(closure())
         for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad * loss * self.param_groups[0]["lr"])
+            p.sub_(p.grad * loss * 0.1)
 
 
 class Needs(torch.optim.SGD):
@@ -470,7 +467,7 @@ def in_group(**settings):
             ValueError,
             r"`rgp_alpha` should be in \[0, 1\]. Found .* = 2`",
         ),
-        (in_group(update_fraction=0.2), {}, ValueError, "Write 'rgp_update_fraction'"),
+        (in_group(update_fraction=0.2), {}, ValueError, "`update_fraction`. Write 'rgp_upd"),
     ],
 )
 def test_refusals_when_wrapping(make, options, error, message):
