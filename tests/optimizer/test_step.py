@@ -180,8 +180,7 @@ def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
             p.data = from_numpy(new if conserve == "gradients" else np.where(mask, new, old))
         for p, mask in zip(params, masks, strict=True):
             assert mask.all() if p not in opt.masks() else (to_numpy(opt.masks()[p]) == mask).all()
-    for got, want in zip(params, others, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(params, others, rtol=1e-10, atol=1e-12)
 
 
 # Any gradients: losses that are linear in the weights have the gradients that are drawn.
@@ -235,8 +234,7 @@ def test_memory_format_changes_no_mask(layout):
         weight = runs[1].model.head.weight
         weight.data = weight.data.t().contiguous().t()
     train(3, *runs)
-    for p, q in zip(*(run.model.parameters() for run in runs), strict=True):
-        torch.testing.assert_close(p, q)
+    torch.testing.assert_close(*(list(run.model.parameters()) for run in runs))
     for a, b in zip(*(run.opt.masks().values() for run in runs), strict=True):
         assert torch.equal(a, b)
 
