@@ -252,29 +252,26 @@ def test_the_model_is_left_as_it_was(attack, fails):
     assert x.grad is None
 
 
-class Cached(nn.Module):
+class Cached(nn.Linear):
     """Stores the weight it computes as long as it is in eval mode; only `eval` begins that."""
 
-    def __init__(self):
-        super().__init__()
-        self.scale, self.matrix = nn.Parameter(torch.ones(())), nn.Parameter(torch.eye(4))
-        self.weight = None
+    cache = None
+    merged = property(lambda self: self.cache is not None)
 
-    @property
-    def merged(self):
-        return self.weight is not None
+    def __init__(self):
+        super().__init__(4, 4, bias=False)
 
     def eval(self):
         super().eval()
-        self.weight = (self.scale * self.matrix).detach()
+        self.cache = 2 * self.weight.detach()
         return self
 
     def train(self, mode=True):
-        self.weight = None
+        self.cache = None
         return super().train(mode)
 
     def forward(self, x):
-        return x @ (self.scale * self.matrix if self.weight is None else self.weight)
+        return F.linear(x, 2 * self.weight if self.cache is None else self.cache)
 
 
 @each_attack
