@@ -1,8 +1,9 @@
-"""What several test files share: small networks, every inner optimizer, one training step."""
+"""What several test files share: small networks, every inner optimizer, training."""
 
 import importlib
 import io
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,17 +26,13 @@ def cpu_only(reason):
 SPECIAL = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}  # abstract; refused; sparse only; 2-D only
 
 
-def _factory(cls, **options):
-    return lambda params: cls(params, **options)
-
-
 def sgd(lr=1.0, **options):
     """With learning rate 1 a selected weight moves by its gradient."""
-    return _factory(torch.optim.SGD, lr=lr, **options)
+    return partial(torch.optim.SGD, lr=lr, **options)
 
 
 INNER = {
-    name: _factory(cls, lr=0.05)
+    name: partial(cls, lr=0.05)
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in SPECIAL
 }
@@ -44,9 +41,9 @@ INNER |= {
     "SGD nesterov": sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
     "SGD maximize": sgd(0.05, maximize=True),
     "SGD fused": sgd(0.05, momentum=0.9, fused=True),
-    "Adam amsgrad": _factory(torch.optim.Adam, lr=0.05, amsgrad=True),
-    "AdamW fused": _factory(torch.optim.AdamW, lr=0.05, fused=True),
-    "AdamW single-tensor": _factory(torch.optim.AdamW, lr=0.05, foreach=False),
+    "Adam amsgrad": partial(torch.optim.Adam, lr=0.05, amsgrad=True),
+    "AdamW fused": partial(torch.optim.AdamW, lr=0.05, fused=True),
+    "AdamW single-tensor": partial(torch.optim.AdamW, lr=0.05, foreach=False),
 }
 
 
