@@ -1,14 +1,17 @@
-"""What several test files share: small networks, every inner optimizer, one training step."""
+"""What several test files share: small networks, every inner optimizer, training."""
 
 import importlib
 import io
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from rgp_optim import RGPSelectiveOptimizer
 
 if module := os.environ.get("RGP_TEST_DEVICE_MODULE"):  # of a device that torch does not know
     importlib.import_module(module)
@@ -23,25 +26,24 @@ def cpu_only(reason):
 SPECIAL = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}  # abstract; refused; sparse only; 2-D only
 
 
-def _factory(cls, **options):
-    return lambda params: cls(params, **options)
+def sgd(lr=1.0, **options):
+    """With learning rate 1 a selected weight moves by its gradient."""
+    return partial(torch.optim.SGD, lr=lr, **options)
 
 
 INNER = {
-    name: _factory(cls, lr=0.05)
+    name: partial(cls, lr=0.05)
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and name not in SPECIAL
 }
 INNER |= {
-    "SGD momentum wd": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "SGD nesterov": _factory(
-        torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
-    ),
-    "SGD maximize": _factory(torch.optim.SGD, lr=0.05, maximize=True),
-    "SGD fused": _factory(torch.optim.SGD, lr=0.05, momentum=0.9, fused=True),
-    "Adam amsgrad": _factory(torch.optim.Adam, lr=0.05, amsgrad=True),
-    "AdamW fused": _factory(torch.optim.AdamW, lr=0.05, fused=True),
-    "AdamW single-tensor": _factory(torch.optim.AdamW, lr=0.05, foreach=False),
+    "SGD momentum wd": sgd(0.05, momentum=0.9, weight_decay=0.1),
+    "SGD nesterov": sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "SGD maximize": sgd(0.05, maximize=True),
+    "SGD fused": sgd(0.05, momentum=0.9, fused=True),
+    "Adam amsgrad": partial(torch.optim.Adam, lr=0.05, amsgrad=True),
+    "AdamW fused": partial(torch.optim.AdamW, lr=0.05, fused=True),
+    "AdamW single-tensor": partial(torch.optim.AdamW, lr=0.05, foreach=False),
 }
 
 
@@ -106,34 +108,77 @@ def losses(model, x, x_adv, y):
     return nat + 0.5 * adv.square(), nat, adv
 
 
-def cure_step(model, opt, seed=0, dtype=torch.float32):
-    """One step of the README's loop, on a batch drawn from ``seed``."""
-    loss, nat, adv = losses(model, *make_batch(seed, dtype))
-    loss = opt.scored(loss, natural=nat, adversarial=adv)
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    return loss
+def make_inner(inner, params):
+    """An inner optimizer by its name in `INNER`, or by a factory."""
+    return (INNER[inner] if isinstance(inner, str) else inner)(params)
 
 
-def backward(opt, loss=None, *, natural, adversarial):
-    """The backward pass of a scored loss, by default of the sum."""
+def wrap(params, inner="SGD momentum wd", **options):
+    """A wrapped optimizer of a model, of parameters or of groups."""
+    params = params.parameters() if isinstance(params, nn.Module) else params
+    options = {"update_fraction": 0.3, **options}
+    return RGPSelectiveOptimizer(make_inner(inner, params), **options)
+
+
+class Run:
+    """A small network in training: by a wrapped optimizer, or by a plain one."""
+
+    def __init__(
+        self, inner="SGD momentum wd", *, plain=False, seed=0, dtype=torch.float32, **options
+    ):
+        self.model, self.dtype = make_net(seed, dtype), dtype
+        params = self.model.parameters()
+        self.opt = make_inner(inner, params) if plain else wrap(params, inner, **options)
+        self.mark()
+
+    def backward(self, seed=0):
+        """The README's loop up to the step, on a batch drawn from ``seed``."""
+        loss, nat, adv = losses(self.model, *make_batch(seed, self.dtype))
+        if isinstance(self.opt, RGPSelectiveOptimizer):
+            loss = self.opt.scored(loss, natural=nat, adversarial=adv)
+        self.opt.zero_grad()
+        loss.backward()
+        return loss
+
+    def step(self, seed=0):
+        self.backward(seed)
+        self.opt.step()
+
+    def mark(self):
+        """Take the weights for the start of what `moved` shows."""
+        self.start = snapshot(self.model)
+
+    def moved(self):
+        return moved(self.model, self.start)
+
+    def stays(self):
+        return same(self, self.start)
+
+
+def train(steps, *runs):
+    """The same batches for each run."""
+    for seed in range(steps):
+        for run in runs:
+            run.step(seed)
+
+
+def backward(opt, loss=None, *, natural=None, adversarial=None):
+    """The backward pass of a scored loss: by default of the sum, or of one that scores itself."""
+    if natural is None and adversarial is None:
+        natural = adversarial = loss
     loss = natural + adversarial if loss is None else loss
     opt.scored(loss, natural=natural, adversarial=adversarial).backward()
+
+
+def step_on(opt, loss):
+    """One step down a loss that scores itself."""
+    backward(opt, loss)
+    opt.step()
 
 
 def moved(model, before):
     """Where the weights differ from a snapshot."""
     return [p.detach() != old for p, old in zip(model.parameters(), before, strict=True)]
-
-
-def plain_step(model, opt, seed=0, dtype=torch.float32):
-    """The same step without selection."""
-    loss, _, _ = losses(model, *make_batch(seed, dtype))
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    return loss
 
 
 def snapshot(model):
@@ -156,6 +201,13 @@ def same_bits(a, b):
     return torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
 
 
+def same(a, b):
+    """Whether two runs, models or snapshots have the same bits."""
+    a, b = (getattr(each, "model", each) for each in (a, b))
+    a, b = (snapshot(each) if isinstance(each, nn.Module) else each for each in (a, b))
+    return all(same_bits(p, q) for p, q in zip(a, b, strict=True))
+
+
 def numpy_topk(scores, k):
     """The rule, by Python's sort: NaN first, then the highest, ties to the first, no zeros."""
     flat = np.asarray(scores).reshape(-1)
@@ -165,6 +217,21 @@ def numpy_topk(scores, k):
     mask = np.zeros(flat.size, dtype=bool)
     mask[order[:k]] = True
     return (mask & (flat != 0)).reshape(np.shape(scores))
+
+
+def numpy_masks(scores, fractions, pools):
+    """The rule over tensors; those with the same pool number share a threshold."""
+    masks = {}
+    for pool in set(pools):
+        members = [i for i, number in enumerate(pools) if number == pool]
+        joined = np.concatenate([scores[i].reshape(-1) for i in members])
+        fraction = fractions[members[0]]
+        k = max(1, round(fraction * joined.size)) if fraction else 0
+        flat = numpy_topk(joined, k) | (fraction == 1)
+        ends = np.cumsum([scores[i].size for i in members])
+        for i, part in zip(members, np.split(flat, ends[:-1]), strict=True):
+            masks[i] = part.reshape(scores[i].shape)
+    return [masks[i] for i in range(len(scores))]
 
 
 class LowRank(nn.Linear):

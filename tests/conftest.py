@@ -6,10 +6,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too
 
 import pytest
 import torch
-from common import DEVICE
 
-if not torch.cuda.is_available():  # before triton is imported
+if not torch.cuda.is_available():  # before triton and the library are imported
     os.environ["TRITON_INTERPRET"] = "1"
+from common import DEVICE
 from hypothesis import settings
 from ranks import Ranks
 

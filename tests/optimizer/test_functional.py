@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import DEVICE, cpu_only, from_numpy, numpy_topk, to_numpy
+from common import DEVICE, cpu_only, from_numpy, numpy_masks, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch import nn
 
 from rgp_optim import _reference, functional
 from rgp_optim.functional import rgp_score, rgp_topk_masks, topk_mask
@@ -22,45 +21,27 @@ VALUES = st.sampled_from([0.0, 1.0, -2.0, 1e-45, 3.5, math.inf, math.nan])
 ARRAYS = hnp.arrays(np.float32, SHAPES, elements=VALUES)
 
 
-def count(n, fraction):
-    return 0 if n == 0 or fraction == 0 else max(1, round(fraction * n))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (0,), (2, 0, 3)])
-def test_limits(shape):
-    assert topk_mask(torch.zeros(shape), update_fraction=1.0).all()
-    assert not topk_mask(torch.ones(shape), update_fraction=0.0).any()
-    least = topk_mask(torch.ones(shape), update_fraction=1e-9)
-    assert int(least.sum()) == min(1, least.numel())
-    assert rgp_topk_masks([], [], alpha=0.5, update_fraction=0.5, scope="global") == []
-
-
 @given(
     st.lists(ARRAYS, min_size=1, max_size=4),
-    st.floats(0, 0.999),
+    st.one_of(st.sampled_from([0.0, 1e-9]), st.floats(0, 0.999)),
     st.booleans(),
     st.floats(0, 1, width=16),
 )
 def test_masks_by_independent_code(gradients, fraction, pooled, alpha):
-    g_nats = [from_numpy(g) for g in gradients]
-    g_advs = [from_numpy(np.array(np.flip(g))) for g in gradients]
-    scope = "global" if pooled else "tensor"
-    options = dict(alpha=alpha, update_fraction=fraction, scope=scope)
+    pairs = [(g, np.array(np.flip(g))) for g in gradients]
+    shares, scores = (np.float32(alpha), np.float32(1 - alpha)), []
     with np.errstate(all="ignore"):
-        terms = [(np.float32(alpha), 1), (np.float32(1 - alpha), -1)]
-        scores = []
-        for g in gradients:
-            parts = [f * np.abs(g if s > 0 else np.flip(g)) for f, s in terms if f != 0]
+        for pair in pairs:
+            parts = [f * np.abs(g) for f, g in zip(shares, pair, strict=True) if f != 0]
             scores.append(sum(parts[1:], parts[0]).astype(np.float32))
-    if pooled:
-        joined = np.concatenate([s.reshape(-1) for s in scores])
-        flat = numpy_topk(joined, count(joined.size, fraction))
-        wants = np.split(flat, np.cumsum([s.size for s in scores])[:-1])
-    else:
-        wants = [numpy_topk(s, count(s.size, fraction)) for s in scores]
-    for mask, want, g in zip(rgp_topk_masks(g_nats, g_advs, **options), wants, g_nats, strict=True):
-        assert mask.shape == g.shape
-        np.testing.assert_array_equal(to_numpy(mask), want.reshape(g.shape))
+    every = range(len(scores))
+    wants = numpy_masks(scores, [fraction] * len(scores), [0 for _ in every] if pooled else every)
+    columns = ([from_numpy(g) for g in column] for column in zip(*pairs, strict=True))
+    scope = "global" if pooled else "tensor"
+    masks = rgp_topk_masks(*columns, alpha=alpha, update_fraction=fraction, scope=scope)
+    for mask, want in zip(masks, wants, strict=True):
+        assert mask.shape == want.shape
+        np.testing.assert_array_equal(to_numpy(mask), want)
 
 
 def test_lists_of_settings_and_of_mixed_dtypes():
@@ -74,6 +55,10 @@ def test_lists_of_settings_and_of_mixed_dtypes():
     assert mask.tolist() == [False, True]
     (mask,) = rgp_topk_masks([gs[0]], [None], alpha=0.0, update_fraction=0.5)
     assert mask.tolist() == [False, False]  # no score: no weight
+    masks = rgp_topk_masks(TWO, TWO, alpha=0.1, update_fraction=0.5)  # on two devices
+    assert [m.device for m in masks] == [g.device for g in TWO]
+    assert rgp_topk_masks([], [], alpha=0.5, update_fraction=0.5, scope="global") == []
+    assert topk_mask(torch.zeros(3), update_fraction=1.0).all()
 
 
 @cpu_only("memory")
@@ -107,6 +92,9 @@ def masks(g_nats, g_advs, **options):
     return lambda: rgp_topk_masks(g_nats, g_advs, **{**HALF, **options})
 
 
+SEVERAL = masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -127,11 +115,7 @@ def masks(g_nats, g_advs, **options):
         (masks([None], [None]), ValueError, r"where `g_advs\[0\]` is None.*Leave out"),
         (masks([G], [G], alpha=[0.1, 0.2]), ValueError, "one for each of the 1 tensors"),
         (masks([G], [G], alpha=[2.0]), ValueError, r"`alpha\[0\]` should be in"),
-        (
-            masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global"),
-            ValueError,
-            "one number under scope='global'",
-        ),
+        (SEVERAL, ValueError, "one number under scope='global'"),
         (masks([G], [G], scope="layer"), ValueError, "`scope` should be one of 'tensor', 'gl"),
         (masks(TWO, TWO, scope="global"), ValueError, "`scope` should be 'tensor' where"),
     ],
@@ -144,35 +128,28 @@ def test_refusals(call, error, message):
 # The backend.
 
 
-@pytest.mark.parametrize(
-    ("backend", "tensor", "reason"),
-    [
-        ("cpu", lambda: torch.ones(3, device="meta"), "tensors on meta"),
-        ("triton", lambda: torch.ones(3, device="meta"), "tensors on meta"),
-        ("cpu", lambda: nn.Buffer(torch.ones(3, device="cpu")).as_subclass(Marked), "a Marked"),
-        ("triton", lambda: torch.ones(3, dtype=torch.float64), "a float64 tensor"),
-    ],
-)
-def test_a_named_backend_must_run(backend, tensor, reason, monkeypatch):
-    monkeypatch.setattr(functional, "_installed", lambda package: True)
-    message = f"`backend` should be able to run on these.*{backend}.*{reason}.*Use 'auto'"
-    with pytest.raises(RuntimeError, match=message):
-        topk_mask(tensor(), update_fraction=0.5, backend=backend)
-    assert topk_mask(tensor(), update_fraction=1.0).shape == (3,)
-
-
 class Marked(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize(("backend", "package"), [("cpu", "numpy"), ("triton", "triton")])
-def test_a_missing_package(backend, package, monkeypatch):
-    monkeypatch.setattr(functional, "_installed", lambda package: False)
-    if DEVICE.type != "cpu" and backend == "cpu":
-        pytest.skip("on the CPU only")
-    with pytest.raises(RuntimeError, match=f"{package} is not installed.*Use 'auto'"):
-        topk_mask(G, update_fraction=0.5, backend=backend)
-    assert topk_mask(G, update_fraction=0.5).tolist() == [True, True, False]
+@pytest.mark.parametrize(
+    ("backend", "tensor", "installed", "reason"),
+    [
+        ("cpu", torch.ones(3, device="meta"), True, "tensors on meta"),
+        ("triton", torch.ones(3, device="meta"), True, "tensors on meta"),
+        ("cpu", torch.ones(3, device="cpu").as_subclass(Marked), True, "a Marked"),
+        ("triton", torch.ones(3, dtype=torch.float64, device=DEVICE), True, "a float64 tensor"),
+        ("cpu", torch.ones(3, device="cpu"), False, "numpy is not installed"),
+        ("triton", G, False, "triton is not installed"),
+    ],
+)
+def test_a_named_backend_must_run(backend, tensor, installed, reason, monkeypatch):
+    monkeypatch.setattr(functional, "_installed", lambda package: installed)
+    message = f"`backend` should be able to run on these.*{backend}.*{reason}.*Use 'auto'"
+    with pytest.raises(RuntimeError, match=message):
+        topk_mask(tensor, update_fraction=0.5, backend=backend)
+    mask = topk_mask(tensor, update_fraction=0.5)
+    assert mask.is_meta or mask.tolist() == [True, True, False]
 
 
 # The kernels are compared with the reference before "auto" relies on them.
@@ -223,25 +200,20 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
-def test_kernels_that_differ_are_not_used(faults, problem, kernels):
+@pytest.mark.parametrize("first", ["auto", "triton"])
+def test_kernels_that_differ_are_not_used_and_raise_where_they_are_named(
+    first, faults, problem, kernels
+):
     kernels(**faults)
     score = torch.tensor([3.0, 1.0, 3.0, 0.0])
-    with pytest.warns(RuntimeWarning, match=f"The Triton backend, .*{problem}.*same masks"):
-        mask = topk_mask(score, update_fraction=0.25)
-    assert mask.tolist() == [True, False, False, False]
-    assert topk_mask(score, update_fraction=0.25).tolist() == mask.tolist()  # one warning
-
-
-@pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
-@pytest.mark.parametrize("first", ["auto", "triton"])
-def test_kernels_that_differ_raise_where_they_are_named(first, faults, problem, kernels):
-    kernels(**faults)
     if first == "auto":
-        with pytest.warns(RuntimeWarning):
-            topk_mask(G, update_fraction=0.5)
+        with pytest.warns(RuntimeWarning, match=f"The Triton backend, .*{problem}.*same masks"):
+            mask = topk_mask(score, update_fraction=0.25)
+        assert mask.tolist() == [True, False, False, False]
+        assert topk_mask(score, update_fraction=0.25).tolist() == mask.tolist()  # one warning
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"{problem}.*Use 'auto'"):
-            topk_mask(G, update_fraction=0.5, backend="triton")
+            topk_mask(score, update_fraction=0.25, backend="triton")
 
 
 def test_kernels_that_agree_are_used(kernels):

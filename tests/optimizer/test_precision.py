@@ -1,47 +1,22 @@
-"""Mixed precision: autocast, gradient scalers, weights in half precision, mixed dtypes."""
+"""Mixed precision: autocast, gradient scalers, weights in half precision."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    DEVICE,
-    INNER,
-    backward,
-    cure_step,
-    disk,
-    losses,
-    make_batch,
-    make_net,
-    numpy_topk,
-    seeded,
-    snapshot,
-    to_numpy,
-)
+from common import DEVICE, Run, disk, losses, make_batch, numpy_masks, same, to_numpy, wrap
 from torch import nn
 
-from rgp_optim import RGPSelectiveOptimizer
 
-POWERS = {"init_scale": 1024.0, "growth_interval": 1000}  # scaling by them rounds nothing
-
-
-def wrap(model, make=INNER["SGD momentum wd"], **options):
-    inner = make(model.parameters())
-    return RGPSelectiveOptimizer(inner, **{"update_fraction": 0.3, "alpha": 0.3, **options})
+def scaled(run, scaler, loss, nat, adv):
+    run.opt.zero_grad()
+    scaler.scale(run.opt.scored(loss, natural=nat, adversarial=adv)).backward()
 
 
-def assert_same(model, other):
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def scaled(opt, scaler, loss, nat, adv):
-    scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
-
-
-# Gradient scalers.
+def scaler_of(**options):
+    """Scaling by powers of two rounds nothing."""
+    return torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, **options)
 
 
 @pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
@@ -49,32 +24,27 @@ def scaled(opt, scaler, loss, nat, adv):
 @pytest.mark.parametrize("name", ["SGD momentum wd", "SGD fused", "AdamW", "AdamW fused"])
 def test_grad_scaler(name, unscale, conserve):
     """The weights and the state are those of a run without; a skipped step leaves no trace."""
-    model, other = make_net(), make_net()
-    opt = wrap(model, INNER[name], conserve=conserve)
-    reference = wrap(other, INNER[name], conserve=conserve)
-    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
+    run, reference = (Run(name, conserve=conserve) for _ in range(2))
+    scaler = scaler_of()
     for seed in range(4):
-        buffers = copy.deepcopy(model.state_dict())
-        loss, nat, adv = losses(model, *make_batch(seed))
-        overflows = seed == 1
-        opt.zero_grad()
-        scaled(opt, scaler, loss * torch.inf if overflows else loss, nat, adv)
+        overflows, buffers = seed == 1, copy.deepcopy(run.model.state_dict())
+        loss, nat, adv = losses(run.model, *make_batch(seed))
+        scaled(run, scaler, loss * torch.inf if overflows else loss, nat, adv)
         if unscale:
-            scaler.unscale_(opt)
+            scaler.unscale_(run.opt)
             if not overflows:
-                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-        before = snapshot(model)
-        scaler.step(opt)
+                nn.utils.clip_grad_norm_(run.model.parameters(), 1e9)
+        run.mark()
+        scaler.step(run.opt)
         scaler.update()
         if overflows:
-            assert all(map(torch.equal, before, snapshot(model)))
-            model.load_state_dict(buffers)  # of BatchNorm, which the reference does not see
+            assert run.stays()
+            run.model.load_state_dict(buffers)  # of BatchNorm, which the reference does not see
         else:
-            cure_step(other, reference, seed)
+            reference.step(seed)
     assert scaler.get_scale() == 512.0
-    assert_same(model, other)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        mine, theirs = opt.state[p], reference.state[q]
+    assert same(run, reference)
+    for mine, theirs in zip(run.opt.state.values(), reference.opt.state.values(), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key]))
@@ -83,52 +53,45 @@ def test_grad_scaler(name, unscale, conserve):
 def test_scaler_and_optimizer_resume_together():
     ends = []
     for stop in (None, 2):
-        model = make_net()
-        opt = wrap(model)
-        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, growth_interval=2)
+        run, scaler = Run(), scaler_of(growth_interval=2)
         for step in range(4):
             if step == stop:
-                state = disk([model.state_dict(), opt.state_dict(), scaler.state_dict()])
-                model = make_net(seed=5)
-                opt = wrap(model)
-                scaler = torch.amp.GradScaler(DEVICE.type)
-                for each, its in zip((model, opt, scaler), state, strict=True):
-                    each.load_state_dict(its)
-            opt.zero_grad()
-            scaled(opt, scaler, *losses(model, *make_batch(step)))
-            scaler.step(opt)
+                state = disk([each.state_dict() for each in (run.model, run.opt, scaler)])
+                run, scaler = Run(seed=5), torch.amp.GradScaler(DEVICE.type)
+                for each, saved in zip((run.model, run.opt, scaler), state, strict=True):
+                    each.load_state_dict(saved)
+            scaled(run, scaler, *losses(run.model, *make_batch(step)))
+            scaler.step(run.opt)
             scaler.update()
         assert scaler.get_scale() == 4096.0
-        ends.append(snapshot(model))
-    assert all(map(torch.equal, *ends))
+        ends.append(run)
+    assert same(*ends)
 
 
-# Autocast and half precision.
+def selected(g_nats, g_advs, scope="tensor"):
+    """The masks, from the scores in float64 and Python's sort."""
+    pairs = zip(g_nats, g_advs, strict=True)
+    scores = [to_numpy(0.3 * a.double().abs() + 0.7 * b.double().abs()) for a, b in pairs]
+    return numpy_masks(scores, [0.3, 0.3], [0, 0] if scope == "global" else [0, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    model = make_net()
-    opt = wrap(model)
-    scaler = torch.amp.GradScaler(DEVICE.type, **POWERS)
+    run, scaler = Run(alpha=0.3), scaler_of()
+    params = [run.model.conv.weight, run.model.head.weight]
     for step in range(3):
         x, x_adv, y = make_batch(step)
-        start = snapshot(model)
         with torch.autocast(DEVICE.type, dtype):
-            nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
-        params = [p for p in model.parameters() if p.dim() > 1]
-        g_nats, g_advs = (
-            torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv)
-        )
-        opt.zero_grad()
-        scaled(opt, scaler, nat + adv, nat, adv)
-        scaler.step(opt)
+            nat, adv = F.cross_entropy(run.model(x), y), F.cross_entropy(run.model(x_adv), y)
+        grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
+        masks = selected(*grads)
+        scaled(run, scaler, nat + adv, nat, adv)
+        run.mark()
+        scaler.step(run.opt)
         scaler.update()
-        olds = [p for p in start if p.dim() > 1]
-        for p, old, g_nat, g_adv in zip(params, olds, g_nats, g_advs, strict=True):
-            score = 0.3 * g_nat.abs().float() + (1 - 0.3) * g_adv.abs().float()
-            mask = numpy_topk(to_numpy(score), round(0.3 * p.numel()))
-            assert np.array_equal(to_numpy(p != old) & ~mask, np.zeros_like(mask))
+        for changed, mask in zip(run.moved()[::4], masks, strict=True):
+            assert not (to_numpy(changed) & ~mask).any()
+            assert changed.any()
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -139,55 +102,17 @@ def test_weights_in_half_precision(dtype, name, conserve, scope):
     """The mask is that of the same gradients in float64; what it leaves out keeps its bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
-    opt = wrap(model, INNER[name], conserve=conserve, scope=scope)
+    opt = wrap(model, name, alpha=0.3, conserve=conserve, scope=scope)
+    params = [model[0].weight, model[2].weight]
     for step in range(3):
-        g = seeded(step)
-        x = torch.rand(8, 6, generator=g).to(dtype)
-        y = torch.randint(0, 3, (8,), generator=g)
+        torch.manual_seed(step)
+        x, y = torch.rand(8, 6).to(dtype), torch.randint(0, 3, (8,))
         nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
-        params = [model[0].weight, model[2].weight]
-        g_nats, g_advs = (
-            torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv)
-        )
-        start = [p.detach().clone() for p in params]
+        grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
+        masks, start = selected(*grads, scope), [p.detach().clone() for p in params]
         opt.zero_grad()
-        backward(opt, nat + adv, natural=nat, adversarial=adv)
+        opt.scored(nat + adv, natural=nat, adversarial=adv).backward()
         opt.step()
-        scores = [
-            0.3 * to_numpy(a.abs().double()) + 0.7 * to_numpy(b.abs().double())
-            for a, b in zip(g_nats, g_advs, strict=True)
-        ]
-        joined = np.concatenate([each.reshape(-1) for each in scores])
-        if scope == "global":
-            both = numpy_topk(joined, round(0.3 * joined.size))
-            masks = [both[: params[0].numel()], both[params[0].numel() :]]
-        else:
-            masks = [numpy_topk(each, round(0.3 * each.size)) for each in scores]
-        moved = np.concatenate(
-            [to_numpy(p != old).reshape(-1) for p, old in zip(params, start, strict=True)]
-        )
-        assert moved.any()
-        assert not (moved & ~np.concatenate([mask.reshape(-1) for mask in masks])).any()
-
-
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_tensors_of_several_dtypes(scope):
-    """One threshold over float64, float32 and bfloat16 weights."""
-    torch.manual_seed(1)
-    dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    weights = [nn.Parameter(torch.ones(5, 6, dtype=dtype)) for dtype in dtypes]
-    grads = [(torch.randn(5, 6).to(d), torch.randn(5, 6).to(d)) for d in dtypes]
-    opt = RGPSelectiveOptimizer(
-        torch.optim.SGD(weights, lr=1.0), update_fraction=0.3, alpha=0.5, scope=scope
-    )
-    nat = sum((w * g).sum().double() for w, (g, _) in zip(weights, grads, strict=True))
-    adv = sum((w * g).sum().double() for w, (_, g) in zip(weights, grads, strict=True))
-    backward(opt, natural=nat, adversarial=adv)
-    opt.step()
-    scores = [0.5 * to_numpy(a.double().abs()) + 0.5 * to_numpy(b.double().abs()) for a, b in grads]
-    if scope == "global":
-        masks = numpy_topk(np.stack(scores), round(0.3 * 90))
-    else:
-        masks = [numpy_topk(each, 9) for each in scores]
-    for w, mask in zip(weights, masks, strict=True):
-        assert np.array_equal(to_numpy(w != 1), mask)
+        changed = [to_numpy(p != old) for p, old in zip(params, start, strict=True)]
+        assert any(each.any() for each in changed)
+        assert not any((each & ~mask).any() for each, mask in zip(changed, masks, strict=True))

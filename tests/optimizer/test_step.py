@@ -1,126 +1,139 @@
 """A step: limits, the twin, any gradients, what inner optimizers do to weights, score rules."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from common import (
+    DEVICE,
     INNER,
+    Run,
     backward,
-    cure_step,
     from_numpy,
     losses,
     make_batch,
     make_net,
-    moved,
-    numpy_topk,
-    plain_step,
+    numpy_masks,
+    same,
     same_bits,
-    snapshot,
+    seeded,
+    sgd,
+    step_on,
     to_numpy,
+    train,
+    wrap,
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from rgp_optim import RGPSelectiveOptimizer
-
 CONSERVE = ["weights", "gradients", "update"]
 SCOPES = ["tensor", "global"]
-KEYS = ("rgp_update_fraction", "rgp_alpha", "rgp_select")
-every_inner = pytest.mark.parametrize("make_inner", INNER.values(), ids=INNER.keys())
-
-
-def sgd(params, lr=0.1, **options):
-    params = params.parameters() if isinstance(params, nn.Module) else params
-    return torch.optim.SGD(params, lr=lr, **options)
-
-
-def all_selected(make_inner, model, **options):
-    inner = make_inner([{"params": list(model.parameters()), "rgp_select": True}])
-    return RGPSelectiveOptimizer(inner, **options)
 
 
 def weights(*values):
     return nn.Parameter(torch.tensor([values], dtype=torch.float32))
 
 
-def same(model, want):
-    return all(map(same_bits, snapshot(model), want))
+# Limits, bit for bit: every optimizer of torch.optim, with all options in torch's table of them.
+
+MATRICES = [(5, 4), (3, 7), (1, 1)]  # Muon takes nothing else
+SHAPES = [*MATRICES, (6,), (2, 3, 2, 2)]
 
 
-# Limits: every optimizer of torch.optim, bit for bit.
+def every_inner():
+    rows = dict(INNER)
+    try:
+        from torch.testing._internal.common_optimizers import optim_db
+    except ImportError:  # it needs expecttest
+        optim_db = []
+    for info in optim_db if DEVICE.type == "cpu" else []:  # some options are tensors of the CPU
+        cls = info.optim_cls
+        for i, row in enumerate(info.optim_inputs_func(device="cpu")):
+            if not (info.only_supports_sparse_grads or row.kwargs.get("differentiable")):
+                make = lambda p, cls=cls, row=row: cls(p, **copy.deepcopy(row.kwargs))  # noqa: E731
+                rows[f"{cls.__name__}-{i}-{row.desc or 'default'}"] = make
+    quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # torch's
+    for name, make in rows.items():
+        if not name.startswith("LBFGS"):
+            shapes = MATRICES if name.startswith("Muon") else SHAPES
+            yield pytest.param(make, shapes, id=name, marks=quiet)
+
+
+each_inner = pytest.mark.parametrize(("make", "shapes"), list(every_inner()))
+
+
+def all_selected(make, shapes, **options):
+    """The parameters of a quadratic loss, and their optimizer: plain without options."""
+    draw = seeded(0)
+    params = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    groups = [{"params": params, "rgp_select": True}]
+    return params, wrap(groups, make, **options) if options else make(params)
+
+
+def quadratic_step(params, opt, seed, scored=True):
+    draw = seeded(seed)
+    nat, adv = (
+        sum((p - torch.randn(p.shape, generator=draw)).square().sum() for p in params)
+        for _ in range(2)
+    )
+    loss = nat + 0.5 * adv
+    opt.zero_grad()
+    (opt.scored(loss, natural=nat, adversarial=adv) if scored else loss).backward()
+    opt.step()
 
 
 @pytest.mark.parametrize("conserve", CONSERVE)
-@every_inner
-def test_fraction_one_is_the_inner_optimizer(make_inner, conserve):
-    wrapped, plain = make_net(), make_net()
-    opt = all_selected(make_inner, wrapped, update_fraction=1.0, conserve=conserve)
-    reference = make_inner(plain.parameters())
-    for seed in range(3):
-        cure_step(wrapped, opt, seed)
-        plain_step(plain, reference, seed)
-    assert same(wrapped, snapshot(plain))
+@each_inner
+def test_fraction_one_is_the_inner_optimizer(make, shapes, conserve):
+    params, opt = all_selected(make, shapes, update_fraction=1.0, conserve=conserve)
+    others, plain = all_selected(make, shapes)
+    for seed in range(4):
+        quadratic_step(params, opt, seed)
+        quadratic_step(others, plain, seed, scored=False)
+        assert same(params, others)
+    for p, q in zip(params, others, strict=True):
+        assert opt.state[p].keys() == plain.state[q].keys()
+        for key, value in plain.state[q].items():
+            assert value is None or same_bits(*map(torch.as_tensor, (value, opt.state[p][key])))
 
 
-@pytest.mark.parametrize("conserve", ["weights", "update"])
-@every_inner
-def test_fraction_zero_moves_nothing(make_inner, conserve):
-    model = make_net()
-    start = snapshot(model)
-    opt = all_selected(make_inner, model, update_fraction=0.0, conserve=conserve)
-    for seed in range(3):
-        cure_step(model, opt, seed)
-    assert same(model, start)
-
-
-@pytest.mark.parametrize("conserve", ["weights", "update"])
-@every_inner
-def test_exactly_k_weights_of_each_tensor_can_move(make_inner, conserve):
-    """At each step; the mask is another one each time, and momentum pulls on all weights."""
-    model = make_net()
-    opt = all_selected(make_inner, model, update_fraction=0.5, conserve=conserve)
-    for seed in range(3):
-        before = snapshot(model)
-        cure_step(model, opt, seed)
-        for changed, p in zip(moved(model, before), model.parameters(), strict=True):
+@pytest.mark.parametrize("conserve", CONSERVE)
+@each_inner
+def test_only_the_selected_weights_move(make, shapes, conserve):
+    """k of each tensor, others each time, while momentum pulls on all; at fraction 0 none."""
+    params, opt = all_selected(make, shapes, update_fraction=0.5, conserve=conserve)
+    for seed in range(5):
+        opt.update_fraction = 0.5 if seed < 4 else 0.0
+        before = [p.detach().clone() for p in params]
+        quadratic_step(params, opt, seed)
+        for p, old in zip(params, before, strict=True):
             mask = opt.masks()[p]
-            assert int(mask.sum()) == max(1, round(0.5 * p.numel()))
-            assert not (changed & ~mask).any()
-            assert changed.any() or p.dim() == 1
-
-
-def test_muon_which_takes_matrices_only():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
-    model = nn.Linear(6, 5, bias=False)
-    start = snapshot(model)
-    opt = RGPSelectiveOptimizer(torch.optim.Muon(model.parameters(), lr=0.1), update_fraction=0.5)
-    out = model(torch.randn(4, 6)).square().sum()
-    backward(opt, natural=out, adversarial=2 * out)
-    opt.step()
-    assert int(moved(model, start)[0].sum()) == 15
+            assert mask.dtype == torch.bool
+            assert int(mask.sum()) == (max(1, round(0.5 * p.numel())) if seed < 4 else 0)
+            assert seed == 4 or p.numel() == 1 or not torch.equal(p, old)
+            if conserve != "gradients":
+                assert same_bits(p.detach()[~mask], old[~mask])
 
 
 # The twin: the same training written out in NumPy, with a sort.
 
 
-def twin_masks(scores, groups, scope):
-    """Masks by group settings (fraction, alpha, select); groups with one fraction share a pool."""
-    masks = [np.ones(s.shape, bool) for s in scores]
-    pools = {}
-    for fraction, _, select, members in groups:
-        for i in members:
-            if scores[i].ndim >= 2 if select is None else select:
-                pools.setdefault(fraction if scope == "global" else i, (fraction, []))[1].append(i)
-    for fraction, members in pools.values():
-        joined = np.concatenate([scores[i].reshape(-1) for i in members])
-        flat = numpy_topk(joined, max(1, round(fraction * joined.size)))
-        for i, part in zip(
-            members, np.split(flat, np.cumsum([scores[i].size for i in members])[:-1]), strict=True
-        ):
-            masks[i] = part.reshape(scores[i].shape)
-    return masks
+def group(p, fraction, alpha, select):
+    settings = {"rgp_update_fraction": fraction, "rgp_alpha": alpha, "rgp_select": select}
+    return {"params": [p], **settings}
+
+
+def twin_masks(scores, settings, scope):
+    """Masks by fraction, alpha, select of each tensor; equal fractions share a global pool."""
+    fractions = [
+        fraction if (each.ndim >= 2 if select is None else select) else 1.0
+        for each, (fraction, _, select) in zip(scores, settings, strict=True)
+    ]
+    every = list(range(len(scores)))
+    pools = [fractions.index(f) for f in fractions] if scope == "global" else every
+    return numpy_masks(scores, fractions, pools)
 
 
 def twin_step(kind, w, g, state, t, lr=0.1, wd=0.05):
@@ -141,31 +154,25 @@ def twin_step(kind, w, g, state, t, lr=0.1, wd=0.05):
 @pytest.mark.parametrize("selects", [(None, None), (True, None), (True, False), (None, True)])
 @pytest.mark.parametrize("fractions", [(0.3, 0.3), (0.1, 0.7)])
 def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
-    ours, theirs = (make_net(dtype=torch.float64).eval() for _ in range(2))
-    alphas = (0.1, 0.6)
-    members = [[0, 1, 2], [3, 4, 5]]  # parameters of the two groups
-    groups = list(zip(fractions, alphas, selects, members, strict=True))
-    params, others = list(ours.parameters()), list(theirs.parameters())
-    ours_groups = [
-        {"params": [params[i] for i in m], **dict(zip(KEYS, settings, strict=True))}
-        for *settings, m in groups
-    ]
+    run, theirs = Run(dtype=torch.float64), make_net(dtype=torch.float64).eval()
+    settings = [each for each in zip(fractions, (0.1, 0.6), selects, strict=True) for _ in range(3)]
+    params, others = list(run.model.eval().parameters()), list(theirs.parameters())
+    groups = [group(p, *each) for p, each in zip(params, settings, strict=True)]
     options = dict(lr=0.1, weight_decay=0.05) | ({"momentum": 0.9} if kind == "SGD" else {})
-    inner = getattr(torch.optim, kind)(ours_groups, **options)
-    opt = RGPSelectiveOptimizer(inner, scope=scope, conserve=conserve)
+    make = lambda groups: getattr(torch.optim, kind)(groups, **options)  # noqa: E731
+    run.opt = opt = wrap(groups, make, scope=scope, conserve=conserve)
     states = [{} for _ in others]
     for t in (1, 2, 3):
-        cure_step(ours, opt, t, torch.float64)
+        run.step(t)
         grads, g_nat, g_adv = (
             [to_numpy(g) for g in torch.autograd.grad(each, others, retain_graph=True)]
             for each in losses(theirs, *make_batch(t, torch.float64))
         )
-        alpha = [a for _, a, _, m in groups for _ in m]
         scores = [
-            a * np.abs(x) + (1.0 - a) * np.abs(y)
-            for a, x, y in zip(alpha, g_nat, g_adv, strict=True)
+            alpha * np.abs(x) + (1.0 - alpha) * np.abs(y)
+            for (_, alpha, _), x, y in zip(settings, g_nat, g_adv, strict=True)
         ]
-        masks = twin_masks(scores, groups, scope)
+        masks = twin_masks(scores, settings, scope)
         for p, g, mask, state in zip(others, grads, masks, states, strict=True):
             old = to_numpy(p.detach()).copy()
             seen = g if conserve == "update" else np.where(mask, g, 0.0)
@@ -173,14 +180,13 @@ def test_training_equals_the_twin(kind, scope, conserve, selects, fractions):
             p.data = from_numpy(new if conserve == "gradients" else np.where(mask, new, old))
         for p, mask in zip(params, masks, strict=True):
             assert mask.all() if p not in opt.masks() else (to_numpy(opt.masks()[p]) == mask).all()
-    for got, want in zip(params, others, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(params, others, rtol=1e-10, atol=1e-12)
 
 
 # Any gradients: losses that are linear in the weights have the gradients that are drawn.
 
 VALUES = st.sampled_from([0.0, 1.0, -1.0, 2.0, -3.0, 0.5])
-SHAPES = st.sampled_from([(2, 3), (1, 1), (4,), (), (0,), (2, 2, 2)])
+ANY_SHAPE = st.sampled_from([(2, 3), (1, 1), (4,), (), (0,), (2, 2, 2)])
 
 
 @given(st.data(), st.sampled_from(SCOPES), st.sampled_from(CONSERVE), st.integers(1, 4))
@@ -190,15 +196,13 @@ def test_any_gradients(data, scope, conserve, count):
     losses = [torch.zeros((), requires_grad=True) for _ in range(3)]
     reached = [set(), set()]
     for i in range(count):
-        shape = data.draw(SHAPES)
+        shape = data.draw(ANY_SHAPE)
         n = int(np.prod(shape))
         draw = st.lists(VALUES, min_size=n, max_size=n)
         drawn = [np.array(data.draw(draw), np.float32).reshape(shape) for _ in range(3)]
         p = nn.Parameter(torch.full(shape, 10.0))
-        alpha, select = (
-            data.draw(st.floats(0, 1, width=16)),
-            data.draw(st.sampled_from([None, True, False])),
-        )
+        alpha = data.draw(st.floats(0, 1, width=16))
+        select = data.draw(st.sampled_from([None, True, False]))
         settings.append((data.draw(st.sampled_from([0.2, 0.5, 0.8])), alpha, select))
         for role in range(3):
             if role == 2 or data.draw(st.booleans()):
@@ -212,12 +216,9 @@ def test_any_gradients(data, scope, conserve, count):
         shares = np.float32(alpha), np.float32(1.0 - alpha)
         scores.append(shares[0] * np.abs(drawn[0]) + shares[1] * np.abs(drawn[1]))
     assume(all(reached))  # a loss that reaches no selected weight is refused
-    masks = twin_masks(scores, [(*each, [i]) for i, each in enumerate(settings)], scope)
-    groups = [
-        {"params": [p], **dict(zip(KEYS, s, strict=True))}
-        for p, s in zip(params, settings, strict=True)
-    ]
-    opt = RGPSelectiveOptimizer(sgd(groups, 1.0), scope=scope, conserve=conserve)
+    masks = twin_masks(scores, settings, scope)
+    groups = [group(p, *each) for p, each in zip(params, settings, strict=True)]
+    opt = wrap(groups, sgd(), scope=scope, conserve=conserve)
     backward(opt, losses[2], natural=losses[0], adversarial=losses[1])
     opt.step()
     for p, g, mask in zip(params, gradients, masks, strict=True):
@@ -226,30 +227,23 @@ def test_any_gradients(data, scope, conserve, count):
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_memory_format_changes_no_mask(layout):
-    plain, other = make_net(), make_net()
+    runs = Run(), Run()
     if layout == "channels_last":
-        other = other.to(memory_format=torch.channels_last)
+        runs[1].model.to(memory_format=torch.channels_last)
     else:
-        other.head.weight = nn.Parameter(other.head.weight.detach().t().contiguous().t())
-    both = (plain, other)
-    opts = [RGPSelectiveOptimizer(sgd(m, momentum=0.9), update_fraction=0.3) for m in both]
-    for seed in range(3):
-        for model, opt in zip(both, opts, strict=True):
-            cure_step(model, opt, seed)
-    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-    for a, b in zip(opts[0].masks().values(), opts[1].masks().values(), strict=True):
+        weight = runs[1].model.head.weight
+        weight.data = weight.data.t().contiguous().t()
+    train(3, *runs)
+    torch.testing.assert_close(*(list(run.model.parameters()) for run in runs))
+    for a, b in zip(*(run.opt.masks().values() for run in runs), strict=True):
         assert torch.equal(a, b)
 
 
 def test_tied_weights_count_once():
     model = nn.Sequential(*[nn.Linear(4, 4, bias=False)] * 2)
-    opt = RGPSelectiveOptimizer(sgd(model), update_fraction=0.25)
-    start = snapshot(model)
-    out = model(torch.randn(3, 4)).square().sum()
-    backward(opt, natural=out, adversarial=out)
-    opt.step()
-    assert int(moved(model, start)[0].sum()) == 4
+    opt = wrap(model, sgd(), update_fraction=0.25)
+    step_on(opt, model(torch.randn(3, 4)).square().sum())
+    assert [int(mask.sum()) for mask in opt.masks().values()] == [4]
 
 
 # NaN and infinity; kinds of parameters.
@@ -258,10 +252,8 @@ def test_tied_weights_count_once():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_ranks_first(bad):
     w = weights(1.0, 1.0, 1.0, 1.0)
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0), update_fraction=0.25)
-    loss = (w * torch.tensor([1.0, 2.0, bad, 5.0])).sum()
-    backward(opt, natural=loss, adversarial=loss)
-    opt.step()
+    opt = wrap([w], sgd(), update_fraction=0.25)
+    step_on(opt, (w * torch.tensor([1.0, 2.0, bad, 5.0])).sum())
     assert w.isfinite().tolist() == [[True, True, False, True]]  # seen, not hidden
     assert w[0, [0, 1, 3]].tolist() == [1.0, 1.0, 1.0]
 
@@ -269,7 +261,7 @@ def test_a_score_that_is_not_finite_ranks_first(bad):
 @pytest.mark.parametrize("conserve", CONSERVE[:2])
 def test_a_conserved_weight_stays_finite_whatever_its_gradient(conserve):
     w = weights(1.0, 1.0)
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0, momentum=0.9), update_fraction=0.5, conserve=conserve)
+    opt = wrap([w], sgd(momentum=0.9), update_fraction=0.5, conserve=conserve)
     score = (w * torch.tensor([1.0, 2.0])).sum()
     backward(opt, (w * torch.tensor([float("nan"), 1.0])).sum(), natural=score, adversarial=score)
     opt.step()
@@ -295,11 +287,9 @@ def test_kinds_of_parameters(make):
     """Next to a complex one, always updated, and one that is frozen, which stays."""
     w, complex_ = nn.Parameter(make()), nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    opt = RGPSelectiveOptimizer(sgd([w, complex_, frozen], 1.0), update_fraction=0.5)
-    loss = (w * torch.arange(4.0, device=w.device).view(2, 2)).sum()
-    backward(opt, natural=loss, adversarial=loss)
+    opt = wrap([w, complex_, frozen], sgd(), update_fraction=0.5)
     complex_.grad = torch.ones_like(complex_)
-    opt.step()
+    step_on(opt, (w * torch.arange(4.0, device=w.device).view(2, 2)).sum())
     assert list(opt.masks()) == [w]
     if w.device.type != "meta":
         assert (w != 1).tolist() == [[False, False], [True, True]]
@@ -311,7 +301,7 @@ def test_kinds_of_parameters(make):
 def test_nothing_selected_takes_no_scores(frozen):
     """A model without matrices; one whose matrices are frozen; settings changed in between."""
     w, b = nn.Parameter(torch.ones(2, 2), requires_grad=not frozen), nn.Parameter(torch.ones(2))
-    opt = RGPSelectiveOptimizer(sgd([w, b], 1.0))
+    opt = wrap([w, b], sgd())
     loss = (w + b).sum()
     loss = opt.scored(loss, natural=loss, adversarial=loss)
     opt.update_fraction = 0.5 if frozen else 1.0
@@ -319,23 +309,6 @@ def test_nothing_selected_takes_no_scores(frozen):
     opt.step()
     assert b.tolist() == [-1.0, -1.0]
     assert (w == (1.0 if frozen else 0.0)).all()
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_devices_of_one_threshold(scope):
-    """Tensors on several devices have thresholds of their own, or are refused."""
-    params = [nn.Parameter(torch.ones(2, 2, device=d)) for d in ("cpu", "meta")]
-    opt = RGPSelectiveOptimizer(sgd(params), scope=scope, backend="torch")
-    for p in params:
-        p.grad = torch.ones_like(p)
-    opt._holder.scores.taken = {r: {p: p.grad for p in params} for r in ("natural", "adversarial")}
-    if scope == "global":
-        with pytest.raises(ValueError, match="`scope` should be 'tensor' where"):
-            opt.step()
-        assert (params[0] == 1).all()
-    else:
-        opt.step()
-        assert int(opt.masks()[params[0]].sum()) == 3
 
 
 # Inner optimizers that break, rebind, clear.
@@ -348,30 +321,15 @@ class Breaks(torch.optim.SGD):
 
 
 def test_an_inner_optimizer_that_fails_leaves_conserved_weights_as_they_were():
-    model = make_net()
-    inner = Breaks(model.parameters(), lr=0.1, weight_decay=0.1)
-    opt = RGPSelectiveOptimizer(inner, update_fraction=0.3)
-    before = snapshot(model)
+    run = Run(lambda params: Breaks(params, lr=0.1, weight_decay=0.1))
     with pytest.raises(KeyboardInterrupt):
-        cure_step(model, opt)
-    for p, changed in zip(model.parameters(), moved(model, before), strict=True):
-        assert p.dim() < 2 or 0 < int(changed.sum()) <= round(0.3 * p.numel())
+        run.step()
+    for p, changed in zip(run.model.parameters(), run.moved(), strict=True):
+        if p.dim() >= 2:
+            assert int(changed.sum()) == round(0.3 * p.numel())
+            assert torch.equal(changed, run.opt.masks()[p])
     with pytest.raises(RuntimeError, match="needs the gradients"):
-        opt.step()
-
-
-def test_weights_stay_when_masking_fails(monkeypatch):
-    model = make_net()
-    opt = RGPSelectiveOptimizer(sgd(model), backend="torch")
-    before = snapshot(model)
-
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr("rgp_optim._reference.zero_and_save_", fail)
-    with pytest.raises(MemoryError):
-        cure_step(model, opt)
-    assert same(model, before)
+        run.opt.step()
 
 
 class Rebinds(torch.optim.SGD):
@@ -381,12 +339,10 @@ class Rebinds(torch.optim.SGD):
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
             new = p - 0.1 * p.grad - 0.01 * p
-            if self.how == "data":
-                p.data = new
-            elif self.how == "strides":
-                p.data = new.t().contiguous().t()
-            else:
+            if self.how == "set_":
                 p.set_(new)
+            else:
+                p.data = new if self.how == "data" else new.t().contiguous().t()
 
 
 @pytest.mark.parametrize("conserve", ["weights", "update"])
@@ -394,12 +350,9 @@ class Rebinds(torch.optim.SGD):
 def test_an_inner_optimizer_that_gives_a_parameter_new_memory(how, conserve):
     w = nn.Parameter(torch.arange(1.0, 7.0).view(2, 3))
     start = w.detach().clone()
-    inner = Rebinds([w], lr=0.1)
-    inner.how = how
-    opt = RGPSelectiveOptimizer(inner, update_fraction=0.5, conserve=conserve)
-    loss = (w * torch.tensor([[1.0, 5.0, 2.0], [6.0, 3.0, 4.0]])).sum()
-    backward(opt, natural=loss, adversarial=loss)
-    opt.step()
+    opt = wrap([w], Rebinds, update_fraction=0.5, conserve=conserve)
+    opt.inner.how = how
+    step_on(opt, (w * torch.tensor([[1.0, 5.0, 2.0], [6.0, 3.0, 4.0]])).sum())
     assert (w != start).tolist() == [[False, True, False], [True, False, True]]
 
 
@@ -410,73 +363,61 @@ class Clears(torch.optim.SGD):
 
 
 def test_an_inner_optimizer_that_clears_the_gradients():
-    model, other = make_net(), make_net()
-    opt = RGPSelectiveOptimizer(Clears(model.parameters(), lr=0.1), update_fraction=0.3)
-    reference = RGPSelectiveOptimizer(sgd(other), update_fraction=0.3)
-    for seed in range(2):
-        cure_step(model, opt, seed)
-        cure_step(other, reference, seed)
-    assert same(model, snapshot(other))
+    run, reference = Run(lambda params: Clears(params, lr=0.1)), Run(sgd(0.1))
+    train(2, run, reference)
+    assert same(run, reference)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.Rprop, torch.optim.SGD, torch.optim.AdamW])
 def test_an_unscored_step_with_all_learning_rates_zero_moves_nothing(make, sparse):
     """Checkpoint tools make it to fill the state; Rprop would move by its smallest step."""
-    model, table = make_net(), nn.Parameter(torch.ones(3, 2))
-    groups = [{"params": list(model.parameters())}]
+    run, table = Run(lambda params: make(params, lr=0.0)), nn.Parameter(torch.ones(3, 2))
     if sparse and make is torch.optim.SGD:
-        groups += [{"params": [table], "rgp_select": False}]
+        run.opt.add_param_group({"params": [table], "rgp_select": False})
         nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum().backward()
-    opt = RGPSelectiveOptimizer(make(groups, lr=0.0))
-    before = snapshot(model)
-    losses(model, *make_batch())[0].backward()
-    opt.step()
-    assert same(model, before)
+    losses(run.model, *make_batch())[0].backward()
+    run.opt.step()
+    assert run.stays()
     assert (table == 1).all()
 
 
-# Gradients that share memory: each parameter is treated as if it were alone.
+# Gradients that share memory, or overlap: an expanded one holds one value.
 
 
 @pytest.mark.parametrize("conserve", CONSERVE)
 @pytest.mark.parametrize("selected", [(True, True), (True, False), (False, True)])
-def test_gradients_that_share_memory(conserve, selected):
-    params = [nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
-    groups = [{"params": [p], "rgp_select": s} for p, s in zip(params, selected, strict=True)]
-    opt = RGPSelectiveOptimizer(sgd(groups, 1.0), update_fraction=0.5, conserve=conserve)
-    x = torch.tensor([[6.0, 1.0, 4.0], [2.0, 5.0, 3.0]])
-    loss = sum((p * x).sum() for p in params)
-    backward(opt, loss, natural=loss, adversarial=loss)
-    params[1].grad = params[0].grad
-    opt.step()
-    for p, select in zip(params, selected, strict=True):
-        assert torch.equal(p.detach(), torch.where(x > 3.0, -x, 0.0) if select else -x)
-
-
-def test_a_gradient_that_overlaps_itself_can_be_masked():
-    w = nn.Parameter(torch.zeros(2, 3))
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0), update_fraction=0.5)
-    loss = (w * torch.arange(6.0).view(2, 3)).sum()
-    backward(opt, natural=loss, adversarial=loss)
-    w.grad = torch.ones(()).expand(2, 3)
-    opt.step()
-    assert w.detach().flatten().tolist() == [0, 0, 0, -1, -1, -1]
+@pytest.mark.parametrize("starts", [(0, 0), (0, 4), (4, 0), (0, 1), ("one", 0), (0, "one")])
+def test_gradients_that_share_memory_are_masked_apart(starts, selected, conserve):
+    ends = []
+    for own in (True, False):
+        params = [nn.Parameter(torch.zeros(2, 4)) for _ in range(2)]
+        groups = [{"params": [p], "rgp_select": s} for p, s in zip(params, selected, strict=True)]
+        opt = wrap(groups, sgd(), update_fraction=0.5, conserve=conserve)
+        x, buffer = torch.arange(1.0, 9.0).view(2, 4), torch.arange(1.0, 13.0)
+        backward(opt, (params[0] * x).sum() + (params[1] * x.flip(1)).sum())
+        for p, start in zip(params, starts, strict=True):
+            one = start == "one"
+            p.grad = buffer[:1].expand(2, 4) if one else buffer[start : start + 8].view(2, 4)
+            p.grad = p.grad.clone() if own else p.grad
+        opt.step()
+        ends.append(params)
+    assert same(*ends)
+    assert all(p.any() for p in params)
 
 
 # Score rules.
 
 
 def test_a_rule_sees_weight_gradient_and_both_scores():
-    w = weights(1.0, 10.0, 100.0)
-    seen = []
+    w, seen = weights(1.0, 10.0, 100.0), []
 
     def rule(s):
         seen.append([float(t[0, 0]) for t in (s.gradient, s.natural, s.adversarial)])
         assert (s.parameter is w, s.alpha) == (True, 0.1)
         return s.adversarial.abs() / s.weight.abs()
 
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0), update_fraction=0.34, score=rule)
+    opt = wrap([w], sgd(), update_fraction=0.34, score=rule)
     backward(opt, 3 * w.sum(), natural=2 * w.sum(), adversarial=w.sum())
     opt.step()
     assert w.tolist() == [[-2.0, 10.0, 100.0]]
@@ -485,7 +426,7 @@ def test_a_rule_sees_weight_gradient_and_both_scores():
 
 def test_a_rule_may_rank_by_sign_and_may_need_no_scored_loss():
     w = weights(0.0, 0.0, 0.0)
-    opt = RGPSelectiveOptimizer(sgd([w], 1.0), update_fraction=0.34, score=lambda s: s.gradient)
+    opt = wrap([w], sgd(), update_fraction=0.34, score=lambda s: s.gradient)
     (w * torch.tensor([-9.0, 1.0, 2.0])).sum().backward()
     opt.step()
     assert w.tolist() == [[0.0, 0.0, -2.0]]
@@ -501,9 +442,7 @@ def test_a_rule_may_rank_by_sign_and_may_need_no_scored_loss():
     ],
 )
 def test_refusals_of_score_rules(rule, error, message):
-    model = make_net()
-    opt = RGPSelectiveOptimizer(sgd(model), score=rule)
-    start = snapshot(model)
+    run = Run(score=rule)
     with pytest.raises(error, match=message):
-        cure_step(model, opt)
-    assert same(model, start)
+        run.step()
+    assert run.stays()

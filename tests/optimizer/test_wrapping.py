@@ -6,72 +6,45 @@ import pickle
 
 import pytest
 import torch
-from common import (
-    DEVICE,
-    INNER,
-    backward,
-    cure_step,
-    losses,
-    make_batch,
-    make_net,
-    moved,
-    plain_step,
-    same_bits,
-    snapshot,
-)
+from common import DEVICE, INNER, Run, make_net, same, same_bits, sgd, step_on, train, wrap
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rgp_optim import RGPSelectiveOptimizer, rgp_param_groups
+from rgp_optim import RGPSelectiveOptimizer
+
+CONSERVE = ["weights", "gradients", "update"]
 
 
-def wrap(model, make_inner=None, **options):
-    make_inner = make_inner or INNER["SGD momentum wd"]
-    inner = make_inner(model.parameters())
-    return RGPSelectiveOptimizer(inner, **{"update_fraction": 0.3, **options})
-
-
-def same(model, want):
-    want = snapshot(want) if isinstance(want, nn.Module) else want
-    return all(map(same_bits, snapshot(model), want))
-
-
-def scored_batch(model, opt, seed=0):
-    loss, nat, adv = losses(model, *make_batch(seed))
-    backward(opt, loss, natural=nat, adversarial=adv)
+def parameter(*shape):
+    return nn.Parameter(torch.zeros(shape))
 
 
 # An optimizer like any other.
 
 
 def test_it_is_the_inner_optimizer_to_whoever_looks():
-    model = make_net()
-    opt = wrap(model, scope="global")
+    opt = Run(scope="global").opt
     assert isinstance(opt, torch.optim.Optimizer)
     assert opt.step.__self__ is opt  # schedulers want a bound method
     assert opt._step_supports_amp_scaling is False
     assert not hasattr(opt, "momentum")
+    assert opt.masks() == {}
     for shown in ("rgp_update_fraction: 0.3", "SGD", "scope='global'"):
         assert shown in repr(opt)
-    for name, new in (
-        ("param_groups", [{**opt.param_groups[0], "lr": 7.0}]),
-        ("state", {}),
-        ("defaults", {"lr": 1.0}),
-    ):
+    new_group = {**opt.param_groups[0], "lr": 7.0}
+    for name, new in {"param_groups": [new_group], "state": {}, "defaults": {"lr": 1.0}}.items():
         assert getattr(opt, name) is getattr(opt.inner, name)
         setattr(opt, name, new)
         assert getattr(opt.inner, name) is new
 
 
 def test_an_optimizer_that_has_stepped_already_can_be_wrapped():
-    model, other = make_net(), make_net()
-    inner, reference = (INNER["AdamW"](m.parameters()) for m in (model, other))
-    plain_step(model, inner)
-    plain_step(other, reference)
-    cure_step(model, RGPSelectiveOptimizer(inner, update_fraction=1.0), 1)
-    plain_step(other, reference, 1)
-    assert same(model, other)
+    run, plain = (Run("AdamW", plain=True) for _ in range(2))
+    train(1, run, plain)
+    run.opt = RGPSelectiveOptimizer(run.opt, update_fraction=1.0)
+    train(2, run, plain)
+    assert same(run, plain)
 
 
 def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
@@ -80,24 +53,20 @@ def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
     class Proxy:
         def __init__(self, optimizer):
             self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
-            bases = (type(self), type(optimizer))
-            self.__class__ = type("Proxied" + type(optimizer).__name__, bases, {})
+            self.__class__ = type("Proxied", (type(self), type(optimizer)), {})
             self._optimizer = optimizer
 
         def step(self, closure=None):
             return self._optimizer.step(closure)
 
-    model, other = make_net(), make_net()
-    opt, reference = wrap(model), wrap(other)
-    proxy = Proxy(opt)
-    assert isinstance(proxy, RGPSelectiveOptimizer)
-    proxy.param_groups[0]["rgp_update_fraction"] = 0.5
-    reference.param_groups[0]["rgp_update_fraction"] = 0.5
-    for seed in range(2):
-        cure_step(model, proxy, seed)
-        cure_step(other, reference, seed)
-    assert same(model, other)
-    assert proxy.masks()[model.conv.weight].float().mean() == 0.5
+    run, reference = Run(), Run()
+    run.opt = Proxy(run.opt)
+    assert isinstance(run.opt, RGPSelectiveOptimizer)
+    for each in (run, reference):
+        each.opt.param_groups[0]["rgp_update_fraction"] = 0.5
+    train(2, run, reference)
+    assert same(run, reference)
+    assert run.opt.masks()[run.model.conv.weight].float().mean() == 0.5
 
 
 def two(optimizer):
@@ -127,137 +96,109 @@ SCHEDULERS = {
 @pytest.mark.parametrize("on", ["wrapper", "inner"])
 @pytest.mark.parametrize(("make", "options"), SCHEDULERS.items())
 def test_every_scheduler_reaches_the_inner_optimizer(make, options, on):
-    model, other = make_net(), make_net()
-    opt = wrap(model, update_fraction=1.0)
-    reference = INNER["SGD momentum wd"](other.parameters())
-    each = opt if on == "wrapper" else opt.inner
-    schedulers = [make(each, *options), make(reference, *options)]
+    run, plain = Run(update_fraction=1.0), Run(plain=True)
+    scheduled = run.opt if on == "wrapper" else run.opt.inner
+    schedulers = [make(each, *options) for each in (scheduled, plain.opt)]
+    metrics = [1.0] if make is lrs.ReduceLROnPlateau else []
     for seed in range(5):
-        cure_step(model, opt, seed)
-        plain_step(other, reference, seed)
+        run.step(seed)
+        plain.step(seed)
         for scheduler in schedulers:
-            plateau = isinstance(scheduler, lrs.ReduceLROnPlateau)
-            scheduler.step(*([1.0] if plateau else []))
+            scheduler.step(*metrics)
         for name in ("lr", "momentum"):
-            assert opt.param_groups[0][name] == reference.param_groups[0][name]
-    assert same(model, other)
+            assert run.opt.param_groups[0][name] == plain.opt.param_groups[0][name]
+    assert same(run, plain)
 
 
 def test_hooks_of_the_wrapper_and_of_the_inner_optimizer_run():
-    model = make_net()
-    opt = wrap(model)
-    seen = []
-    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
-    opt.register_step_post_hook(lambda *_: seen.append("post"))
-    opt.inner.register_step_pre_hook(lambda *_: seen.append("inner pre"))
-    opt.inner.register_step_post_hook(lambda *_: seen.append("inner post"))
+    run, seen = Run(), []
+    opt = run.opt
+    for name, optimizer in {"wrapper": opt, "inner": opt.inner}.items():
+        optimizer.register_step_pre_hook(lambda *_, n=name: seen.append(f"before {n}"))
+        optimizer.register_step_post_hook(lambda *_, n=name: seen.append(f"after {n}"))
     opt.register_state_dict_pre_hook(lambda _: seen.append("save"))
     opt.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
-    opt.register_load_state_dict_pre_hook(lambda _, state: seen.append(("load", state["note"])))
+    opt.register_load_state_dict_pre_hook(lambda _, state: seen.append(f"load {state['note']}"))
     opt.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
-    cure_step(model, opt)
+    every = register_optimizer_step_pre_hook(lambda o, *_: seen.append(type(o).__name__))
+    run.step()
+    every.remove()
     opt.load_state_dict(opt.state_dict())
-    order = ["pre", "inner pre", "inner post", "post", "save", ("load", 1), "loaded"]
-    assert seen == order
+    before = ["RGPSelectiveOptimizer", "before wrapper", "SGD", "before inner"]
+    assert seen == [*before, "after inner", "after wrapper", "save", "load 1", "loaded"]
 
 
 def test_a_hook_after_the_inner_step_cannot_move_a_conserved_weight():
-    model = make_net()
-    opt = wrap(model, update_fraction=0.0)
-    start = snapshot(model)
-
-    def disturb(optimizer, args, kwargs):
-        with torch.no_grad():
-            model.conv.weight.add_(1)
-
-    opt.inner.register_step_post_hook(disturb)
-    cure_step(model, opt)
-    assert same_bits(model.conv.weight.detach(), start[0])
-
-
-def test_global_step_hooks_run_for_the_wrapper_and_for_the_inner_optimizer():
-    model, seen = make_net(), []
-    opt = wrap(model)
-    hook = register_optimizer_step_pre_hook(lambda o, *_: seen.append(type(o).__name__))
-    cure_step(model, opt)
-    hook.remove()
-    assert seen == ["RGPSelectiveOptimizer", "SGD"]
+    run = Run(update_fraction=0.0)
+    weight = run.model.conv.weight
+    run.opt.inner.register_step_post_hook(lambda *_: weight.data.add_(1))
+    run.step()
+    assert same_bits(weight.detach(), run.start[0])
 
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("form", [list, iter, "tensor"])
 def test_add_param_group(form, named):
-    model, extra = make_net(), nn.Parameter(torch.zeros(2, 5))
-    params = list(model.named_parameters()) if named else list(model.parameters())
-    opt = RGPSelectiveOptimizer(torch.optim.SGD(params, lr=0.1), update_fraction=0.3)
+    model, extra = make_net(), parameter(2, 5)
+    opt = wrap(list(model.named_parameters() if named else model.parameters()), sgd(0.1))
     opt.load_state_dict(opt.state_dict())
-    added = [("extra", extra)] if named else [extra]
-    added = added[0] if form == "tensor" else form(added)
+    added = ("extra", extra) if named else extra
     if named and form == "tensor":  # refused by torch as well
         with pytest.raises((TypeError, ValueError)):
             opt.add_param_group({"params": added})
         return
+    added = added if form == "tensor" else form([added])
     opt.add_param_group({"params": added, "rgp_update_fraction": 0.5})
     assert opt.param_groups[1]["rgp_alpha"] == 0.1
     assert opt.param_groups[1].get("param_names") == (["extra"] if named else None)
-    _, nat, adv = losses(model, *make_batch())
-    backward(opt, natural=nat + extra.sum(), adversarial=adv + extra.sum())
-    opt.step()
+    step_on(opt, extra.sum())
     assert (extra != 0).reshape(-1).tolist() == [True] * 5 + [False] * 5
 
 
 def test_groups_and_parameters_that_are_set_later():
     """By the inner optimizer, by assignment, or by tools that shard or cast a model."""
-    model, other = make_net(), make_net()
-    opt, reference = wrap(model), wrap(other)
-    opt.inner.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
-    cure_step(model, opt)
-    assert opt.param_groups[1]["rgp_update_fraction"] == 0.3
-    cure_step(other, reference)
-    for each in (opt, reference):
-        each.state.clear()
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    opt.param_groups = [{**opt.param_groups[0], "params": list(model.parameters())}]
-    del opt.param_groups[0]["rgp_alpha"]
-    cure_step(model, opt, 1)
-    cure_step(other, reference, 1)
-    assert same(model, other)
+    run, reference = Run(), Run()
+    run.opt.inner.add_param_group({"params": [parameter(2, 2)]})
+    train(1, run, reference)
+    assert run.opt.param_groups[1]["rgp_update_fraction"] == 0.3
+    for each in (run, reference):
+        each.opt.state.clear()
+    run.model.head.weight = nn.Parameter(run.model.head.weight.detach().clone())
+    group = {**run.opt.param_groups[0], "params": list(run.model.parameters())}
+    del group["rgp_alpha"]
+    run.opt.param_groups = [group]
+    train(2, run, reference)
+    assert same(run, reference)
 
 
 def test_a_sparse_embedding_outside_the_selection():
-    embedding = nn.Embedding(6, 4, sparse=True)
-    head = nn.Linear(4, 3)
-    groups = [
-        {"params": list(embedding.parameters()), "rgp_select": False},
-        {"params": list(head.parameters())},
-    ]
-    opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1), update_fraction=0.5)
+    embedding, head = nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3)
+    table = {"params": list(embedding.parameters()), "rgp_select": False}
+    opt = wrap([table, {"params": list(head.parameters())}], sgd(0.1))
     start = embedding.weight.detach().clone()
     for _ in range(2):
-        nat = head(embedding(torch.tensor([1, 2]))).square().sum()
-        adv = head(embedding(torch.tensor([1, 3]))).square().sum()
         opt.zero_grad()
-        backward(opt, natural=nat, adversarial=adv)
-        opt.step()
-    moved = (embedding.weight != start).any(1)
-    assert moved.tolist() == [False, True, True, True, False, False]
+        step_on(opt, head(embedding(torch.tensor([1, 2, 1, 3]))).square().sum())
+    changed = (embedding.weight != start).any(1)
+    assert changed.tolist() == [False, True, True, True, False, False]
 
 
 # Attributes, and methods of the inner optimizer.
 
 
 def test_settings_are_attributes_that_hold_for_all_groups():
-    model = make_net()
-    opt = wrap(model)
-    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, 5))]})
+    run = Run()
+    opt = run.opt
+    opt.add_param_group({"params": [parameter(2, 5)]})
     assert (opt.update_fraction, opt.alpha) == (0.3, 0.1)
+    opt.param_groups[0]["alpha"] = 0.9  # as of RMSprop and ASGD
     opt.update_fraction, opt.alpha = 0.5, 0.7
-    assert [g["rgp_update_fraction"] for g in opt.param_groups] == [0.5, 0.5]
-    assert [g["rgp_alpha"] for g in opt.param_groups] == [0.7, 0.7]
-    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2, 5))]})
-    assert opt.param_groups[2]["rgp_alpha"] == 0.7
-    cure_step(model, opt)
-    assert opt.masks()[model.conv.weight].float().mean() == 0.5
+    assert opt.param_groups[0]["alpha"] == 0.9
+    opt.add_param_group({"params": [parameter(2, 5)]})
+    assert [g["rgp_update_fraction"] for g in opt.param_groups] == [0.5] * 3
+    assert [g["rgp_alpha"] for g in opt.param_groups] == [0.7] * 3
+    run.step()
+    assert opt.masks()[run.model.conv.weight].float().mean() == 0.5
     opt.param_groups[1]["rgp_alpha"] = 0.2
     with pytest.raises(ValueError, match="`rgp_alpha` should be the same in all groups"):
         _ = opt.alpha
@@ -269,68 +210,25 @@ def test_settings_are_attributes_that_hold_for_all_groups():
             setattr(opt, name, getattr(opt, name))
 
 
-def test_the_inner_optimizers_own_alpha_is_no_setting_of_ours():
-    model = make_net()
-    opt = RGPSelectiveOptimizer(torch.optim.RMSprop(model.parameters(), alpha=0.9))
-    cure_step(model, opt)
-    opt.alpha = 0.5
-    assert (opt.param_groups[0]["alpha"], opt.param_groups[0]["rgp_alpha"]) == (0.9, 0.5)
-
-
-def test_masks_are_those_of_the_last_step():
-    model = make_net()
-    opt = RGPSelectiveOptimizer(
-        torch.optim.SGD(rgp_param_groups(model), lr=0.1), update_fraction=0.3
-    )
-    assert opt.masks() == {}
-    before = snapshot(model)
-    cure_step(model, opt)
-    masks, names = opt.masks(), {p: name for name, p in model.named_parameters()}
-    assert [names[p] for p in masks] == ["conv.weight", "head.weight"]
-    changed = dict(zip(model.parameters(), moved(model, before), strict=True))
-    for p, mask in masks.items():
-        assert mask.dtype == torch.bool
-        assert torch.equal(changed[p] & mask, changed[p])
-        assert int(mask.sum()) == round(0.3 * p.numel())
-    cure_step(model, opt, 1)
-    assert not torch.equal(opt.masks()[model.head.weight], masks[model.head.weight])
-    opt.update_fraction = 0.0
-    cure_step(model, opt, 2)
-    assert not any(mask.any() for mask in opt.masks().values())
-
-
-class Modes(torch.optim.SGD):
-    """As schedule-free optimizers: `train` and `eval` move weights, `second_step` steps."""
-
-    mode = "train"
-
-    def train(self):
-        self.mode = "train"
-
-    def eval(self):
-        self.mode = "eval"
-
-    def sync_lookahead(self):
-        self.synced = True
-
-    def second_step(self):
-        for p in self.param_groups[0]["params"]:
-            p.data.add_(1)
+def named(name, **members):
+    """A class of optimizers with this name."""
+    return type(name, (torch.optim.SGD,), members)
 
 
 def test_methods_of_the_inner_optimizer_are_found_unless_they_step():
-    model = make_net()
-    assert not hasattr(wrap(model), "train")
-    opt = wrap(model, lambda params: Modes(params, lr=0.1))
-    opt.sync_lookahead()
-    assert opt.inner.synced
+    """As of schedule-free optimizers, whose `train` and `eval` move weights."""
+    names = ("eval", "train", "sync_lookahead", "second_step", "_private")
+    methods = {name: lambda self, name=name: self.calls.append(name) for name in names}
+    opt = Run(named("Modes", calls=[], **methods)).opt
     with pytest.warns(UserWarning, match=r"Modes.eval\(\)"):
         opt.eval()
-    assert opt.inner.mode == "eval"
     opt.eval()  # one warning is enough
     opt.train()
-    for name in ("second_step", "_private", "mode"):
+    opt.sync_lookahead()
+    assert opt.inner.calls == ["eval", "eval", "train", "sync_lookahead"]
+    for name in ("second_step", "_private", "calls"):
         assert not hasattr(opt, name)
+    assert not hasattr(Run().opt, "train")
 
 
 # Copies.
@@ -353,133 +251,85 @@ COPIES = {
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
 def test_copies_go_on_alike_and_apart(copied, scheduled):
-    model = make_net()
-    opt = wrap(model, scope="global", conserve="update")
+    run, seen = Run(scope="global", conserve="update"), []
     if scheduled:
-        lrs.StepLR(opt, 2)
-    cure_step(model, opt)
-    twin_model, twin = copied((model, opt))
-    assert twin.inner is not opt.inner
-    assert (twin.scope, twin.conserve, twin.backend) == (opt.scope, opt.conserve, opt.backend)
-    assert twin.param_groups[0]["params"][0] is twin_model.conv.weight
-    assert all(map(torch.equal, twin.masks().values(), opt.masks().values()))
-    cure_step(model, opt, 1)
-    before = snapshot(twin_model)
-    cure_step(twin_model, twin, 1)
-    assert same(model, twin_model)
-    assert not same(model, before)
-    seen = []
-    lrs.StepLR(twin, 2)
-    twin.register_step_post_hook(lambda *_: seen.append(1))
-    cure_step(model, opt, 2)  # unpickling has not disturbed the original
+        lrs.StepLR(run.opt, 2)
+    run.step()
+    twin = copied(run)
+    assert twin.opt.inner is not run.opt.inner
+    for name in ("scope", "conserve", "backend"):
+        assert getattr(twin.opt, name) == getattr(run.opt, name)
+    assert twin.opt.param_groups[0]["params"][0] is twin.model.conv.weight
+    assert all(map(torch.equal, twin.opt.masks().values(), run.opt.masks().values()))
+    twin.mark()
+    run.step(1)
+    assert twin.stays()
+    twin.step(1)
+    assert same(run, twin)
+    assert not twin.stays()
+    lrs.StepLR(twin.opt, 2)
+    twin.opt.register_step_post_hook(lambda *_: seen.append(1))
+    run.step(2)  # unpickling has not disturbed the original
     assert not seen
-    cure_step(twin_model, twin, 2)
+    twin.step(2)
     assert seen == [1]
 
 
-@pytest.mark.parametrize("copied", [lambda pair: pair, *COPIES.values()])
+@pytest.mark.parametrize("copied", [lambda run: run, *COPIES.values()])
 def test_the_inner_optimizer_must_not_step_past_waiting_scores(copied):
     """Nor that of a copy made between backward and step, which has the scores."""
-    model = make_net()
-    twin_model, twin = copied((model, wrap(model)))
+    twin = copied(Run())
     for _ in range(2):  # the copy, then a copy of it
-        scored_batch(twin_model, twin)
-        twin_model, twin = copied((twin_model, twin))
-        before = snapshot(twin_model)
+        twin.backward()
+        twin = copied(twin)
+        twin.mark()
         with pytest.raises(RuntimeError, match=r"Call step\(\) of the RGPSelectiveOptimizer"):
-            twin.inner.step()
-        assert same(twin_model, before)
-        for p in twin_model.parameters():  # copies of parameters have no gradient
+            twin.opt.inner.step()
+        assert twin.stays()
+        for p in twin.model.parameters():  # copies of parameters have no gradient
             p.grad = torch.ones_like(p)
-        twin.step()
-        assert not same(twin_model, before)
-        twin.inner.step()  # nothing is scored: the user's own affair
-
-
-class OwnFormat(torch.optim.SGD):
-    def state_dict(self):
-        return {"base": super().state_dict(), "note": 3}
-
-    def load_state_dict(self, state_dict):
-        self.loaded = state_dict["note"]
-        super().load_state_dict(state_dict["base"])
-
-
-class Listed(torch.optim.SGD):
-    def state_dict(self):
-        return {"all": [super().state_dict()["param_groups"]], "note": 4}
-
-    def load_state_dict(self, state_dict):
-        self.loaded = state_dict["note"]
-        for group in self.param_groups:
-            group["lr"] = state_dict["all"][0][0]["lr"]
-
-
-@pytest.mark.parametrize(("kind", "note"), [(OwnFormat, 3), (Listed, 4)])
-def test_checkpoints_in_a_format_of_the_inner_optimizers_own(kind, note):
-    first, second = (wrap(make_net(), lambda p, lr=lr: kind(p, lr=lr)) for lr in (0.1, 0.2))
-    second.load_state_dict(first.state_dict())
-    assert second.inner.loaded == note
-    assert second.param_groups[0]["lr"] == 0.1
+        twin.opt.step()
+        assert not twin.stays()
+        twin.opt.inner.step()  # nothing is scored: the user's own affair
 
 
 def test_lazy_parameters_can_be_wrapped_before_the_first_forward():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
-    opt = RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    loss = model(torch.rand(5, 7)).square().mean()
-    backward(opt, loss, natural=loss, adversarial=loss)
-    opt.step()
+    step_on(wrap(model), model(torch.rand(5, 7)).square().mean())
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_the_default_device_changes_nothing(scope):
     """Nothing is made there: on "meta" no tensor has numbers."""
-    models = [make_net(), make_net()]
-    for model, default in zip(models, (DEVICE, torch.device("meta")), strict=True):
-        opt, batch = wrap(model, scope=scope), make_batch()
+    runs = [Run(scope=scope) for _ in range(2)]
+    for run, default in zip(runs, (DEVICE, torch.device("meta")), strict=True):
         with default:
-            for _ in range(2):
-                opt.zero_grad()
-                loss, nat, adv = losses(model, *batch)
-                backward(opt, loss, natural=nat, adversarial=adv)
-                opt.step()
-                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert same(*models)
+            for seed in range(2):
+                run.step(seed)
+                run.opt.load_state_dict(copy.deepcopy(run.opt.state_dict()))
+    assert same(*runs)
 
 
 def test_a_gradient_set_to_none_leaves_its_parameter_out_of_the_step():
-    model = make_net()
-    opt = wrap(model)
-    before = snapshot(model)
-    scored_batch(model, opt)
-    model.conv.weight.grad = None
-    opt.step()
-    assert [bool(m.any()) for m in moved(model, before)][::4] == [False, True]
-    assert list(opt.masks()) == [model.head.weight]
-
-
-def test_clipping_sees_the_whole_gradient():
-    model, other = make_net(), make_net()
-    scored_batch(model, wrap(model, update_fraction=0.1))
-    losses(other, *make_batch())[0].backward()
-    norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.01) for m in (model, other)]
-    assert torch.equal(*norms)
+    run = Run()
+    run.backward()
+    run.model.conv.weight.grad = None
+    run.opt.step()
+    assert [bool(m.any()) for m in run.moved()][::4] == [False, True]
+    assert list(run.opt.masks()) == [run.model.head.weight]
 
 
 # Closures.
 
 
-class Polyak(torch.optim.Optimizer):
+class Polyak(torch.optim.SGD):
     """The step size comes from the loss that the closure returns."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = 1.0 if closure is None else float(closure())
         for p in self.param_groups[0]["params"]:
-            p.sub_(p.grad * loss * self.param_groups[0]["lr"])
+            p.sub_(p.grad * loss * 0.1)
 
 
 class Needs(torch.optim.SGD):
@@ -487,40 +337,31 @@ class Needs(torch.optim.SGD):
         return super().step(closure)
 
 
-def closure_of(model, opt, calls):
+def closure_of(run, calls):
     def closure():
-        loss, nat, adv = losses(model, *make_batch())
-        opt.zero_grad()
-        if isinstance(opt, RGPSelectiveOptimizer):
-            loss = opt.scored(loss, natural=nat, adversarial=adv)
-        loss.backward()
         calls.append(1)
-        return loss
+        return run.backward()
 
     return closure
 
 
-@pytest.mark.parametrize("make", [Polyak, lambda p: Needs(p, lr=0.1), INNER["SGD"]])
+@pytest.mark.parametrize("make", [Polyak, Needs, INNER["SGD"]])
 def test_a_closure_is_evaluated_once_and_its_loss_handed_on(make):
-    model, other = make_net(), make_net()
-    opt, reference, calls = wrap(model, make, update_fraction=1.0), make(other.parameters()), []
+    run, plain, calls = Run(make, update_fraction=1.0), Run(make, plain=True), []
     for _ in range(2):
         with torch.no_grad():
-            loss = opt.step(closure_of(model, opt, calls))
-        with torch.enable_grad():
-            want = closure_of(other, reference, [])()
-        reference.step(lambda want=want: want)
+            loss = run.opt.step(closure_of(run, calls))
+        want = plain.backward()
+        plain.opt.step(lambda want=want: want)
         assert torch.equal(loss, want)
     assert calls == [1, 1]
-    assert same(model, other)
+    assert same(run, plain)
 
 
 class Perturbs(torch.optim.SGD):
     """Wants the gradient at other weights."""
 
-    def __init__(self, params, through_data):
-        super().__init__(params, lr=0.1)
-        self.through_data = through_data
+    through_data = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -532,79 +373,60 @@ class Perturbs(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("through_data", [False, True])
-@pytest.mark.parametrize("conserve", ["weights", "gradients", "update"])
+@pytest.mark.parametrize("conserve", CONSERVE)
 def test_a_closure_is_not_evaluated_at_other_weights(conserve, through_data):
-    model = make_net()
-    opt = wrap(model, lambda params: Perturbs(params, through_data), conserve=conserve)
-    start = snapshot(model)
+    run = Run(Perturbs, conserve=conserve)
+    run.opt.inner.through_data = through_data
     with pytest.raises(RuntimeError, match=r"called the closure again.*SAM\(params, lambda"):
-        opt.step(closure_of(model, opt, []))
-    assert same(model, start)
+        run.opt.step(closure_of(run, []))
+    assert run.stays()
 
 
 def test_a_step_that_needs_a_closure():
-    model = make_net()
-    opt = wrap(model, lambda p: Needs(p, lr=0.1))
-    scored_batch(model, opt)
-    start, grads = snapshot(model), [p.grad.clone() for p in model.parameters()]
+    run = Run(Needs)
+    run.backward()
+    grads = [p.grad.clone() for p in run.model.parameters()]
     with pytest.raises(TypeError, match="`closure` should be given"):
-        opt.step()
-    assert same(model, start)
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+        run.opt.step()
+    assert run.stays()
+    assert same([p.grad for p in run.model.parameters()], grads)
 
 
 class Sam(torch.optim.Optimizer):
     """Sharpness-aware minimisation (Foret et al., ICLR 2021) around an optimizer it builds."""
 
-    def __init__(self, params, make, rho=0.05, **options):
-        super().__init__(params, {"rho": rho})
-        self.base = make(self.param_groups, **options)
+    def __init__(self, params, make):
+        super().__init__(params, {})
+        self.base = make(self.param_groups)
         self.param_groups = self.base.param_groups
 
     @torch.no_grad()
     def first_step(self):
-        params = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in params]))
-        self.shifts = [0.05 * p.grad / norm for p in params]
-        for p, shift in zip(params, self.shifts, strict=True):
-            p.add_(shift)
+        params = self.param_groups[0]["params"]
+        self.shifts = [0.05 * p.grad / p.grad.norm() for p in params]
+        torch._foreach_add_(params, self.shifts)
         self.zero_grad()
 
     @torch.no_grad()
     def second_step(self):
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p, shift in zip(params, self.shifts, strict=True):
-            p.sub_(shift)
+        torch._foreach_sub_(self.param_groups[0]["params"], self.shifts)
         self.base.step()
-
-    def step(self, closure):
-        self.first_step()
-        closure()
-        self.second_step()
 
 
 def test_sam_goes_around_the_wrapper():
-    model = make_net()
+    run = Run(lambda params: Sam(params, wrap), plain=True)
     with pytest.raises(TypeError, match=r"take one gradient per step.*SAM\(params, lambda g"):
-        RGPSelectiveOptimizer(Sam(model.parameters(), torch.optim.SGD, lr=0.1))
-    sam = Sam(
-        model.parameters(), lambda g, **k: RGPSelectiveOptimizer(torch.optim.SGD(g, **k)), lr=0.1
-    )
-    losses(model, *make_batch())[0].backward()
+        RGPSelectiveOptimizer(run.opt)
+    run.backward()
+    sam, run.opt = run.opt, run.opt.base
     sam.first_step()
-    loss, nat, adv = losses(model, *make_batch())
-    backward(sam.base, loss, natural=nat, adversarial=adv)
+    run.backward()
     sam.second_step()
-    for p, mask in sam.base.masks().items():
-        assert int(mask.sum()) == round(0.7 * p.numel())
+    for p, mask in run.opt.masks().items():
+        assert int(mask.sum()) == round(0.3 * p.numel())
 
 
 # What cannot work is refused before anything has changed.
-
-
-def named(name, **members):
-    """Make an optimizer of a class with this name."""
-    return lambda p: type(name, (torch.optim.SGD,), members)(p, lr=0.1)
 
 
 class Prepared(torch.optim.SGD):
@@ -614,30 +436,25 @@ class Prepared(torch.optim.SGD):
         self.param_groups = [{"params": params}]
 
 
-SGD = lambda p, **k: torch.optim.SGD(p, lr=0.1, **k)  # noqa: E731
+SGD = sgd()
+
+
+def in_group(**settings):
+    return lambda p: SGD([{"params": p, **settings}])
 
 
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
-        (
-            lambda p: torch.optim.SGD,
-            {},
-            TypeError,
-            "not a class.*the class SGD.*Write",
-        ),
+        (lambda p: torch.optim.SGD, {}, TypeError, "not a class.*the class SGD.*Write"),
         (lambda p: p, {}, TypeError, "`optimizer` should be a torch.optim.Opt.* Found `list`"),
+        (lambda p: wrap(p, SGD), {}, TypeError, "not be wrapped already"),
         (torch.optim.LBFGS, {}, TypeError, "evaluate its closure once.*Use a first-order"),
         (named("SGDScheduleFreeClosure"), {}, TypeError, "evaluate its closure once.*Use a first"),
-        (
-            named("Sam", first_step=1, second_step=2),
-            {},
-            TypeError,
-            r"one gradient per step.*SAM\(",
-        ),
+        (named("S", first_step=1, second_step=2), {}, TypeError, r"one gradient per step.*SAM\("),
         (named("ZeroRedundancyOptimizer"), {}, TypeError, "whole state.*fully_shard"),
         (Prepared, {}, TypeError, "have step hooks.*Wrap your own optimizer, then prepare"),
-        (lambda p: SGD(p, differentiable=True), {}, ValueError, "`differentiable` should be False"),
+        (sgd(differentiable=True), {}, ValueError, "`differentiable` should be False"),
         (SGD, {"update_fraction": 30}, ValueError, r"in \[0, 1\]. Found .*= 30`. Conserving 30 %"),
         (SGD, {"alpha": "high"}, TypeError, r"`alpha` should be a number in \[0, 1\]. .*'high'"),
         (SGD, {"scope": "layer"}, ValueError, "`scope` should be one of 'tensor', 'global'"),
@@ -645,34 +462,22 @@ SGD = lambda p, **k: torch.optim.SGD(p, lr=0.1, **k)  # noqa: E731
         (SGD, {"score": "taylor"}, ValueError, "`score` should be one of 'rgp'.* Or pass a call"),
         (SGD, {"backend": "tpu"}, ValueError, "`backend` should be one of 'auto', 'cpu', 'trit"),
         (
-            lambda p: SGD([{"params": p, "rgp_alpha": 2}]),
+            in_group(rgp_alpha=2),
             {},
             ValueError,
-            r"`rgp_alpha` should be in \[0, 1\]. Found `rgp_alpha = 2`",
+            r"`rgp_alpha` should be in \[0, 1\]. Found .* = 2`",
         ),
-        (
-            lambda p: SGD([{"params": p, "update_fraction": 0.2}]),
-            {},
-            ValueError,
-            "`update_fraction`. Write 'rgp_update_fraction'",
-        ),
+        (in_group(update_fraction=0.2), {}, ValueError, "`update_fraction`. Write 'rgp_upd"),
     ],
 )
 def test_refusals_when_wrapping(make, options, error, message):
     inner = make(list(make_net().parameters()))
-    is_optimizer = isinstance(inner, torch.optim.Optimizer)
-    before = [dict(group) for group in inner.param_groups] if is_optimizer else None
+    groups = getattr(inner, "param_groups", [])
+    keys = [list(group) for group in groups]
     with pytest.raises(error, match=message):
         RGPSelectiveOptimizer(inner, **options)
-    if is_optimizer:
-        assert [list(g) for g in inner.param_groups] == [list(g) for g in before]
-        assert not getattr(inner, "_optimizer_step_pre_hooks", None)
-
-
-def test_a_wrapper_cannot_be_wrapped():
-    opt = wrap(make_net())
-    with pytest.raises(TypeError, match="not be wrapped already"):
-        RGPSelectiveOptimizer(opt)
+    assert [list(group) for group in groups] == keys
+    assert not getattr(inner, "_optimizer_step_pre_hooks", None)
 
 
 @pytest.mark.parametrize(
@@ -681,17 +486,22 @@ def test_a_wrapper_cannot_be_wrapped():
         ({"select": False}, ValueError, "`param_groups` should name its .* Write 'rgp_select'"),
         ({"rgp_fraction": 0.2}, ValueError, "settings that exist. Found `rgp_fraction`. Known are"),
         ({"rgp_update_fraction": -1}, ValueError, r"in \[0, 1\].*to conserve 30 %, write 0.7"),
+        ({"rgp_update_fraction": True}, TypeError, "`rgp_update_fraction` should be a number"),
+        ({"rgp_alpha": float("nan")}, ValueError, r"`rgp_alpha` should be in \[0, 1\]"),
+        ({"rgp_alpha": torch.tensor(0.5)}, TypeError, "`rgp_alpha` should be a number"),
+        ({"rgp_select": 1}, TypeError, "`rgp_select` should be None"),
     ],
 )
 def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wrong, error, message):
-    model = make_net()
-    opt = wrap(model)
-    cure_step(model, opt)
-    weights, saved = snapshot(model), copy.deepcopy(opt.state_dict())
+    run = Run()
+    opt = run.opt
+    run.step()
+    run.mark()
+    saved = copy.deepcopy(opt.state_dict())
     bad = copy.deepcopy(saved)
-    bad["param_groups"][0] |= wrong
+    bad["param_groups"][0] |= {"lr": 99.0, **wrong}
     for act in (
-        lambda: opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))], **wrong}),
+        lambda: opt.add_param_group({"params": [parameter(1)], **wrong}),
         lambda: opt.load_state_dict(bad),
     ):
         with pytest.raises(error, match=message):
@@ -699,5 +509,5 @@ def test_settings_that_a_group_cannot_have_are_refused_before_anything_moves(wro
         assert opt.state_dict()["param_groups"] == saved["param_groups"]
     opt.param_groups[0].update(wrong)
     with pytest.raises(error, match=message):
-        cure_step(model, opt)
-    assert same(model, weights)
+        run.step()
+    assert run.stays()
