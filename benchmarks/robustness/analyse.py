@@ -15,27 +15,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluation
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import summary
 import torch
-import training
 from analysis import blocks, corruptions, layers, smallest
 from analysis.figure import COLORS, save
 from methods import METHODS
-from training import PRESETS, Place, Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import write_json
+from trainer import PRESETS, Place, Preset, Trainer
+from training import columns, pgd20
 
 from rgp_optim import pgd_attack
 
 ROOT = Path(__file__).resolve().parents[2]
+
 IMAGES = 256  # for what costs many passes
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
 
 def collect(
-    methods: Sequence[str], seed: int, preset: training.Preset, place: Place, study: int
+    methods: Sequence[str], seed: int, preset: Preset, place: Place, study: int
 ) -> dict[str, Any]:
     """Return everything that the figures show, as plain numbers."""
     found: dict[str, Any] = {"preset": preset.data, "seed": seed, "methods": {}}
@@ -46,7 +46,7 @@ def collect(
         some = trainer.test[:IMAGES]
         x, y = some.floats(), some.labels
         generator = torch.Generator(x.device).manual_seed(seed)
-        x_adv = pgd_attack(model, x, y, generator=generator, **evaluation.pgd20(preset.eps))
+        x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
         most = 4 * preset.eps
         radius, _ = smallest.smallest_radius(model, x, y, most=most, seed=seed)
         stages = [f"stages.{i}" for i in range(len(model.stages))]
@@ -71,14 +71,13 @@ def collect(
     return found
 
 
-def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -> dict[str, Any]:
+def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[str, Any]:
     """Train natural weights by AT in each single block, in none, and in all."""
     trainer = Trainer("cure", seed, preset, place)
     names = list(blocks.blocks_of(trainer.network()))
     rows = {}
     for learn in [[], *([name] for name in names), names]:
-        model = trainer.network()
-        model.load_state_dict(trainer.weights(place.runs / f"warmup-seed{seed}.pt"))
+        model = trainer.start(warm=True)
         generator = torch.Generator(trainer.device).manual_seed(seed)
         attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": trainer.step_size}
         if learn:
@@ -92,7 +91,7 @@ def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -
                 attack={**attack, "generator": generator},
             )
         label = "all" if learn == names else "none" if not learn else learn[0]
-        rows[label] = evaluation.columns(model, trainer.batches(trainer.test), preset.eps)
+        rows[label] = columns(model, trainer.batches(trainer.test), preset.eps)
         print(f"U-{label}: {rows[label]}", flush=True)
     return {"epochs": epochs, "rows": rows}
 
@@ -186,7 +185,7 @@ def draw_curves(figure: Any, found: dict[str, Any]) -> None:
 
 
 def draw_perturbations(
-    figure: Any, methods: Sequence[str], seed: int, preset: training.Preset, place: Place
+    figure: Any, methods: Sequence[str], seed: int, preset: Preset, place: Place
 ) -> None:
     """Show images, and the smallest perturbation of each network that was found, enlarged.
 

@@ -15,16 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import evaluation
 import foolbox
 import torch
 from foolbox.attacks import LinfProjectedGradientDescentAttack
+from image_data import DataError
 from methods import METHODS
-from torch import Tensor, nn
-from training import PRESETS, DataError, Place, Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import versions, write_json
+from torch import Tensor, nn
+from trainer import PRESETS, Place, Trainer
+from training import accuracy, pgd20
 
 from rgp_optim import pgd_attack
 
@@ -54,10 +56,10 @@ def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, random_start: bool, **pgd
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
     """Return accuracies in percent, and the percentage of images that both PGDs find alike."""
-    how = evaluation.pgd20(eps)
+    how = pgd20(eps)
 
     def right(images: Tensor) -> float:
-        return evaluation.accuracy(model, lambda: [(images, y)])
+        return accuracy(model, lambda: [(images, y)])
 
     generator = torch.Generator(x.device).manual_seed(0)
     torch.manual_seed(0)

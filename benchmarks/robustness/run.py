@@ -18,11 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import summary
 import torch
-import training
+from image_data import DataError
 from methods import METHODS
-from training import PRESETS, Place, Preset, Trainer, needs
+from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted = [(name, seed) for seed in args.seeds for name in names]
         try:
             run_all(wanted, args)
-        except training.DataError as error:
+        except DataError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command goes on")
@@ -143,7 +145,7 @@ def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
                 if process.poll() is not None:
                     del running[run]
                     if process.returncode:
-                        raise training.DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
+                        raise DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
                     finished += 1
                     total = finished + len(todo) + len(running)
                     print(progress(f"{run[0]}-seed{run[1]}", finished, total, began), flush=True)
@@ -168,7 +170,7 @@ def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
 
 def warm_needed(run: tuple[str, int], place: Place) -> bool:
     """Tell whether this run would make the warm-up of its seed."""
-    return METHODS[run[0]].warm and not (place.runs / f"warmup-seed{run[1]}.pt").exists()
+    return METHODS[run[0]].warm and not warm_file(place.runs, run[1]).exists()
 
 
 def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:

@@ -24,6 +24,7 @@ import captured  # noqa: E402
 import evaluation  # noqa: E402
 import run as robustness  # noqa: E402
 import summary  # noqa: E402
+import trainer  # noqa: E402
 import training  # noqa: E402
 from methods import METHODS, TABLE, Setting  # noqa: E402
 from methods.act import act_losses, soft_kl  # noqa: E402
@@ -327,8 +328,8 @@ def test_published_settings_of_each_network():
     published = {"resnet18": (30, 0.1, 1.0), "wrn34-10": (50, 0.3, 0.5)}
     published["preactresnet18"] = (20, 0.2, 1.0)
     for network, (conserved, alpha, gamma) in published.items():
-        preset = replace(training.PRESETS["paper"], network=network)
-        used = {**METHODS["cure"].official, **training.options_of(preset, "cure")}
+        preset = replace(trainer.PRESETS["paper"], network=network)
+        used = {**METHODS["cure"].official, **trainer.options_of(preset, "cure")}
         assert used["update_fraction"] == 1 - conserved / 100
         assert (used["alpha"], used["gamma"]) == (alpha, gamma)
         assert (preset.epochs, preset.batch_size, preset.lr, preset.momentum) == (
@@ -341,7 +342,7 @@ def test_published_settings_of_each_network():
 
 def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch, one_thread):
     words = ["--preset", "digits", "--epochs", "1", "--methods", "cure", "--seeds", "0"]
-    monkeypatch.setattr(training.Trainer, "warm_up", lambda self, model: None)
+    monkeypatch.setattr(trainer.Trainer, "warm_up", lambda self, *_: None)
     place = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r"), "--no-table"]
     with pytest.raises(SystemExit, match=r"error: cure-seed0, 35 steps: `horizon` should span"):
         robustness.main([*words, *place, "--device", "cpu"])
@@ -412,7 +413,7 @@ def test_accuracy_under_attack_is_that_of_the_margin():
     expected = 100 * float(((x.flatten() - 0.5).abs() > eps).float().mean())
     batches = lambda: [(x[:9], y[:9]), (x[9:], y[9:])]  # noqa: E731
     for loss in ("cross_entropy", "margin"):
-        got = evaluation.accuracy(Line(), batches, loss=loss, **evaluation.pgd20(eps))
+        got = training.accuracy(Line(), batches, loss=loss, **training.pgd20(eps))
         assert abs(got - expected) <= 100 / 19  # the point on the line
     row = evaluation.masking(Line(), batches, eps, surrogate=Line())
     assert evaluation.is_masked(row) == []
@@ -432,7 +433,7 @@ def test_auto_attack_leaves_the_network_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
     x, y = data(6)
     got = evaluation.auto_attack(model, x.float(), y, 0.05, whole=False)
-    pgd = evaluation.accuracy(model, lambda: [(x.float(), y)], **evaluation.pgd20(0.05))
+    pgd = training.accuracy(model, lambda: [(x.float(), y)], **training.pgd20(0.05))
     assert 0 <= got <= pgd  # two of its attacks cannot be weaker than one of them
     assert all(q.requires_grad and q.grad is None for q in model.parameters())
 
@@ -518,15 +519,15 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread)
 
 def test_at_comes_first_where_it_is_needed():
     """By methods that it teaches; by all others where masked gradients are looked for with it."""
-    alone = replace(training.PRESETS["test"], surrogate=False)
+    alone = replace(trainer.PRESETS["test"], surrogate=False)
     names = ["trades-pre", "iad"]
-    assert robustness.ordered(names, training.PRESETS["test"]) == ["at", *names]
+    assert robustness.ordered(names, trainer.PRESETS["test"]) == ["at", *names]
     assert robustness.ordered(names, alone) == ["trades-pre", "at", "iad"]
     assert robustness.ordered(["cure"], alone) == ["cure"]
 
 
 def test_a_run_without_autoattack_says_so_before_it_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
     words = ["--preset", "digits", "--methods", "at", "--runs", str(tmp_path / "runs")]
     with pytest.raises(SystemExit, match="AutoAttack needs `pip install pyautoattack`"):
         robustness.main([*words, "--results", str(tmp_path / "r"), "--device", "cpu"])
@@ -552,8 +553,8 @@ def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
     words = ["--preset", "test", "--runs", str(tmp_path), "--images", "8"]
     with pytest.raises(SystemExit, match=r"at-seed0-last\.pt is missing: run the method"):
         crosscheck.main([*words, "--methods", "at"])
-    place = training.Place(tmp_path, tmp_path / "r")
-    training.Trainer("at", 0, training.PRESETS["test"], place).run(lambda text: None)
+    place = trainer.Place(tmp_path, tmp_path / "r")
+    trainer.Trainer("at", 0, trainer.PRESETS["test"], place).run(lambda text: None)
     capsys.readouterr()
     crosscheck.main([*words, "--methods", "at", "--json", str(tmp_path / "c.json")])
     out = capsys.readouterr().out
@@ -567,12 +568,20 @@ def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
     assert table in out
 
 
-@pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat"])
+def test_natural_weights_of_other_settings_are_refused(tmp_path, one_thread):
+    place, preset = trainer.Place(tmp_path, tmp_path / "r"), trainer.PRESETS["test"]
+    trainer.Trainer("cure", 0, preset, place).start(warm=True)
+    other = trainer.Trainer("cure", 0, replace(preset, lr=0.1), place)
+    with pytest.raises(training.DataError, match=r"natural-seed0.pt is a warm-up with other sett"):
+        other.start(warm=True)
+
+
+@pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat", "released-rgp"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name, one_thread):
-    preset = replace(training.PRESETS["test"], epochs=3)
-    place = training.Place(tmp_path / "a", tmp_path / "ra")
-    training.Trainer("at", 0, preset, place).run(lambda text: None)
-    training.Trainer(name, 0, preset, place).run(lambda text: None)
+    preset = replace(trainer.PRESETS["test"], epochs=3)
+    place = trainer.Place(tmp_path / "a", tmp_path / "ra")
+    trainer.Trainer("at", 0, preset, place).run(lambda text: None)
+    trainer.Trainer(name, 0, preset, place).run(lambda text: None)
     whole = torch.load(tmp_path / "a" / f"{name}-seed0-last.pt", weights_only=True)
 
     class Stop(Exception):
@@ -582,12 +591,12 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name, one_thread):
         if "epoch 2/3" in text:
             raise Stop
 
-    other = training.Place(tmp_path / "b", tmp_path / "rb")
-    training.Trainer("at", 0, preset, other).run(lambda text: None)
+    other = trainer.Place(tmp_path / "b", tmp_path / "rb")
+    trainer.Trainer("at", 0, preset, other).run(lambda text: None)
     with pytest.raises(Stop):
-        training.Trainer(name, 0, preset, other).run(stop)
+        trainer.Trainer(name, 0, preset, other).run(stop)
     torch.manual_seed(99)
-    training.Trainer(name, 0, preset, other).run(lambda text: None)
+    trainer.Trainer(name, 0, preset, other).run(lambda text: None)
     resumed = torch.load(tmp_path / "b" / f"{name}-seed0-last.pt", weights_only=True)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 

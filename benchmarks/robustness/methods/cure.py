@@ -96,8 +96,14 @@ class CURE(TRADES):
         )
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the param groups."""
-        return rgp_param_groups(self.model, leave_out=self.left_out())
+        """Return the param groups; the released mode ``rgp`` selects in norms and biases too."""
+        if self.options["loss"] == "trades":
+            return rgp_param_groups(self.model, leave_out=self.left_out())
+        (head,) = self.left_out()
+        named = list(self.model.named_parameters())
+        outside = [(n, p) for n, p in named if n.rpartition(".")[0] == head]
+        inside = [(n, p) for n, p in named if n.rpartition(".")[0] != head]
+        return [{"params": inside}, {"params": outside, "rgp_update_fraction": 1.0}]
 
     def rule(self) -> Any:
         """Return the score: CURE's, or a control's."""
@@ -140,31 +146,14 @@ class CURE(TRADES):
         return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
 
 
-class ReleasedRGP(CURE):
-    """The released mode ``rgp``: no KL, the loss's own gradient, and BatchNorm and biases too."""
-
-    def groups(self) -> list[dict[str, Any]]:
-        head = set(self.left_out())
-        named = [(n.rpartition(".")[0] in head, p) for n, p in self.model.named_parameters()]
-        inside = {"params": [p for outside, p in named if not outside]}
-        return [
-            inside,
-            {"params": [p for outside, p in named if outside], "rgp_update_fraction": 1.0},
-        ]
-
-
-def variant(
-    name: str, kind: type[CURE] = CURE, published: Any = None, **changes: Any
-) -> type[CURE]:
+def variant(name: str, published: Any = None, **changes: Any) -> type[CURE]:
     """Return CURE with other settings, as a row of its own."""
     networks = {
         network: {key: value for key, value in settings.items() if key not in changes}
         for network, settings in CURE.networks.items()
     }
     body = {"title": name, "official": {**CURE.official, **changes}, "networks": networks}
-    return type(
-        name, (kind,), {**body, "published": published or {}, "__doc__": f"CURE, {changes}"}
-    )
+    return type(name, (CURE,), {**body, "published": published or {}})
 
 
 # Published: Table 7.
@@ -180,8 +169,7 @@ CONTROLS = [
     variant("CURE, global scope", scope="global"),
     variant("CURE, signed score", score="signed"),
     variant("CURE, training gradient as score", score="loss_gradient"),
-    variant(
-        "CURE as released, rgp", ReleasedRGP, loss="ce", score="loss_gradient", conserve="gradients"
-    ),
+    # No KL, the loss's own gradient, and BatchNorm and biases too.
+    variant("CURE as released, rgp", loss="ce", score="loss_gradient", conserve="gradients"),
     variant("CURE as released, rgp_soft", score="signed", conserve="gradients"),
 ]

@@ -1,16 +1,12 @@
 """TRADES (Zhang et al., ICML 2019): the natural cross-entropy and a divergence under attack."""
 
-import sys
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
+from captured import kl_attack_of
 from torch import Tensor
 
 from rgp_optim import kl_adv_loss
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
-from captured import kl_attack_of
 
 from .base import Method
 
