@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
     add("--results", type=Path, help="folder of the JSON files")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
-    add("--figure", type=Path, metavar="PNG", help="draw the table too")
+    add("--figure", type=Path, metavar="PNG", help="draw natural against robust accuracy")
     add("--curves", type=Path, metavar="PNG", help="draw how the runs of the first seed went")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
     add("--quiet", action="store_true", help="say only what is finished")
@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
-    from analysis.figure import draw_curves, draw_table, save
+    from analysis.figure import draw_curves, draw_scatter, save
 
     if runs and args.figure:
-        save(args.figure, lambda figure: draw_table(figure, runs), (13, 1.5 + 0.3 * len(runs)))
+        save(args.figure, lambda figure: draw_scatter(figure, runs), (10, 7))
     if runs and args.curves:
         some = {name: of[args.seeds[0]] for name, of in runs.items() if args.seeds[0] in of}
         some = {name: run for name, run in some.items() if name in args.methods}
