@@ -5,11 +5,8 @@
     python benchmarks/speed/selection.py --sizes              # one tensor of 1e3 to 1e7 weights
     python benchmarks/speed/selection.py --update                   # the optimizer's step around it
 
-Timed is all from two lists of gradients to the result: on a CPU the masks, on a GPU the adversarial
-gradients, set to 0 in place where conserved. Gradients are drawn at random, with a scale that
-differs by row; on a GPU they are restored, and its cache filled with something else, before each
-call. Providers are interleaved in one run, so that ratios hold on a busy machine. `--csv` appends
-the rows. On a GPU times are the GPU's; what the host needs to launch a call is in ``host_ms``.
+Timed is all from two lists of gradients to the masks, or, on a GPU, to the gradients set to 0 where
+conserved; there the cache is cold. Providers are interleaved in one run.
 
     ours        this library
     sort        its specification: a stable sort of each tensor
@@ -18,15 +15,9 @@ the rows. On a GPU times are the GPU's; what the host needs to launch a call is 
     percentile  np.percentile of each tensor on the CPU, comparison: the authors' way
     ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
 
-With `--update` the step of the optimizer is timed instead, all gradients being there already:
-
-    sgd             torch's SGD, fused, with momentum and weight decay
-    ours            the same, wrapped; conserved weights stay as they are
-    ours-gradients  the same with conserve="gradients"
-
-The byte floor is what any exact way must move: both gradients read once, and the masked one
-written (12 bytes for each float32 weight), or the mask (9). Its time is that of a copy of as many
-bytes on this device, in this run.
+The byte floor is what any exact way must move, at the speed of a copy on this device: both
+gradients read once, and the masked one written, or the mask. `--update` times the step of torch's
+fused SGD plain, wrapped, and wrapped with conserve="gradients".
 """
 
 from __future__ import annotations
@@ -39,43 +30,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import measure
 import numpy as np
 import torch
+from networks import NETWORKS
 from torch import Tensor
 
 from rgp_optim import RGPSelectiveOptimizer, functional
 
 Shapes = list[tuple[int, ...]]
+ALPHA = 0.1
 
 
 # The models: shapes of the parameters in which weights are selected, two dimensions or more.
 
 
-def resnet18() -> Shapes:
-    """ResNet-18 for CIFAR-10."""
-    shapes: Shapes = [(64, 3, 3, 3)]
-    c_in = 64
-    for width in (64, 128, 256, 512):
-        for _ in range(2):
-            shapes += [(width, c_in, 3, 3), (width, width, 3, 3)]
-            if c_in != width:
-                shapes.append((width, c_in, 1, 1))
-            c_in = width
-    return [*shapes, (10, 512)]
-
-
-def wrn34_10() -> Shapes:
-    """WideResNet-34-10 for CIFAR-10."""
-    shapes: Shapes = [(16, 3, 3, 3)]
-    c_in = 16
-    for width in (160, 320, 640):
-        for _ in range(5):
-            shapes += [(width, c_in, 3, 3), (width, width, 3, 3)]
-            if c_in != width:
-                shapes.append((width, c_in, 1, 1))
-            c_in = width
-    return [*shapes, (10, 640)]
+def shapes_of(network: str) -> Shapes:
+    """Return the shapes of one of the examples' networks, for CIFAR-10."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in NETWORKS[network]().parameters() if p.dim() > 1]
 
 
 def vit_b() -> Shapes:
@@ -85,8 +60,8 @@ def vit_b() -> Shapes:
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {
-    "resnet18": resnet18,
-    "wrn34-10": wrn34_10,
+    "resnet18": lambda: shapes_of("resnet18"),
+    "wrn34-10": lambda: shapes_of("wrn34-10"),
     "vit-b": vit_b,
     "1b": lambda: [(4096, 4096)] * 59 + [(1, 10144256)],
     "tiny": lambda: [(8, 3, 3, 3), (40, 30), (1, 1)],
@@ -141,12 +116,15 @@ def heavy(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.d
 # The providers.
 
 
+def library_masks(case: Case, backend: Any = "auto") -> list[Tensor]:
+    how = dict(alpha=case.alpha, update_fraction=case.keep, scope=case.scope, backend=backend)
+    return functional.rgp_topk_masks(case.g_nats, case.g_advs, **how)
+
+
 def ours(case: Case) -> list[Tensor]:
     count = len(case.g_advs)
     if not case.on_gpu:
-        return functional.rgp_topk_masks(
-            case.g_nats, case.g_advs, alpha=case.alpha, update_fraction=case.keep, scope=case.scope
-        )
+        return library_masks(case)
     pools = [0] * count if case.scope == "global" else list(range(count))
     masks = functional.select(
         case.g_nats, case.g_advs, [case.alpha] * count, [case.keep] * count, pools
@@ -156,10 +134,7 @@ def ours(case: Case) -> list[Tensor]:
 
 
 def sort(case: Case) -> list[Tensor]:
-    masks = functional.rgp_topk_masks(
-        case.g_nats, case.g_advs, alpha=case.alpha, update_fraction=case.keep, scope=case.scope,
-        backend="torch",
-    )  # fmt: skip
+    masks = library_masks(case, "torch")
     return Case(case.g_nats, case.g_advs, case.alpha, case.keep, "tensor").finish(masks)
 
 
@@ -168,27 +143,24 @@ def count(score: Tensor, keep: float) -> int:
 
 
 def topk(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        least = torch.topk(score.flatten(), count(score, case.keep), sorted=False).values.min()
-        masks.append(score >= least)
-    return case.finish(masks)
+    def least(score: Tensor) -> Tensor:
+        return torch.topk(score.flatten(), count(score, case.keep), sorted=False).values.min()
+
+    return case.finish([score >= least(score) for score in case.scores()])
 
 
 def kthvalue(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        n = score.numel()
-        masks.append(score >= score.flatten().kthvalue(n - count(score, case.keep) + 1).values)
-    return case.finish(masks)
+    def least(score: Tensor) -> Tensor:
+        return score.flatten().kthvalue(score.numel() - count(score, case.keep) + 1).values
+
+    return case.finish([score >= least(score) for score in case.scores()])
 
 
 def percentile(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        threshold = np.percentile(score.cpu().numpy(), 100 * (1 - case.keep))
-        masks.append(score >= float(threshold))
-    return case.finish(masks)
+    def least(score: Tensor) -> float:
+        return float(np.percentile(score.cpu().numpy(), 100 * (1 - case.keep)))
+
+    return case.finish([score >= least(score) for score in case.scores()])
 
 
 PROVIDERS = {p.__name__: p for p in (ours, sort, topk, kthvalue, percentile)}
@@ -230,7 +202,7 @@ class Update:
         if name != "sgd":
             conserve = "gradients" if name == "ours-gradients" else "weights"
             self.optimizer = RGPSelectiveOptimizer(
-                self.optimizer, update_fraction=args.keep[0], alpha=args.alpha, conserve=conserve
+                self.optimizer, update_fraction=args.keep[0], alpha=ALPHA, conserve=conserve
             )  # type: ignore[arg-type]
 
     def prepare(self) -> None:
@@ -261,18 +233,11 @@ def run_update(
             # The host launches a step in milliseconds; asleep, the device waits for all of it.
             seconds = measure.once(update.optimizer.step, device, 50 * measure.HEAD_START)
             times[name] += [seconds] * (turn >= 2)
-    weights = sum(math.prod(s) for s in shapes)
-    rows, lines = [], []
-    base = measure.quantiles(times["sgd"])[1]
-    for name in UPDATES:
-        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
-        rows.append({
-            "benchmark": "update", "model": model, "weights": weights, "dtype": dtype,
-            "scope": "tensor", "keep": args.keep[0], "provider": name, "p20_ms": f"{p20:.4g}",
-            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-        })  # fmt: skip
-        lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", f"{p50 / 1e3 / base:.2f} x"])
-    print(f"\n{model}: {weights:,} weights, {dtype}, keep {args.keep[0]}, a step of the optimizer")
+    common = {"benchmark": "update", "scope": "tensor", "keep": args.keep[0]}
+    common |= {"model": model, "weights": sum(map(math.prod, shapes)), "dtype": dtype}
+    rows = [{**common, "provider": name, **measure.timing(times[name])} for name in UPDATES]
+    lines = [measure.shown(row, float(rows[0]["p50_ms"])) for row in rows]
+    print(f"\n{model}: {common['weights']:,} weights, {dtype}, keep {args.keep[0]}, one step")
     print(measure.table(["", "median ms", "p20 - p80", "against sgd"], lines))
     return rows
 
@@ -290,12 +255,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def check(case: Case) -> str:
     """Compare the masks with those of a stable sort."""
-    options = dict(alpha=case.alpha, update_fraction=case.keep, scope=case.scope)
     if sum(g.numel() for g in case.g_advs) > 2e8:
         return "masks not compared: too large to sort"
-    got = functional.rgp_topk_masks(case.g_nats, case.g_advs, **options)
-    want = functional.rgp_topk_masks(case.g_nats, case.g_advs, **options, backend="torch")
-    if not all(map(torch.equal, got, want)):
+    if not all(map(torch.equal, library_masks(case), library_masks(case, "torch"))):
         raise AssertionError("the masks are not those of a stable sort")
     return "masks equal to a stable sort's"
 
@@ -307,7 +269,7 @@ def run_case(
     device = torch.device(args.device)
     g_nats = [heavy(s, 2 * i, DTYPES[dtype], device) for i, s in enumerate(shapes)]
     g_advs = [heavy(s, 2 * i + 1, DTYPES[dtype], device) for i, s in enumerate(shapes)]
-    case = Case(g_nats, g_advs, args.alpha, keep, scope)
+    case = Case(g_nats, g_advs, ALPHA, keep, scope)
     originals = [g.clone() for g in g_advs] if case.on_gpu else []
     flush = torch.zeros(1 << 26, device=device) if case.on_gpu else None
 
@@ -324,24 +286,31 @@ def run_case(
         prepare()
         calls[name] = make(name, case)
     times = measure.interleaved(calls, args.rounds, device, prepare)
-    weights = sum(math.prod(s) for s in shapes)
-    item = g_advs[0].element_size()
+    weights, item = sum(map(math.prod, shapes)), g_advs[0].element_size()
     floor_bytes = weights * (3 * item if case.on_gpu else 2 * item + 1)
     floor_ms = floor_bytes / args.bandwidth * 1e3
     rows = []
     for name in names:
-        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
-        row = {
+        row = measure.timing(times[name])
+        ms = float(row["p50_ms"])
+        row |= {
             "benchmark": "size" if args.sizes else "select", "model": model, "weights": weights,
-            "dtype": dtype, "scope": scope, "keep": keep, "provider": name, "p20_ms": f"{p20:.4g}",
-            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-            "floor_bytes": floor_bytes, "gb_per_s": f"{floor_bytes / p50 / 1e6:.4g}",
-            "floor_share": f"{floor_ms / p50:.3f}", "note": note if name == "ours" else "",
+            "dtype": dtype, "scope": scope, "keep": keep, "provider": name,
+            "floor_bytes": floor_bytes, "gb_per_s": f"{floor_bytes / ms / 1e6:.4g}",
+            "floor_share": f"{floor_ms / ms:.3f}", "note": note if name == "ours" else "",
         }  # fmt: skip
         if case.on_gpu:
             row |= on_gpu(calls[name], prepare)
         rows.append(row)
-    show(rows, floor_ms)
+    mine = next((float(row["p50_ms"]) for row in rows if row["provider"] == "ours"), None)
+    lines = [
+        [*measure.shown(row, mine), f"{float(row['p50_ms']) * 1e6 / weights:.3g}"] for row in rows
+    ]
+    print(
+        f"\n{model}: {weights:,} weights, {dtype}, scope {scope}, keep {keep}; "
+        f"byte floor {floor_ms:.3g} ms; {note}"
+    )
+    print(measure.table(["", "median ms", "p20 - p80", "against ours", "ns/weight"], lines))
     return rows
 
 
@@ -361,44 +330,6 @@ def on_gpu(call: Callable[[], object], prepare: Callable[[], None]) -> dict[str,
     found["launches"] = measure.count_launches(call)
     found["host_ms"] = f"{1e3 * measure.host_seconds(call):.4g}"
     return found
-
-
-def show(rows: Sequence[dict[str, Any]], floor_ms: float) -> None:
-    """Print one case."""
-    first = rows[0]
-    print(
-        f"\n{first['model']}: {first['weights']:,} weights, {first['dtype']}, "
-        f"scope {first['scope']}, keep {first['keep']}; byte floor {floor_ms:.3g} ms; "
-        f"{first['note'] or 'not compared'}"
-    )
-    mine = next((float(r["p50_ms"]) for r in rows if r["provider"] == "ours"), math.nan)
-    lines = [
-        [
-            r["provider"],
-            r["p50_ms"],
-            f"{r['p20_ms']} - {r['p80_ms']}",
-            f"{float(r['p50_ms']) * 1e6 / r['weights']:.3g}",
-            f"{float(r['p50_ms']) / mine:.2f} x",
-        ]
-        for r in rows
-    ]
-    print(measure.table(["", "median ms", "p20 - p80", "ns/weight", "against ours"], lines))
-
-
-def goals(rows: Sequence[dict[str, Any]]) -> None:
-    """Say whether a CPU reaches what the project promises."""
-    for row in rows:
-        if row["provider"] != "ours" or row["benchmark"] != "select" or row["weights"] < 1e6:
-            continue
-        same = ("model", "dtype", "scope", "keep")
-        peers = {r["provider"]: r for r in rows if all(r[c] == row[c] for c in same)}
-        for name, goal in (("percentile", 5.0), ("kthvalue", 4.5)):
-            if name in peers:
-                ratio = float(peers[name]["p50_ms"]) / float(row["p50_ms"])
-                print(
-                    f"{row['model']}, keep {row['keep']}, scope {row['scope']}: {ratio:.1f} times "
-                    f"faster than {name} (goal {goal:g}: {'yes' if ratio >= goal else 'NO'})"
-                )
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -430,20 +361,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtypes", type=names_of(list(DTYPES)), default=["float32"])
     parser.add_argument("--scopes", type=names_of(["tensor", "global"]), default=["tensor"])
     parser.add_argument("--keep", type=fractions, default=[0.5, 0.1], help="share that is updated")
-    parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--providers", type=names_of([*PROVIDERS, *ON_GPU]))
     parser.add_argument("--sizes", action="store_true", help="one tensor of many sizes instead")
     parser.add_argument("--update", action="store_true", help="the optimizer's step instead")
-    parser.add_argument(
-        "--csv", type=Path, help=f"append the rows, as {measure.RESULTS.name} has them"
-    )
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is available here")
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = measure.device_of(args, parser)
     if args.providers is None:
         args.providers = ["ours", "topk", "kthvalue", "percentile"]
         args.providers += ON_GPU if device.type == "cuda" else []
@@ -462,7 +386,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             measure.append_rows(args.csv, [{**where, **row} for row in new])
 
     if args.sizes:
-        cases = [("one tensor", [(n // 100, 100)]) for n in sizes()]
+        # 1e3 to 1e7, three to a decade
+        cases = [("one tensor", [(round(10 ** (1 + i / 3)), 100)]) for i in range(13)]
     else:
         cases = [(name, MODELS[name]()) for name in args.models]
     for model, shapes in cases:
@@ -473,17 +398,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for scope in args.scopes:
                 for keep in args.keep:
                     keep_rows(run_case(model, shapes, dtype, scope, keep, args))
-    print()
-    if device.type == "cpu" and not args.update:
-        goals(rows)
-    if args.csv:
-        print(f"{len(rows)} rows added to {args.csv}")
     return rows
-
-
-def sizes() -> list[int]:
-    """Return 1e3 to 1e7, three to a decade."""
-    return [round(10 ** (3 + i / 3) / 100) * 100 for i in range(13)]
 
 
 if __name__ == "__main__":
