@@ -4,9 +4,8 @@
     python benchmarks/gpu/kernels.py --variants all       # the same with other sizes
     python benchmarks/gpu/kernels.py --models tiny --device cpu     # a rehearsal
 
-Times are the profiler's, medians over calls that begin with a cold cache. Each variant is compiled
-and measured in its own process; its masks are compared with those of a stable sort first. "as it
-is" comes first and last, to show how far two runs of the same differ.
+Medians of the profiler's times, with a cold cache. Each variant is compiled and measured in its own
+process, after a comparison of its masks with a stable sort's.
 """
 
 from __future__ import annotations
@@ -150,13 +149,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is available here; --device cpu --models tiny rehearses")
+    device = measure.device_of(args, parser)
     if args.only:
         print(json.dumps(measured(args)))
         return []
     rows = []
-    where = measure.environment(torch.device(args.device))
+    where = measure.environment(device)
     for name in VARIANTS if args.variants == ["all"] else args.variants:
         found = in_a_process(name, args)
         rows += found

@@ -12,8 +12,7 @@
     list-D      one weight in D takes a place in a list: atomics that return, all at one address
     launch      an empty kernel, one of a hundred in a graph
 
-Times are medians of graph replays with a cold cache, the ways taking turns. ``gb_per_s`` counts the
-bytes named above; of atomics the note has how many a second.
+Medians of graph replays with a cold cache, interleaved. ``gb_per_s`` counts the bytes named above.
 """
 
 from __future__ import annotations
@@ -184,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is available here; --device cpu rehearses in the interpreter")
+    device = measure.device_of(args, parser)
     n = args.weights or (100_000_000 if device.type == "cuda" else 100_000)
     roofs = Roofs(n, device)
     ways = roofs.ways((16, 32, 48, 64, 128, 480) if device.type == "cuda" else (1,))
@@ -195,22 +192,21 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     times = measure.interleaved(calls, args.rounds, device, flush.sum)
     where, rows, lines = measure.environment(device), [], []
     for name, (_, moved, atomics) in ways.items():
-        p20, p50, p80 = measure.quantiles(times[name])
+        p50 = measure.quantiles(times[name])[1]
         note = f"{atomics / p50 / 1e9:.3g} billion atomics/s" if atomics else ""
         if name == "launch":
             note = f"{1e6 * p50 / 100:.3g} us each"
-        rows.append({
-            **where, "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
-            "provider": name, "p20_ms": f"{1e3 * p20:.4g}", "p50_ms": f"{1e3 * p50:.4g}",
-            "p80_ms": f"{1e3 * p80:.4g}", "repeats": args.rounds, "floor_bytes": moved,
-            "gb_per_s": f"{moved / p50 / 1e9:.4g}", "note": note,
-        })  # fmt: skip
-        lines.append([name, f"{1e3 * p50:.4g}", f"{moved / p50 / 1e9:.4g}", note])
+        row = where | measure.timing(times[name]) | {
+            "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
+            "provider": name, "floor_bytes": moved, "gb_per_s": f"{moved / p50 / 1e9:.4g}",
+            "note": note,
+        }  # fmt: skip
+        rows.append(row)
+        lines.append([name, row["p50_ms"], row["gb_per_s"], note])
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {n:,} weights\n")
     print(measure.table(["", "median ms", "GB/s", ""], lines))
     if args.csv:
         measure.append_rows(args.csv, rows)
-        print(f"\n{len(rows)} rows added to {args.csv}")
     return rows
 
 
