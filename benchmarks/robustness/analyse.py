@@ -12,6 +12,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import summary
 import torch
 from analysis import blocks, corruptions, layers, smallest
-from analysis.figure import COLORS, save
+from analysis.figure import COLORS, draw_curves, save
 from methods import METHODS
 from report import write_json
 from trainer import PRESETS, Place, Preset, Trainer
@@ -49,21 +51,15 @@ def collect(
         x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
         most = 4 * preset.eps
         radius, _ = smallest.smallest_radius(model, x, y, most=most, seed=seed)
+        pairs = zip(x.split(64), x_adv.split(64), strict=True)
         stages = [f"stages.{i}" for i in range(len(model.stages))]
-        history = runs[name][seed]["history"]
         found["methods"][name] = {
             "title": METHODS[name].title,
             "corruptions": corruptions.accuracies(model, x, y),
-            "smallest": {
-                "most": most,
-                "radii": sorted(float(r) if torch.isfinite(r) else most for r in radius),
-            },
-            "cka": layers.cka(
-                model, zip(x.split(64), x_adv.split(64), strict=True), ["conv", *stages]
-            ),
+            "smallest": {"most": most, "radii": sorted(radius.clamp(max=most).tolist())},
+            "cka": layers.cka(model, pairs, ["conv", *stages]),
             "gradients": layers.gradient_sizes(model, x, x_adv, y),
-            "updated": layers.updated_early_and_late(history),
-            "curves": {key: [row[key] for row in history] for key in ("loss", "natural", "robust")},
+            "updated": layers.updated_early_and_late(runs[name][seed]["history"]),
         }
         print(f"{name} looked at", flush=True)
     if study:
@@ -80,16 +76,11 @@ def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[st
         model = trainer.start(warm=True)
         generator = torch.Generator(trainer.device).manual_seed(seed)
         attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": trainer.step_size}
+        attack["generator"] = generator
         if learn:
-            blocks.train(
-                model,
-                blocks.blocks_of(model),
-                learn,
-                lambda generator=generator: trainer.train.batches(preset.batch_size, generator),
-                epochs=epochs,
-                lr=preset.lr,
-                attack={**attack, "generator": generator},
-            )
+            batches = partial(trainer.train.batches, preset.batch_size, generator)
+            how = {"epochs": epochs, "lr": preset.lr, "attack": attack}
+            blocks.train(model, blocks.blocks_of(model), learn, batches, **how)
         label = "all" if learn == names else "none" if not learn else learn[0]
         rows[label] = columns(model, trainer.batches(trainer.test), preset.eps)
         print(f"U-{label}: {rows[label]}", flush=True)
@@ -100,10 +91,8 @@ def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[st
 
 
 def _each(found: dict[str, Any]) -> Any:
-    return [
-        (entry["title"], COLORS[i % len(COLORS)], entry)
-        for i, entry in enumerate(found["methods"].values())
-    ]
+    entries = found["methods"].values()
+    return [(entry["title"], color, entry) for color, entry in zip(cycle(COLORS), entries)]
 
 
 def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
@@ -169,21 +158,6 @@ def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
     axis.legend(frameon=False)
 
 
-def draw_curves(figure: Any, found: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    for title, color, entry in _each(found):
-        epochs = range(1, len(entry["curves"]["loss"]) + 1)
-        left.plot(epochs, entry["curves"]["natural"], "--", color=color, alpha=0.5)
-        left.plot(epochs, entry["curves"]["robust"], color=color, label=title)
-        right.plot(epochs, entry["curves"]["loss"], color=color)
-    left.set(xlabel="epoch", ylabel="validation accuracy, %")
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    left.set_title("under attack (solid), natural (dashed)", fontsize=10)
-    right.set(xlabel="epoch", ylabel="training loss (each method's own)")
-    figure.legend(*left.get_legend_handles_labels(), **ABOVE)
-
-
 def draw_perturbations(
     figure: Any, methods: Sequence[str], seed: int, preset: Preset, place: Place
 ) -> None:
@@ -247,11 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         "smallest": (draw_smallest, (6, 4)),
         "layers": (draw_layers, (11, 4)),
         "updated": (draw_updated, (8, 4.5)),
-        "curves": (draw_curves, (11, 4)),
         **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
     }
     for name, (draw, size) in figures.items():
         save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
+    one = {name: of[args.seed] for name, of in summary.read(results).items() if name in methods}
+    save(out / "curves.png", lambda figure: draw_curves(figure, one), (12, 4))
     some = [name for name in args.pictures.split(",") if name in methods]
     save(
         out / "perturbations.png",

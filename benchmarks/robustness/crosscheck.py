@@ -10,7 +10,6 @@ comparable. AutoAttack comes with its first two attacks, as in the table, and wi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,11 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, flo
     }
 
 
-def table(content: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a row for each network."""
     head = ["network", *COLUMNS.values()]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in content["rows"]:
+    for row in rows:
         name = f"{row['method']}, seed {row['seed']}"
         lines.append(f"| {' | '.join([name, *(f'{row[c]:.1f}' for c in COLUMNS)])} |")
     return "\n".join(lines)
@@ -102,11 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data-label", help="name of the data beside results, when the files are not originals")
     add("--runs", type=Path, help="where run.py left the weights")
     add("--json", type=Path, help="write the rows here")
-    add("--table", type=Path, help="print the table of such a file and attack nothing")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
     names = args.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")
@@ -122,17 +117,11 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({"method": name, "seed": args.seed, **numbers})
     except DataError as error:
         sys.exit(f"error: {error}")
-    content = {
-        "data": trainer.label,
-        "preset": args.preset,
-        "eps": preset.eps,
-        "images": len(images),
-        "versions": {**versions(trainer.device), "foolbox": foolbox.__version__},
-        "rows": rows,
-    }
     if args.json:
-        write_json(args.json, content)
-    print(table(content))
+        told = {**versions(trainer.device), "foolbox": foolbox.__version__}
+        content = {"data": trainer.label, "preset": args.preset, "eps": preset.eps}
+        write_json(args.json, {**content, "images": len(images), "versions": told, "rows": rows})
+    print(table(rows))
 
 
 if __name__ == "__main__":

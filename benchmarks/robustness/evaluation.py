@@ -16,26 +16,15 @@ def auto_attack(
 ) -> float:
     """Return the accuracy under AutoAttack (Croce and Hein, ICML 2020), in percent.
 
-    Args:
-        model: In eval mode.
-        x: Images, all that are attacked.
-        y: Their labels.
-        eps: Radius.
-        whole: The standard four attacks; otherwise the first two, APGD-CE and APGD-T.
-        seed: Of all draws.
+    All four attacks if ``whole``; otherwise the first two, APGD-CE and APGD-T.
     """
     from pyautoattack import AutoAttack
 
     model.eval()
     modes = [p.requires_grad for p in model.parameters()]
     try:
-        attack = AutoAttack(
-            model,
-            eps=eps,
-            device=x.device,
-            seed=seed,
-            **({"version": "standard"} if whole else {"version": "custom", "attacks": FIRST_TWO}),
-        )
+        which = {"version": "standard"} if whole else {"version": "custom", "attacks": FIRST_TWO}
+        attack = AutoAttack(model, eps=eps, device=x.device, seed=seed, **which)
         x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=250)
     finally:
         for p, mode in zip(model.parameters(), modes, strict=True):
@@ -53,12 +42,11 @@ def masking(
     less to images that fool another network than to its own (Athalye et al., ICML 2018; Carlini et
     al., 2019).
     """
+    large = min(1.0, 6 * eps)
     row = {
         "pgd20": accuracy(model, batches, **pgd20(eps)),
         "pgd100": accuracy(model, batches, **{**pgd20(eps), "steps": 100}),
-        "large_eps": accuracy(
-            model, batches, eps=min(1.0, 6 * eps), steps=50, step_size=0.3 * min(1.0, 6 * eps) / 2
-        ),
+        "large_eps": accuracy(model, batches, eps=large, steps=50, step_size=0.3 * large / 2),
     }
     if surrogate is not None:
         row["transfer"] = accuracy(model, batches, attacked=surrogate, **pgd20(eps))

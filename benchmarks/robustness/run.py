@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,58 +120,48 @@ def ordered(methods: list[str], preset: Preset) -> list[str]:
 
 def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
     """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
+    preset = preset_of(args)
     place = Place(
         args.runs, args.results, args.data_dir, args.data_label, args.device, args.download
     )
-
-    def done(name: str, seed: int) -> bool:
-        return (place.results / f"{name}-seed{seed}.json").exists()
-
-    todo = [run for run in wanted if not done(*run)]
+    todo = [run for run in wanted if not (args.results / f"{run[0]}-seed{run[1]}.json").exists()]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done already")
-    began, finished = time.perf_counter(), 0
-    if args.jobs == 1:
-        for name, seed in todo:
+    began, finished = time.perf_counter(), []
+
+    def one(run: tuple[str, int]) -> None:
+        if args.jobs == 1:
             say = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
-            Trainer(name, seed, preset_of(args), place).run(say)
-            finished += 1
-            if not args.no_table:
-                print(progress(f"{name}-seed{seed}", finished, len(todo), began), flush=True)
+            Trainer(*run, preset, place).run(say)
+        elif subprocess.run(command(run, args)).returncode:
+            raise DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
+        finished.append(run)
+        if not args.no_table:
+            stem = f"{run[0]}-seed{run[1]}"
+            print(progress(stem, len(finished), len(todo), began), flush=True)
+
+    if args.jobs == 1:
+        for run in todo:
+            one(run)
         return
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    try:
-        while todo or running:
-            for run, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[run]
-                    if process.returncode:
-                        raise DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
-                    finished += 1
-                    total = finished + len(todo) + len(running)
-                    print(progress(f"{run[0]}-seed{run[1]}", finished, total, began), flush=True)
-            # The first run of a seed leaves what the others begin with.
-            ready = [
-                run
-                for run in todo
-                if all(done(other, run[1]) for other in needs(run[0], preset_of(args)))
-                and not (warm_needed(run, place) and any(s == run[1] for _, s in running))
-            ]
-            while ready and len(running) < args.jobs:
-                run = ready.pop(0)
-                todo.remove(run)
-                running[run] = subprocess.Popen(command(run, args))
-                if warm_needed(run, place):
-                    break
-            time.sleep(0.2)
-    finally:
-        for process in running.values():
-            process.terminate()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for stage in stages(todo, preset, place):
+                list(pool.map(one, stage))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def warm_needed(run: tuple[str, int], place: Place) -> bool:
-    """Tell whether this run would make the warm-up of its seed."""
-    return METHODS[run[0]].warm and not warm_file(place.runs, run[1]).exists()
+def stages(
+    todo: list[tuple[str, int]], preset: Preset, place: Place
+) -> tuple[list[tuple[str, int]], ...]:
+    """Split runs into those that others need, one for each warm-up that is missing, the rest."""
+    needed = {other for name, _ in todo for other in needs(name, preset)}
+    first = [run for run in todo if run[0] in needed]
+    warm = {s: (n, s) for n, s in reversed(todo) if METHODS[n].warm and n not in needed}
+    second = [run for seed, run in warm.items() if not warm_file(place.runs, seed).exists()]
+    return first, second, [run for run in todo if run not in first + second]
 
 
 def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:

@@ -22,106 +22,48 @@ from training import CIFAR10, DIGITS, LOADERS, Batches, Images, Phase, Settings,
 
 @dataclass(frozen=True)
 class Preset(Settings):
-    """What all methods of a table share.
+    """What all methods of a table share."""
 
-    Attributes:
-        auto_attack: Images that AutoAttack gets, 0 for none.
-        whole_auto_attack: All four of its attacks, or the first two.
-        masking: Images for the tests of masked gradients; None: all.
-        surrogate: Whether one of them attacks through AT's network, which is trained first then.
-        attack: How attacks on the divergence run, one of `captured.WAYS`; on a CPU without a graph.
-        options: Settings of methods that are not their paper's, by name; "*" for all that have it.
-    """
-
-    auto_attack: int = 0
-    whole_auto_attack: bool = False
-    masking: int | None = None
-    surrogate: bool = True
-    attack: str = "eager"
+    auto_attack: int = 0  # images that AutoAttack gets
+    whole_auto_attack: bool = False  # all four of its attacks, or the first two
+    masking: int | None = None  # images for the tests of masked gradients; None: all
+    surrogate: bool = True  # one of them attacks through AT's network, which is trained first then
+    attack: str = "eager"  # one of `captured.WAYS`; on a CPU always eager
+    # Settings of methods that are not their paper's, by name; "*" for all that have it.
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+GPU = {"channels_last": True, "attack": "compile-graph", "whole_auto_attack": True}
 PRESETS = {
     "digits": Preset(
-        **DIGITS,
-        auto_attack=200,
-        options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}},
+        **DIGITS, auto_attack=200, options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
     ),
     "cpu": Preset(
-        data="cifar10",
-        network="resnet8",
-        epochs=12,
-        warmup_epochs=8,
-        batch_size=128,
-        lr=0.1,
-        eps=8 / 255,
-        attack_steps=5,
-        train_size=5000,
-        val_size=250,
-        test_size=1000,
-        image_size=16,
-        auto_attack=200,
-        options={"*": {"beta": 5.0}},
+        data="cifar10", network="resnet8", epochs=12, warmup_epochs=8, batch_size=128, lr=0.1,
+        eps=8 / 255, attack_steps=5, train_size=5000, val_size=250, test_size=1000, image_size=16,
+        auto_attack=200, options={"*": {"beta": 5.0}},
     ),
     "gpu-short": Preset(
-        data="cifar10",
-        network="resnet18",
-        epochs=30,
-        warmup_epochs=10,
-        batch_size=128,
-        lr=0.1,
-        eps=8 / 255,
-        attack_steps=10,
-        val_size=1000,
-        auto_attack=1000,
-        whole_auto_attack=True,
-        masking=1000,
-        surrogate=False,
-        bf16=True,
-        channels_last=True,
-        attack="compile-graph",
-        options={"*": {"beta": 5.0}},
+        **CIFAR10 | GPU | {"epochs": 30, "warmup_epochs": 10, "schedule": "cosine"},
+        auto_attack=1000, masking=1000, surrogate=False, bf16=True, options={"*": {"beta": 5.0}},
     ),
-    "paper": Preset(
-        **CIFAR10,
-        auto_attack=10000,
-        whole_auto_attack=True,
-        channels_last=True,
-        attack="compile-graph",
-    ),
+    "paper": Preset(**CIFAR10 | GPU, auto_attack=10000),
     "test": Preset(
-        data="digits",
-        network="resnet8",
-        epochs=1,
-        warmup_epochs=1,
-        batch_size=64,
-        lr=0.05,
-        eps=0.1,
-        attack_steps=2,
-        train_size=128,
-        val_size=32,
-        test_size=32,
+        data="digits", network="resnet8", epochs=1, warmup_epochs=1, batch_size=64, lr=0.05,
+        eps=0.1, attack_steps=2, train_size=128, val_size=32, test_size=32,
         options={"*": {"horizon": 1.0, "rate": 1.0}},
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run reads and writes.
+    """Where a run reads and writes."""
 
-    Attributes:
-        runs: Checkpoints and weights; not for the repository.
-        results: One JSON for each finished run.
-        data: Where CIFAR-10 is, or, with ``download``, goes.
-        label: Name of the data beside results, if the files are not the originals.
-        device: Where it trains.
-    """
-
-    runs: Path
-    results: Path
-    data: str = "data"
-    label: str | None = None
+    runs: Path  # checkpoints and weights; not for the repository
+    results: Path  # one JSON for each finished run
+    data: str = "data"  # where CIFAR-10 is, or, with ``download``, goes
+    label: str | None = None  # of the data beside results, if the files are not the originals
     device: str = "cpu"
     download: bool = False
 
@@ -155,21 +97,16 @@ class Trainer(Setup):
         self.name, self.preset, self.place = name, preset, place
         self.stem = f"{name}-seed{seed}"
 
-    def weights(self, file: Path) -> dict[str, torch.Tensor]:
+    def other(self, name: str) -> nn.Module:
+        """Return the network that another method of this seed has trained, in eval mode."""
+        file = self.place.runs / f"{name}-seed{self.seed}-last.pt"
         if not file.exists():
             raise DataError(
                 f"{file} is missing: run the method that leaves it first, with `run.py "
                 "--results` elsewhere if its result is committed: weights are not."
             )
-        state: dict[str, torch.Tensor] = torch.load(
-            file, map_location=self.device, weights_only=True
-        )
-        return state
-
-    def other(self, name: str) -> nn.Module:
-        """Return the network that another method of this seed has trained, in eval mode."""
         model = self.network()
-        model.load_state_dict(self.weights(self.place.runs / f"{name}-seed{self.seed}-last.pt"))
+        model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
         return model.eval().requires_grad_(False)
 
     def start(self, warm: bool) -> nn.Module:
@@ -183,20 +120,12 @@ class Trainer(Setup):
     def method(self, model: nn.Module, generator: torch.Generator) -> Method:
         p = self.preset
         setting = Setting(
-            eps=p.eps,
-            attack_steps=p.attack_steps,
-            step_size=self.step_size,
-            epochs=p.epochs,
-            total_steps=self.steps_an_epoch * p.epochs,
-            seed=self.seed,
-            classes=self.classes,
-            generator=generator,
-            new_network=lambda: self.network(self.seed + 1000),
-            new_optimizer=self.sgd,
-            teacher=lambda: self.other("at"),
+            eps=p.eps, attack_steps=p.attack_steps, step_size=self.step_size, epochs=p.epochs,
+            total_steps=self.steps_an_epoch * p.epochs, seed=self.seed, classes=self.classes,
+            generator=generator, new_network=lambda: self.network(self.seed + 1000),
+            new_optimizer=self.sgd, teacher=lambda: self.other("at"), autocast=self.autocast,
             attack=p.attack if self.device.type == "cuda" else "eager",
-            autocast=self.autocast,
-        )
+        )  # fmt: skip
         try:
             return METHODS[self.name](model, setting, **options_of(p, self.name))
         except ValueError as error:  # a run this short has no room for what the method wants
@@ -218,18 +147,9 @@ class Trainer(Setup):
         model = self.start(METHODS[self.name].warm)
         generator = torch.Generator(self.device)
         method = self.method(model, generator)
-        phase = Phase(
-            self,
-            self.stem,
-            model,
-            method.optimizer,
-            p.epochs,
-            place.runs / f"{self.stem}.checkpoint",
-            generator=generator,
-            settings={"options": method.options},
-            report=report,
-            **method.carried(),
-        )
+        checkpoint, options = place.runs / f"{self.stem}.checkpoint", {"options": method.options}
+        how = {"generator": generator, "settings": options, "report": report, **method.carried()}
+        phase = Phase(self, self.stem, model, method.optimizer, p.epochs, checkpoint, **how)
         for epoch in phase.epochs():
             method.begin_epoch(epoch)
             for x, y in phase.batches():

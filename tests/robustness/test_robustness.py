@@ -562,10 +562,7 @@ def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
     assert row["ours"] == row["foolbox"]
     assert row["same"] == 100.0
     assert row["aa"] <= row["aa_two"] <= row["natural"]
-    crosscheck.main(["--table", str(tmp_path / "c.json")])
-    table = capsys.readouterr().out.strip()
-    assert table.startswith("| network | Natural | PGD-20 |")
-    assert table in out
+    assert out.startswith("| network | Natural | PGD-20 |")
 
 
 def test_natural_weights_of_other_settings_are_refused(tmp_path, one_thread):

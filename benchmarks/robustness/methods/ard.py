@@ -15,7 +15,6 @@ from .base import Method, Setting
 
 class ARD(Method):
     title = "ARD"
-    paper = "Goldblum et al., AAAI 2020"
     taught = True
     official: ClassVar = {"a": 1.0, "temperature": 30.0}
     published: ClassVar = {

@@ -10,7 +10,6 @@ from .base import Method
 
 class AT(Method):
     title = "AT"
-    paper = "Madry et al., ICLR 2018"
     published: ClassVar = {
         "wrn34-10": (85.17, 55.08, 44.04, 52.91, 65.27),
         "resnet18": (82.78, 51.30, 44.63, 49.72, 62.12),

@@ -103,7 +103,6 @@ class Method:
 
     Attributes:
         title: The row's name.
-        paper: Where the method is from.
         warm: Whether it starts from the natural warm-up, not from the same random weights.
         taught: Whether it learns from a network that AT has trained.
         official: Settings of its paper, which `options` of a run replace.
@@ -112,7 +111,6 @@ class Method:
     """
 
     title: ClassVar[str]
-    paper: ClassVar[str] = ""
     warm: ClassVar[bool] = False
     taught: ClassVar[bool] = False
     official: ClassVar[dict[str, Any]] = {}
@@ -146,7 +144,10 @@ class Method:
         """Take one step of the optimizer; return what is logged, detached."""
         x_adv = self.perturb(x, y)
         self.model.train()
-        loss = self.loss(x, x_adv, y)
+        return self.descend(self.loss(x, x_adv, y))
+
+    def descend(self, loss: Tensor) -> dict[str, Tensor]:
+        """Take a step down a loss; return it as `step` does."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -162,3 +163,12 @@ class Method:
         how = {"eps": s.eps, "step_size": s.step_size, "steps": s.attack_steps}
         target = self.model if model is None else model
         return pgd_attack(target, x, y, generator=s.generator, **how)
+
+    def ascend(self, goal: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return the run's attack on a goal of the images, from normal noise, not clipped."""
+        s = self.setting
+        x_adv = start(x, s, noise=0.001)
+        with evaluating(self.model):
+            for _ in range(s.attack_steps):
+                x_adv = within(x_adv + s.step_size * uphill(goal, x_adv), x, s.eps)
+        return x_adv

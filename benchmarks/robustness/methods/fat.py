@@ -12,7 +12,6 @@ from .base import Method, evaluating, per_image, start, within
 
 class FAT(Method):
     title = "FAT"
-    paper = "Zhang et al., ICML 2020"
     # Steps beyond the first mistake, from these parts of the run on: epochs 0, 50, 90 of 120.
     official: ClassVar = {"taus": ((0.0, 0), (50 / 120, 1), (90 / 120, 2)), "omega": 0.001}
     published: ClassVar = {

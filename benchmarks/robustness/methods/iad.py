@@ -15,7 +15,6 @@ from .base import Method, Setting
 
 class IAD(Method):
     title = "IAD"
-    paper = "Zhu et al., ICLR 2022"
     taught = True
     introspective = False
     # Introspection begins at epoch 60 of 200; before, the teacher is alone.

@@ -13,7 +13,6 @@ from .base import Method
 
 class TRADES(Method):
     title = "TRADES"
-    paper = "Zhang et al., ICML 2019"
     official: ClassVar = {"beta": 6.0}
     published: ClassVar = {
         "wrn34-10": (84.73, 56.82, 52.95, 54.29, 66.17),
@@ -23,15 +22,8 @@ class TRADES(Method):
     @cached_property
     def attack(self) -> Any:
         s = self.setting
-        return kl_attack_of(
-            self.model,
-            s.attack,
-            s.autocast,
-            s.generator,
-            eps=s.eps,
-            step_size=s.step_size,
-            steps=s.attack_steps,
-        )
+        how = {"eps": s.eps, "step_size": s.step_size, "steps": s.attack_steps}
+        return kl_attack_of(self.model, s.attack, s.autocast, s.generator, **how)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         found: Tensor = self.attack(x)
