@@ -15,7 +15,6 @@ Medians of graph replays with a cold cache, interleaved. ``gb_per_s`` counts the
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -131,13 +130,9 @@ def captured(call: Callable[[], None], device: torch.device) -> Callable[[], obj
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = measure.parser(__doc__, "cuda")
     parser.add_argument("--weights", type=int, help="in each array (100 million)")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     n = args.weights or (100_000_000 if device.type == "cuda" else 100_000)
@@ -150,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name, (_, moved) in ways.items():
         p50 = measure.quantiles(times[name])[1]
         note = f"{1e6 * p50 / 100:.3g} us each" if name == "launch" else ""
-        row = where | measure.timing(times[name]) | {
+        row = measure.timing(times[name]) | {
             "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
             "provider": name, "floor_bytes": moved, "gb_per_s": f"{moved / p50 / 1e9:.4g}",
             "note": note,
@@ -159,9 +154,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         lines.append([name, row["p50_ms"], row["gb_per_s"], note])
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {n:,} weights\n")
     print(measure.table(["", "median ms", "GB/s", ""], lines))
-    if args.csv:
-        measure.append_rows(args.csv, rows)
-    return rows
+    return measure.keep(args.csv, device, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the runs' JSON files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import summary
 import torch
+import trainer
 from analysis import blocks, corruptions, layers, smallest
 from analysis.figure import COLORS, draw_curves, save
 from methods import METHODS
@@ -29,8 +29,6 @@ from trainer import PRESETS, Place, Preset, Trainer
 from training import columns, pgd20
 
 from rgp_optim import pgd_attack
-
-ROOT = Path(__file__).resolve().parents[2]
 
 IMAGES = 256  # for what costs many passes
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
@@ -43,9 +41,9 @@ def collect(
     found: dict[str, Any] = {"preset": preset.data, "seed": seed, "methods": {}}
     runs = summary.read(place.results)
     for name in methods:
-        trainer = Trainer(name, seed, preset, place)
-        model = trainer.other(name).requires_grad_(True)
-        some = trainer.test[:IMAGES]
+        one = Trainer(name, seed, preset, place)
+        model = one.other(name).requires_grad_(True)
+        some = one.test[:IMAGES]
         x, y = some.floats(), some.labels
         generator = torch.Generator(x.device).manual_seed(seed)
         x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
@@ -69,20 +67,20 @@ def collect(
 
 def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[str, Any]:
     """Train natural weights by AT in each single block, in none, and in all."""
-    trainer = Trainer("cure", seed, preset, place)
-    names = list(blocks.blocks_of(trainer.network()))
+    one = Trainer("cure", seed, preset, place)
+    names = list(blocks.blocks_of(one.network()))
     rows = {}
     for learn in [[], *([name] for name in names), names]:
-        model = trainer.start(warm=True)
-        generator = torch.Generator(trainer.device).manual_seed(seed)
-        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": trainer.step_size}
+        model = one.start(warm=True)
+        generator = torch.Generator(one.device).manual_seed(seed)
+        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": one.step_size}
         attack["generator"] = generator
         if learn:
-            batches = partial(trainer.train.batches, preset.batch_size, generator)
+            batches = partial(one.train.batches, preset.batch_size, generator)
             how = {"epochs": epochs, "lr": preset.lr, "attack": attack}
             blocks.train(model, blocks.blocks_of(model), learn, batches, **how)
         label = "all" if learn == names else "none" if not learn else learn[0]
-        rows[label] = columns(model, trainer.batches(trainer.test), preset.eps)
+        rows[label] = columns(model, one.batches(one.test), preset.eps)
         print(f"U-{label}: {rows[label]}", flush=True)
     return {"epochs": epochs, "rows": rows}
 
@@ -166,9 +164,9 @@ def draw_perturbations(
     The first images that all these networks take for what they are.
     """
     columns = 8
-    trainer = Trainer(methods[0], seed, preset, place)
-    models = {name: trainer.other(name) for name in methods}
-    test = trainer.test[:IMAGES]
+    one = Trainer(methods[0], seed, preset, place)
+    models = {name: one.other(name) for name in methods}
+    test = one.test[:IMAGES]
     right = torch.ones_like(test.labels, dtype=torch.bool)
     for model in models.values():
         right &= model(test.floats()).argmax(1) == test.labels
@@ -194,25 +192,15 @@ def draw_perturbations(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
     add("--pictures", default="at,trades-pre,cure-no-revision,cure", help="of their perturbations")
     add("--seed", type=int, default=0)
     add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
-    add("--runs", type=Path)
-    add("--results", type=Path)
-    add("--data-dir", default="data")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    runs = args.runs or Path("runs") / "robustness" / args.preset
-    results = args.results or ROOT / "benchmarks" / "robustness" / "results" / args.preset
-    place = Place(runs, results, args.data_dir, None, args.device)
-    preset, methods = PRESETS[args.preset], args.methods.split(",")
-    out = results / "analysis"
+    place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
+    methods, out = args.methods.split(","), place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
     write_json(out / "analysis.json", json.loads(json.dumps(found)))
@@ -225,7 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, (draw, size) in figures.items():
         save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
-    one = {name: of[args.seed] for name, of in summary.read(results).items() if name in methods}
+    one = {
+        name: of[args.seed] for name, of in summary.read(place.results).items() if name in methods
+    }
     save(out / "curves.png", lambda figure: draw_curves(figure, one), (12, 4))
     some = [name for name in args.pictures.split(",") if name in methods]
     save(

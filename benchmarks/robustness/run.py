@@ -22,32 +22,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import summary
-import torch
+import trainer
 from image_data import DataError
 from methods import METHODS
 from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="all", help=f"some of {', '.join(METHODS)}, by commas; or all")
     add("--seeds", default="0,1,2", help="by commas (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="of each method")
     add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
     add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
-    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
     add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    add("--data-label", help="name of the data beside results, when the files are not originals")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
-    add("--results", type=Path, help="folder of the JSON files")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
     add("--figure", type=Path, metavar="PNG", help="draw natural against robust accuracy")
     add("--curves", type=Path, metavar="PNG", help="draw how the runs of the first seed went")
@@ -66,8 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.epochs is not None and args.epochs < 1:
         parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
-    args.runs = args.runs or Path("runs") / "robustness" / name
-    args.results = args.results or ROOT / "benchmarks" / "robustness" / "results" / name
+    args.place = replace(trainer.place_of(args, name), download=args.download)
     return args
 
 
@@ -80,7 +69,7 @@ def preset_of(args: argparse.Namespace) -> Preset:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.compare:
-        print(summary.comparison(summary.read(args.results), *args.compare))
+        print(summary.comparison(summary.read(args.place.results), *args.compare))
         return
     if not args.report:
         names = args.methods if args.no_table else ordered(args.methods, preset_of(args))
@@ -92,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command goes on")
     if not args.no_table:
-        print(summary.report(summary.read(args.results)))
+        print(summary.report(summary.read(args.place.results)))
     if args.figure or args.curves:
-        draw(summary.read(args.results), args)
+        draw(summary.read(args.place.results), args)
 
 
 def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
@@ -120,11 +109,8 @@ def ordered(methods: list[str], preset: Preset) -> list[str]:
 
 def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
     """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
-    preset = preset_of(args)
-    place = Place(
-        args.runs, args.results, args.data_dir, args.data_label, args.device, args.download
-    )
-    todo = [run for run in wanted if not (args.results / f"{run[0]}-seed{run[1]}.json").exists()]
+    preset, place = preset_of(args), args.place
+    todo = [run for run in wanted if not (place.results / f"{run[0]}-seed{run[1]}.json").exists()]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done already")
     began, finished = time.perf_counter(), []
@@ -168,7 +154,14 @@ def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
     """Return the command that makes one run in a process of its own."""
     words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
     words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
-    words += ["--runs", str(args.runs), "--results", str(args.results), "--quiet", "--no-table"]
+    words += [
+        "--runs",
+        str(args.place.runs),
+        "--results",
+        str(args.place.results),
+        "--quiet",
+        "--no-table",
+    ]
     words += ["--download"] * args.download
     for flag in ("network", "epochs", "auto_attack", "data_label"):
         if getattr(args, flag) is not None:

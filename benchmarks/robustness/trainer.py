@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -66,6 +67,28 @@ class Place:
     label: str | None = None  # of the data beside results, if the files are not the originals
     device: str = "cpu"
     download: bool = False
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all scripts have."""
+    found = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--preset", choices=PRESETS, default="digits")
+    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
+    add("--data-label", help="name of the data beside results, when the files are not originals")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
+    add("--results", type=Path, help="folder of the JSON files")
+    return found
+
+
+def place_of(args: argparse.Namespace, name: str) -> Place:
+    """Return the folders that flags name, or those of a preset."""
+    runs = args.runs or Path("runs") / "robustness" / name
+    results = args.results or Path(__file__).parent / "results" / name
+    return Place(runs, results, args.data_dir, args.data_label, args.device)
 
 
 def options_of(preset: Preset, name: str) -> dict[str, Any]:

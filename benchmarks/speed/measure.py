@@ -154,6 +154,24 @@ def shown(row: Mapping[str, Any], base: float | None) -> list[str]:
     return [row["provider"], row["p50_ms"], f"{row['p20_ms']} - {row['p80_ms']}", ratio]
 
 
+def keep(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> Any:
+    """Append rows to a CSV at once, as a limit of time may come; return them."""
+    if path is not None:
+        where = environment(device)
+        append_rows(path, [{**where, **row} for row in rows])
+    return rows
+
+
+def parser(text: str | None, device: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all scripts have."""
+    found = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    found.add_argument("--csv", type=Path, help="append the rows to this file")
+    return found
+
+
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
     """Return the device that was asked for; a CPU gets one thread."""
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -27,6 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ class Case:
     keep: float
     scope: str
 
+    @classmethod
+    def draw(
+        cls, shapes: Shapes, dtype: str, keep: float, scope: str, device: torch.device
+    ) -> Case:
+        """Draw gradients at random."""
+        gs = [
+            [heavy(s, 2 * i + j, DTYPES[dtype], device) for i, s in enumerate(shapes)]
+            for j in (0, 1)
+        ]
+        return cls(*gs, ALPHA, keep, scope)
+
     @property
     def on_gpu(self) -> bool:
         return self.g_advs[0].is_cuda
@@ -90,6 +102,10 @@ class Case:
             a.abs().float() * self.alpha + b.abs().float() * (1 - self.alpha) for a, b in pairs
         ]
         return found if self.scope == "tensor" else [torch.cat([s.flatten() for s in found])]
+
+    def above(self, least: Callable[[Tensor], Any]) -> list[Tensor]:
+        """Select the scores that are not below a threshold, which is computed from them."""
+        return self.finish([score >= least(score.flatten()) for score in self.scores()])
 
     def finish(self, masks: list[Tensor]) -> list[Tensor]:
         """Bring masks into the gradients' shapes; on a GPU apply them."""
@@ -138,29 +154,20 @@ def sort(case: Case) -> list[Tensor]:
     return Case(case.g_nats, case.g_advs, case.alpha, case.keep, "tensor").finish(masks)
 
 
-def count(score: Tensor, keep: float) -> int:
+def rank(score: Tensor, keep: float) -> int:
     return max(1, round(keep * score.numel()))
 
 
 def topk(case: Case) -> list[Tensor]:
-    def least(score: Tensor) -> Tensor:
-        return torch.topk(score.flatten(), count(score, case.keep), sorted=False).values.min()
-
-    return case.finish([score >= least(score) for score in case.scores()])
+    return case.above(lambda s: torch.topk(s, rank(s, case.keep), sorted=False).values.min())
 
 
 def kthvalue(case: Case) -> list[Tensor]:
-    def least(score: Tensor) -> Tensor:
-        return score.flatten().kthvalue(score.numel() - count(score, case.keep) + 1).values
-
-    return case.finish([score >= least(score) for score in case.scores()])
+    return case.above(lambda s: s.kthvalue(s.numel() - rank(s, case.keep) + 1).values)
 
 
 def percentile(case: Case) -> list[Tensor]:
-    def least(score: Tensor) -> float:
-        return float(np.percentile(score.cpu().numpy(), 100 * (1 - case.keep)))
-
-    return case.finish([score >= least(score) for score in case.scores()])
+    return case.above(lambda s: float(np.percentile(s.cpu().numpy(), 100 * (1 - case.keep))))
 
 
 PROVIDERS = {p.__name__: p for p in (ours, sort, topk, kthvalue, percentile)}
@@ -239,7 +246,7 @@ def run_update(
     lines = [measure.shown(row, float(rows[0]["p50_ms"])) for row in rows]
     print(f"\n{model}: {common['weights']:,} weights, {dtype}, keep {args.keep[0]}, one step")
     print(measure.table(["", "median ms", "p20 - p80", "against sgd"], lines))
-    return rows
+    return measure.keep(args.csv, device, rows)
 
 
 # The run.
@@ -267,14 +274,12 @@ def run_case(
 ) -> list[dict[str, Any]]:
     """Time all providers on one case, and print the table."""
     device = torch.device(args.device)
-    g_nats = [heavy(s, 2 * i, DTYPES[dtype], device) for i, s in enumerate(shapes)]
-    g_advs = [heavy(s, 2 * i + 1, DTYPES[dtype], device) for i, s in enumerate(shapes)]
-    case = Case(g_nats, g_advs, ALPHA, keep, scope)
-    originals = [g.clone() for g in g_advs] if case.on_gpu else []
+    case = Case.draw(shapes, dtype, keep, scope, device)
+    originals = [g.clone() for g in case.g_advs] if case.on_gpu else []
     flush = torch.zeros(1 << 26, device=device) if case.on_gpu else None
 
     def prepare() -> None:
-        for g, original in zip(g_advs, originals):  # noqa: B905
+        for g, original in zip(case.g_advs, originals):  # noqa: B905
             g.copy_(original)
         if flush is not None:
             flush.sum()  # read, so that no lines are left to be written back during the call
@@ -286,7 +291,7 @@ def run_case(
         prepare()
         calls[name] = make(name, case)
     times = measure.interleaved(calls, args.rounds, device, prepare)
-    weights, item = sum(map(math.prod, shapes)), g_advs[0].element_size()
+    weights, item = sum(map(math.prod, shapes)), case.g_advs[0].element_size()
     floor_bytes = weights * (3 * item if case.on_gpu else 2 * item + 1)
     floor_ms = floor_bytes / args.bandwidth * 1e3
     rows = []
@@ -311,7 +316,7 @@ def run_case(
         f"byte floor {floor_ms:.3g} ms; {note}"
     )
     print(measure.table(["", "median ms", "p20 - p80", "against ours", "ns/weight"], lines))
-    return rows
+    return measure.keep(args.csv, device, rows)
 
 
 def on_gpu(call: Callable[[], object], prepare: Callable[[], None]) -> dict[str, Any]:
@@ -353,10 +358,7 @@ def fractions(text: str) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--models", type=names_of(list(MODELS)), default=["resnet18"])
     parser.add_argument("--dtypes", type=names_of(list(DTYPES)), default=["float32"])
     parser.add_argument("--scopes", type=names_of(["tensor", "global"]), default=["tensor"])
@@ -365,7 +367,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--providers", type=names_of([*PROVIDERS, *ON_GPU]))
     parser.add_argument("--sizes", action="store_true", help="one tensor of many sizes instead")
     parser.add_argument("--update", action="store_true", help="the optimizer's step instead")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     if args.providers is None:
@@ -379,12 +380,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         f"copies at {args.bandwidth / 1e9:.0f} GB/s"
     )
     rows: list[dict[str, Any]] = []
-
-    def keep_rows(new: list[dict[str, Any]]) -> None:
-        rows.extend(new)
-        if args.csv:  # at once: a limit of time may come
-            measure.append_rows(args.csv, [{**where, **row} for row in new])
-
     if args.sizes:
         # 1e3 to 1e7, three to a decade
         cases = [("one tensor", [(round(10 ** (1 + i / 3)), 100)]) for i in range(13)]
@@ -392,12 +387,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         cases = [(name, MODELS[name]()) for name in args.models]
     for model, shapes in cases:
         for dtype in args.dtypes:
+            for scope, keep in product(args.scopes, args.keep):
+                if not args.update:
+                    rows += run_case(model, shapes, dtype, scope, keep, args)
             if args.update:
-                keep_rows(run_update(model, shapes, dtype, args))
-                continue
-            for scope in args.scopes:
-                for keep in args.keep:
-                    keep_rows(run_case(model, shapes, dtype, scope, keep, args))
+                rows += run_update(model, shapes, dtype, args)
     return rows
 
 

@@ -164,10 +164,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet8")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--steps", type=int, default=10, help="of the attack")
@@ -177,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--attack", choices=captured.WAYS, default="eager")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--profile", type=Path, help="write the operations of a step to this file")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     for name in ("batch_sizes", "steps", "rounds"):
@@ -190,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for batch_size in args.batch_sizes:
         args.batch_size = batch_size
-        found = run(args, where)
-        rows += found
-        if args.csv:  # at once: a limit of time may come
-            measure.append_rows(args.csv, [{**where, **row} for row in found])
+        rows += measure.keep(args.csv, device, run(args, where))
     return rows
 
 
