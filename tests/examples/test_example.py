@@ -182,6 +182,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(phase, epoch, tmp_path, monk
     name, was = ("eps", 0.15) if phase == "warm-up" else ("beta", 6.0)  # no beta in a warm-up
     with pytest.raises(SystemExit, match=rf"other settings: {name} was {was}, is 0.2"):
         run(broken, "--compare", "--resume", f"--{name}", "0.2")
+    with pytest.raises(SystemExit, match="a run cannot be extended"):
+        run(broken, "--compare", "--resume", "--epochs", "9")
     run(broken, "--compare", "--resume")
     assert_same_run(straight, broken)
 
@@ -246,12 +248,6 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "save_checked", full)
     with pytest.raises(SystemExit, match=r"cure.pt: No space left on device\. Free space"):
         run(tmp_path / "run")
-
-
-def test_a_run_cannot_be_extended(tmp_path):
-    stopped(tmp_path / "run")
-    with pytest.raises(SystemExit, match="a run cannot be extended"):
-        run(tmp_path / "run", "--epochs", "9", "--resume")
 
 
 @pytest.mark.parametrize(
