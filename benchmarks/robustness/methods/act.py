@@ -15,10 +15,6 @@ from .base import Method, Setting
 class ACT(Method):
     title = "ACT"
     official: ClassVar = {"a": 0.9, "temperature": 4.0}
-    published: ClassVar = {
-        "wrn34-10": (87.10, 54.77, None, None, None),
-        "resnet18": (84.33, 55.83, None, None, None),
-    }
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)

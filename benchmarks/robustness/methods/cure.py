@@ -64,10 +64,6 @@ class CURE(TRADES):
         "wrn34-10": {"update_fraction": 0.5, "alpha": 0.3, "gamma": 0.5},
         "preactresnet18": {"update_fraction": 0.8, "alpha": 0.2},
     }
-    published: ClassVar = {
-        "wrn34-10": (87.05, 58.28, 52.10, 55.25, 67.60),
-        "resnet18": (86.76, 54.92, 49.69, 52.48, 65.04),
-    }
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
@@ -132,24 +128,19 @@ class CURE(TRADES):
         return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
 
 
-def variant(name: str, published: Any = None, **changes: Any) -> type[CURE]:
+def variant(name: str, **changes: Any) -> type[CURE]:
     """Return CURE with other settings, as a row of its own."""
     networks = {
         network: {key: value for key, value in settings.items() if key not in changes}
         for network, settings in CURE.networks.items()
     }
     body = {"title": name, "official": {**CURE.official, **changes}, "networks": networks}
-    return type(name, (CURE,), {**body, "published": published or {}})
+    return type(name, (CURE,), body)
 
 
-# Published: Table 7.
-REVISION_ONLY = {"resnet18": (83.28, 51.57, None, None, None)}
-RGP_ONLY = {"resnet18": (81.27, 53.20, None, None, None)}
 CONTROLS = {
-    "trades-pre-revision": variant(
-        "TRADES, pre-trained, + revision", published=REVISION_ONLY, update_fraction=1.0
-    ),
-    "cure-no-revision": variant("CURE without revision", published=RGP_ONLY, gamma=0.0),
+    "trades-pre-revision": variant("TRADES, pre-trained, + revision", update_fraction=1.0),
+    "cure-no-revision": variant("CURE without revision", gamma=0.0),
     "cure-random": variant("CURE, random mask", score="random"),
     "cure-gradients": variant("CURE, gradients conserved", conserve="gradients"),
     "cure-update": variant("CURE, whole gradient in the state", conserve="update"),

@@ -24,10 +24,6 @@ class LASAT(Method):
     official: ClassVar = {
         "smoothing": 0.7, "strategy_lr": 1e-4, "every": 20, "robust": 4.0, "clean": 2.0,
     }  # fmt: skip
-    published: ClassVar = {
-        "wrn34-10": (85.24, 57.07, 53.58, 55.45, 67.19),
-        "resnet18": (82.39, 53.70, 49.94, 51.96, 63.72),
-    }
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)

@@ -12,10 +12,6 @@ from .base import Method
 class MART(Method):
     title = "MART"
     official: ClassVar = {"beta": 5.0}
-    published: ClassVar = {
-        "wrn34-10": (83.62, 56.74, 51.23, 53.16, 64.99),
-        "resnet18": (80.70, 54.02, 47.49, 49.35, 61.24),
-    }
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         return self.ascend(lambda x: F.cross_entropy(self.model(x), y, reduction="sum"), x)

@@ -18,10 +18,6 @@ from .base import Method, evaluating, start, within
 class STAT(Method):
     title = "ST-AT"
     official: ClassVar = {"beta": 6.0}
-    published: ClassVar = {
-        "wrn34-10": (84.92, 57.73, 53.54, None, None),
-        "resnet18": (83.10, 54.62, 50.50, 51.43, 63.53),
-    }
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         x_adv, x_col = self.extremes(x, y)

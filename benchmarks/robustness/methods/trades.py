@@ -14,10 +14,6 @@ from .base import Method
 class TRADES(Method):
     title = "TRADES"
     official: ClassVar = {"beta": 6.0}
-    published: ClassVar = {
-        "wrn34-10": (84.73, 56.82, 52.95, 54.29, 66.17),
-        "resnet18": (82.41, 52.76, 48.37, 50.43, 62.57),
-    }
 
     @cached_property
     def attack(self) -> Any:
@@ -39,4 +35,3 @@ class PretrainedTRADES(TRADES):
     title = "TRADES, pre-trained"
     warm = True
     official: ClassVar = {"beta": 5.0}
-    published: ClassVar = {"resnet18": (80.90, 50.84, None, None, None)}  # Table 5
