@@ -46,8 +46,11 @@ PACKAGES = {  # distribution: modules with optimizers
     "torchao": ["torchao.optim"],  # these two compile, which takes minutes
     "heavyball": ["heavyball"],
 }
+KINDS = {"torch": ["float32", "channels_last"], "bitsandbytes": ["float32", "channels_last"]}
+KINDS["adabelief-pytorch"] = ["float32", "half"]  # of the weights
 COLUMNS = ["all", "none", "half", "bits", "resume"]
 FIELDS = ["package", "version", "optimizer", "weights", *COLUMNS, "torch", "commit"]
+KEY = ("package", "optimizer", "weights")
 RESULT = Path(__file__).with_suffix(".csv")
 REQUIRED = {"lr": 1e-3, "num_iterations": 10, "num_data": 10, "base_optimizer": torch.optim.SGD}
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -222,9 +225,8 @@ def resumes(make: Make, kind: str, fraction: float | None) -> bool:
     return same(params, others)
 
 
-CHECKS = dict(
-    zip(COLUMNS, [check_all, check_none, check_half, check_bits, check_resume], strict=True)
-)
+CHECKS = {"all": check_all, "none": check_none, "half": check_half, "bits": check_bits}
+CHECKS["resume"] = check_resume
 
 
 def one_line(error: BaseException) -> str:
@@ -269,11 +271,7 @@ def main() -> None:
         for name, cls in found:
             if only not in (None, package, name):
                 continue
-            for kind in ("float32", "channels_last", "half"):
-                if kind == "channels_last" and package not in ("torch", "bitsandbytes"):
-                    continue
-                if kind == "half" and package != "adabelief-pytorch":
-                    continue
+            for kind in KINDS.get(package, ["float32"]):
                 about = {"package": package, "version": version, "optimizer": name, "weights": kind}
                 rows.append({**about, **row(maker(cls), kind), **head})
                 write(rows)
@@ -285,17 +283,15 @@ def main() -> None:
 
 def write(rows: list[dict[str, str]]) -> None:
     """Replace the rows of the same optimizers; others stay."""
-    key = ("package", "optimizer", "weights")
     kept = {}
     if RESULT.exists():
         with RESULT.open(newline="", encoding="utf-8") as file:
-            kept = {tuple(each[k] for k in key): each for each in csv.DictReader(file)}
-    kept |= {tuple(each[k] for k in key): each for each in rows}
-    rows = list(kept.values())
+            kept = {tuple(each[k] for k in KEY): each for each in csv.DictReader(file)}
+    kept |= {tuple(each[k] for k in KEY): each for each in rows}
     with RESULT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(kept.values())
 
 
 if __name__ == "__main__":

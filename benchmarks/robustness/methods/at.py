@@ -1,6 +1,5 @@
 """Adversarial training (Madry et al., ICLR 2018): the cross-entropy of attacked images."""
 
-
 import torch.nn.functional as F
 from torch import Tensor
 
