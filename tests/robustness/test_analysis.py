@@ -257,3 +257,22 @@ def test_analyse_draws_what_was_run(tmp_path, monkeypatch):
     names = ("corruptions", "smallest", "layers", "updated", "curves", "blocks", "perturbations")
     assert drawn == {"analysis.json", *(f"{name}.png" for name in names)}
     assert np.all([(out / f"{name}.png").stat().st_size > 5000 for name in names])
+
+
+@pytest.mark.parametrize("preset", ["digits", "cpu"])
+def test_names_in_the_figure_of_all_methods_do_not_overlap(preset, tmp_path):
+    pytest.importorskip("matplotlib")
+    import summary
+    from analysis import figure
+
+    runs = summary.read(ROOT / "benchmarks" / "robustness" / "results" / preset)
+    boxes = []
+
+    def draw(canvas):
+        figure.draw_scatter(canvas, runs)
+        texts = [t for t in canvas.axes[0].texts if "NRR" not in t.get_text()]
+        boxes.extend(text.get_window_extent() for text in texts)
+
+    figure.save(tmp_path / "f.png", draw, (10, 7))
+    assert len(boxes) == len(runs)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -500,6 +500,17 @@ def test_at_comes_first_where_it_is_needed():
     assert robustness.ordered(["cure"], alone) == ["cure"]
 
 
+def test_runs_at_the_same_time_wait_for_what_they_need(tmp_path):
+    """AT, which teaches IAD, then one run for the warm-up of each seed, then the rest."""
+    preset = replace(trainer.PRESETS["test"], surrogate=False)
+    trainer.warm_file(tmp_path, 1).touch()  # the warm-up of seed 1 is there
+    todo = [(name, seed) for seed in (0, 1) for name in ("at", "iad", "cure", "trades-pre")]
+    first, second, rest = robustness.stages(todo, preset, trainer.Place(tmp_path, tmp_path))
+    assert first == [("at", 0), ("at", 1)]
+    assert second == [("cure", 0)]
+    assert sorted(first + second + rest) == sorted(todo)
+
+
 def test_a_run_without_autoattack_says_so_before_it_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="AutoAttack needs `pip install pyautoattack`"):
