@@ -18,13 +18,16 @@ import csv
 import importlib
 import importlib.metadata
 import inspect
-import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "speed"))
+
+import measure
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +46,11 @@ PACKAGES = {  # distribution: modules with optimizers
     "torchao": ["torchao.optim"],  # these two compile, which takes minutes
     "heavyball": ["heavyball"],
 }
+KINDS = {"torch": ["float32", "channels_last"], "bitsandbytes": ["float32", "channels_last"]}
+KINDS["adabelief-pytorch"] = ["float32", "half"]  # of the weights
 COLUMNS = ["all", "none", "half", "bits", "resume"]
 FIELDS = ["package", "version", "optimizer", "weights", *COLUMNS, "torch", "commit"]
+KEY = ("package", "optimizer", "weights")
 RESULT = Path(__file__).with_suffix(".csv")
 REQUIRED = {"lr": 1e-3, "num_iterations": 10, "num_data": 10, "base_optimizer": torch.optim.SGD}
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -144,11 +150,19 @@ def needs_closure(opt: torch.optim.Optimizer) -> bool:
     return needed or type(inner(opt)).__name__ in {"AliG", "Momo", "MomoAdam"}
 
 
-def wrap(make: Make, kind: str, fraction: float) -> tuple[RGPSelectiveOptimizer, list[Any]]:
+def wrap(make: Make, kind: str, fraction: float | None) -> tuple[Any, list[Any]]:
+    """The optimizer with its weights: wrapped, or plain where ``fraction`` is None."""
     params = weights(kind)
     torch.manual_seed(0)
-    wrapper = RGPSelectiveOptimizer(make(params), update_fraction=fraction)
-    return wrapper, params
+    opt = make(params)
+    if fraction is not None:
+        opt = RGPSelectiveOptimizer(opt, update_fraction=fraction)
+    return opt, params
+
+
+def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        step(opt, params, seed)
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
@@ -156,13 +170,9 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 def check_all(make: Make, kind: str) -> str:
-    opt, params = wrap(make, kind, 1.0)
-    others = weights(kind)
-    torch.manual_seed(0)
-    plain = make(others)
-    for seed in range(12):  # some warm up
-        step(opt, params, seed)
-        step(plain, others, seed)
+    (opt, params), (plain, others) = wrap(make, kind, 1.0), wrap(make, kind, None)
+    for each in ((opt, params), (plain, others)):
+        train(*each, range(12))  # some warm up
     if same(others, weights(kind)):
         return "no: the plain optimizer moved nothing"
     return "yes" if same(params, others) else "no: weights differ"
@@ -170,8 +180,7 @@ def check_all(make: Make, kind: str) -> str:
 
 def check_none(make: Make, kind: str) -> str:
     opt, params = wrap(make, kind, 0.0)
-    for seed in range(3):
-        step(opt, params, seed)
+    train(opt, params, range(3))
     return "yes" if same(params, weights(kind)) else "no: weights moved"
 
 
@@ -198,45 +207,26 @@ def check_bits(make: Make, kind: str) -> str:
 
 
 def check_resume(make: Make, kind: str) -> str:
-    opt, params = wrap(make, kind, 0.5)
-    for seed in range(3):
-        step(opt, params, seed)
-    state = copy.deepcopy(opt.state_dict())
-    restored, others = wrap(make, kind, 0.5)
-    with torch.no_grad():
-        for p, q in zip(others, params, strict=True):
-            p.copy_(q)
-    restored.load_state_dict(state)
-    for seed in range(3, 6):
-        step(opt, params, seed)
-        step(restored, others, seed)
-    if same(params, others):
+    if resumes(make, kind, 0.5):
         return "yes"
-    return "no: weights differ" + (
-        ", as in the plain optimizer" if plain_differs(make, kind) else ""
-    )
+    return "no: weights differ" + ", as in the plain optimizer" * (not resumes(make, kind, None))
 
 
-def plain_differs(make: Make, kind: str) -> bool:
-    """Whether the optimizer itself, without the wrapper, resumes to other weights."""
-    params, others = weights(kind), weights(kind)
-    opt = make(params)
-    for seed in range(3):
-        step(opt, params, seed)
-    restored = make(others)
+def resumes(make: Make, kind: str, fraction: float | None) -> bool:
+    """Whether a new optimizer that loads the checkpoint goes on bit for bit."""
+    (opt, params), (restored, others) = (wrap(make, kind, fraction) for _ in range(2))
+    train(opt, params, range(3))
     with torch.no_grad():
         for p, q in zip(others, params, strict=True):
             p.copy_(q)
     restored.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for seed in range(3, 6):
-        step(opt, params, seed)
-        step(restored, others, seed)
-    return not same(params, others)
+    for each in ((opt, params), (restored, others)):
+        train(*each, range(3, 6))
+    return same(params, others)
 
 
-CHECKS = dict(
-    zip(COLUMNS, [check_all, check_none, check_half, check_bits, check_resume], strict=True)
-)
+CHECKS = {"all": check_all, "none": check_none, "half": check_half, "bits": check_bits}
+CHECKS["resume"] = check_resume
 
 
 def one_line(error: BaseException) -> str:
@@ -245,21 +235,15 @@ def one_line(error: BaseException) -> str:
 
 def row(make: Make, kind: str) -> dict[str, str]:
     """The answers of one optimizer."""
+    stage = "not made"
     try:
-        params = weights(kind)
-        plain = make(params)
+        opt, _ = wrap(make, kind, None)
+        stage = "refused"
+        RGPSelectiveOptimizer(opt)
+        stage = "plain fails"
+        step(*wrap(make, kind, None), 0)
     except Exception as error:
-        return dict.fromkeys(COLUMNS, f"not made: {one_line(error)}")
-    try:
-        RGPSelectiveOptimizer(plain)
-    except (TypeError, ValueError) as error:
-        return dict.fromkeys(COLUMNS, f"refused: {one_line(error)}")
-    try:
-        fresh = weights(kind)
-        opt = make(fresh)
-        step(opt, fresh, 0)
-    except Exception as error:
-        return dict.fromkeys(COLUMNS, f"plain fails: {one_line(error)}")
+        return dict.fromkeys(COLUMNS, f"{stage}: {one_line(error)}")
     answers = {}
     for column, check in CHECKS.items():
         try:
@@ -269,22 +253,14 @@ def row(make: Make, kind: str) -> dict[str, str]:
     return answers
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=RESULT.parent, check=False)
-    return found.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", metavar="NAME", help="one package or optimizer: replaces its rows"
-    )
+    parser.add_argument("--only", metavar="NAME", help="replace rows of a package or optimizer")
     only = parser.parse_args().only
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows: list[dict[str, str]] = []
-    head = {"torch": torch.__version__, "commit": commit()}
+    head = {"torch": torch.__version__, "commit": measure.git("rev-parse", "--short", "HEAD")}
     for package, modules in PACKAGES.items():
         try:
             found = list(optimizers(modules))
@@ -295,11 +271,7 @@ def main() -> None:
         for name, cls in found:
             if only not in (None, package, name):
                 continue
-            for kind in ("float32", "channels_last", "half"):
-                if kind == "channels_last" and package not in ("torch", "bitsandbytes"):
-                    continue
-                if kind == "half" and package != "adabelief-pytorch":
-                    continue
+            for kind in KINDS.get(package, ["float32"]):
                 about = {"package": package, "version": version, "optimizer": name, "weights": kind}
                 rows.append({**about, **row(maker(cls), kind), **head})
                 write(rows)
@@ -311,17 +283,15 @@ def main() -> None:
 
 def write(rows: list[dict[str, str]]) -> None:
     """Replace the rows of the same optimizers; others stay."""
-    key = ("package", "optimizer", "weights")
     kept = {}
     if RESULT.exists():
         with RESULT.open(newline="", encoding="utf-8") as file:
-            kept = {tuple(each[k] for k in key): each for each in csv.DictReader(file)}
-    kept |= {tuple(each[k] for k in key): each for each in rows}
-    rows = list(kept.values())
+            kept = {tuple(each[k] for k in KEY): each for each in csv.DictReader(file)}
+    kept |= {tuple(each[k] for k in KEY): each for each in rows}
     with RESULT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(kept.values())
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python benchmarks/gpu/compiled.py                 # sm_90: H100, H200
     python benchmarks/gpu/compiled.py --arch 80       # A100
 
-Prints registers, stack and instructions of each kernel and, for each loop over blocks, a row for
-each of its fast paths: widths of its loads and stores of global memory in bits, and instructions
-per weight. A path is told from the others by its loads: those of float32 are twice those of
-bfloat16. Exits with 1 if registers are spilled in a loop.
+Prints registers, stack and instructions of each kernel and, for each loop over blocks, its fast
+paths: global loads and stores with their widths in bits, and instructions per weight. Exits with 1
+if registers are spilled in a loop.
 """
 
 from __future__ import annotations
@@ -146,16 +145,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot")
-    parser.add_argument("--sass", type=Path, metavar="FOLDER", help="keep the machine code here")
     args = parser.parse_args(argv)
     per_thread = SIZES["BLOCK"] // (32 * _triton.OPTIONS["num_warps"])
     print(f"triton {triton.__version__}, sm_{args.arch}, {per_thread} weights per thread and block")
     spilled = 0
     for label, (kernel, constants) in cases().items():
         usage, sass = disassemble(compile_kernel(kernel, constants, args.arch))
-        if args.sass:
-            args.sass.mkdir(parents=True, exist_ok=True)
-            (args.sass / f"{label.replace(' ', '-')}.sass").write_text(sass)
         code = instructions(sass)
         bodies = loops(code)
         spills = sum(bool(re.search(r"\b(LDL|STL)\b", i.text)) for body in bodies for i in body)

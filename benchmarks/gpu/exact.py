@@ -4,11 +4,8 @@
     python benchmarks/gpu/exact.py --small               # little data, references on the CPU
     python benchmarks/gpu/exact.py --device cpu --small  # a rehearsal, in Triton's interpreter
 
-Each line is one check; the program ends with 1 if one fails. With ``--small`` nothing but the
-library's kernels and elementwise operations run on the GPU, for a memory checker to look at:
-
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/gpu/exact.py --small
+Ends with 1 if a check fails. With ``--small`` nothing but the library's kernels and elementwise
+operations run on the GPU, for compute-sanitizer to look at (check.sh).
 """
 
 from __future__ import annotations
@@ -193,19 +190,14 @@ class Checks:
             }
             for what, check in cases.items():
                 yield name + what, lambda c=check, d=dtype: c(d)  # type: ignore[misc]
-        yield (
-            f"{size} of three dtypes, all together",
-            lambda: self.sort(self.mixed(n), 0.5, "global"),
-        )
+        three = f"{size} of three dtypes, all together"
+        yield three, lambda: self.sort(self.mixed(n), 0.5, "global")
         yield f"{self.repeats} repeats give the same masks", self.again
         yield f"{size}, by its properties", lambda: self.properties(self.pair(n), 0.3)
         if not self.small:
-            huge = 2**31 + 4096
-            yield "more than 2^31 values in bfloat16, two of them", self.beyond
-            yield (
-                "more than 2^31 values in bfloat16, at random",
-                lambda: self.properties(self.chunked(huge), 0.3),
-            )
+            huge = "more than 2^31 values in bfloat16"
+            yield f"{huge}, two of them", self.beyond
+            yield f"{huge}, at random", lambda: self.properties(self.chunked(2**31 + 4096), 0.3)
 
     def chunked(self, n: int) -> Pair:
         """Return bfloat16 gradients drawn in pieces: float32 of all would take the memory."""
@@ -217,9 +209,7 @@ class Checks:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="60,000 values")
     parser.add_argument("--repeats", type=int, help="of the same selection (10000; small: 2)")

@@ -4,15 +4,15 @@
     python benchmarks/gpu/kernels.py --variants all       # the same with other sizes
     python benchmarks/gpu/kernels.py --models tiny --device cpu     # a rehearsal
 
-Times are the profiler's, medians over calls that begin with a cold cache. Each variant is compiled
-and measured in its own process; its masks are compared with those of a stable sort first. "as it
-is" comes first and last, to show how far two runs of the same differ.
+Medians of the profiler's times, with a cold cache. Each variant is compiled and measured in its own
+process, after a comparison of its masks with a stable sort's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -95,14 +95,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model in args.models:
         for dtype in args.dtypes:
-            nat, adv = (
-                [
-                    selection.heavy(s, 2 * i + j, selection.DTYPES[dtype], device)
-                    for i, s in enumerate(selection.MODELS[model]())
-                ]
-                for j in (0, 1)
-            )
-            case = selection.Case(nat, adv, alpha=0.1, keep=args.keep, scope="tensor")
+            shapes = selection.MODELS[model]()
+            case = selection.Case.draw(shapes, dtype, args.keep, "tensor", device)
             note = selection.check(case)
             for _ in range(3 if case.on_gpu else 1):
                 a_step(case)
@@ -110,7 +104,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             for kernel in KERNELS:
                 rows.append({
                     "benchmark": "kernel", "model": model, "dtype": dtype, "scope": "tensor",
-                    "weights": sum(g.numel() for g in adv), "keep": args.keep,
+                    "weights": sum(map(math.prod, shapes)), "keep": args.keep,
                     "provider": f"{kernel}: {args.only}", "repeats": args.calls, "note": note,
                     "p50_ms": f"{times.get(kernel, float('nan')):.4g}",
                 })  # fmt: skip
@@ -135,11 +129,8 @@ def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__, "cuda")
     names = selection.names_of
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", type=names(list(selection.MODELS)), default=["resnet18"])
     parser.add_argument("--dtypes", type=names(list(selection.DTYPES)), default=["float32"])
     parser.add_argument("--keep", type=float, default=0.5)
@@ -148,20 +139,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "--variants", type=names(["all", *VARIANTS]), default=["as it is"], help="all, or some"
     )
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is available here; --device cpu --models tiny rehearses")
+    device = measure.device_of(args, parser)
     if args.only:
         print(json.dumps(measured(args)))
         return []
     rows = []
-    where = measure.environment(torch.device(args.device))
     for name in VARIANTS if args.variants == ["all"] else args.variants:
-        found = in_a_process(name, args)
+        found = measure.keep(args.csv, device, in_a_process(name, args))
         rows += found
-        if args.csv:  # at once: a limit of time may come
-            measure.append_rows(args.csv, [{**where, **row} for row in found])
         for i in range(0, len(found), len(KERNELS)):
             part = found[i : i + len(KERNELS)]
             if "p50_ms" in part[0]:

@@ -8,20 +8,17 @@
     copy        one read, one written, by torch
     again-N     an array of N MB read twice in one graph, the second time forwards
     back-N      the same, the second time from its end, as the masking kernel does
-    bins-N-D    one weight in D adds 1 to one of N bins, atomically
-    list-D      one weight in D takes a place in a list: atomics that return, all at one address
     launch      an empty kernel, one of a hundred in a graph
 
-Times are medians of graph replays with a cold cache, the ways taking turns. ``gb_per_s`` counts the
-bytes named above; of atomics the note has how many a second.
+Medians of graph replays with a cold cache, interleaved. ``gb_per_s`` counts the bytes named above.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,33 +65,6 @@ def _mask(a, b, n, threshold, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _bins(
-    a, counts, n, BINS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
-    program = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    for block in range(0, CHUNK // BLOCK):
-        at = program * CHUNK + block * BLOCK + i
-        bits = tl.load(a + at, mask=at < n, other=1.0).to(tl.int32, bitcast=True) & 0x7FFFFF
-        tl.atomic_add(counts + bits % BINS, 1, mask=(at < n) & (bits % SHARE == 0), sem="relaxed")
-
-
-@triton.jit
-def _list(a, length, places, n, SHARE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    for block in range(0, CHUNK // BLOCK):
-        at = program * CHUNK + block * BLOCK + i
-        bits = tl.load(a + at, mask=at < n, other=1.0).to(tl.int32, bitcast=True) & 0x7FFFFF
-        listed = (at < n) & (bits % SHARE == 0)
-        place = tl.atomic_add(
-            length + tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], 1, tl.int32), mask=listed,
-            sem="relaxed",
-        )  # fmt: skip
-        tl.store(places + place, at, mask=listed)
-
-
-@triton.jit
 def _nothing(a):
     pass
 
@@ -111,8 +81,6 @@ class Roofs:
         draw = torch.Generator(device).manual_seed(0)
         self.a, self.b = (torch.randn(n, generator=draw, device=device) for _ in range(2))
         self.sums = torch.empty(-(-n // CHUNK), device=device)
-        self.counts = torch.zeros(1 << 16, dtype=torch.int32, device=device)
-        self.places = torch.empty(n, dtype=torch.int64, device=device)
 
     def read(self, n: int | None = None, back: bool = False) -> None:
         n = self.n if n is None else n
@@ -129,37 +97,23 @@ class Roofs:
         self.read(n)
         self.read(n, back)
 
-    def bins(self, bins: int, share: int) -> None:
-        launch(_bins, self.n, self.a, self.counts, self.n, bins, share)
-
-    def list(self, share: int) -> None:
-        self.counts[:1].zero_()
-        launch(_list, self.n, self.a, self.counts, self.places, self.n, share)
-
     def launch(self) -> None:
         for _ in range(100):
             _nothing[(1,)](self.a, num_warps=4)
 
-    def ways(self, sizes: Sequence[int]) -> dict[str, tuple[Callable[[], None], int, int]]:
-        """Return what is timed, by name, with its bytes and its atomics."""
+    def ways(self, sizes: Sequence[int]) -> dict[str, tuple[Callable[[], None], int]]:
+        """Return what is timed, by name, with its bytes."""
         n = self.n
-        found: dict[str, tuple[Callable[[], None], int, int]] = {
-            "read": (self.read, 8 * n, 0),
-            "mask": (self.mask, 12 * n, 0),
-            "copy": (self.copy, 8 * n, 0),
-            "launch": (self.launch, 0, 0),
+        found: dict[str, tuple[Callable[[], None], int]] = {
+            "read": (self.read, 8 * n),
+            "mask": (self.mask, 12 * n),
+            "copy": (self.copy, 8 * n),
+            "launch": (self.launch, 0),
         }
         for size in sizes:
-            for back in (False, True):
-                name = f"{'back' if back else 'again'}-{size}"
-                moved = 2 * 8 * min(n, size * 1_000_000 // 8)
-                found[name] = (lambda s=size, b=back: self.twice(s, b), moved, 0)  # type: ignore[misc]
-        for count in (2048, 65536):
-            for share in (100, 25, 1):
-                call = lambda c=count, s=share: self.bins(c, s)  # noqa: E731
-                found[f"bins-{count}-{share}"] = (call, 4 * n, n // share)  # type: ignore[assignment]
-        for share in (1000, 300, 100):
-            found[f"list-{share}"] = (lambda s=share: self.list(s), 4 * n, n // share)  # type: ignore[misc]
+            moved = 2 * 8 * min(n, size * 1_000_000 // 8)
+            for name, back in (("again", False), ("back", True)):
+                found[f"{name}-{size}"] = partial(self.twice, size, back), moved
         return found
 
 
@@ -176,42 +130,31 @@ def captured(call: Callable[[], None], device: torch.device) -> Callable[[], obj
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser = measure.parser(__doc__, "cuda")
     parser.add_argument("--weights", type=int, help="in each array (100 million)")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is available here; --device cpu rehearses in the interpreter")
+    device = measure.device_of(args, parser)
     n = args.weights or (100_000_000 if device.type == "cuda" else 100_000)
     roofs = Roofs(n, device)
     ways = roofs.ways((16, 32, 48, 64, 128, 480) if device.type == "cuda" else (1,))
-    calls = {name: captured(call, device) for name, (call, _, _) in ways.items()}
+    calls = {name: captured(call, device) for name, (call, _) in ways.items()}
     flush: Tensor = torch.zeros(1 << (26 if device.type == "cuda" else 10), device=device)
     times = measure.interleaved(calls, args.rounds, device, flush.sum)
     where, rows, lines = measure.environment(device), [], []
-    for name, (_, moved, atomics) in ways.items():
-        p20, p50, p80 = measure.quantiles(times[name])
-        note = f"{atomics / p50 / 1e9:.3g} billion atomics/s" if atomics else ""
-        if name == "launch":
-            note = f"{1e6 * p50 / 100:.3g} us each"
-        rows.append({
-            **where, "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
-            "provider": name, "p20_ms": f"{1e3 * p20:.4g}", "p50_ms": f"{1e3 * p50:.4g}",
-            "p80_ms": f"{1e3 * p80:.4g}", "repeats": args.rounds, "floor_bytes": moved,
-            "gb_per_s": f"{moved / p50 / 1e9:.4g}", "note": note,
-        })  # fmt: skip
-        lines.append([name, f"{1e3 * p50:.4g}", f"{moved / p50 / 1e9:.4g}", note])
+    for name, (_, moved) in ways.items():
+        p50 = measure.quantiles(times[name])[1]
+        note = f"{1e6 * p50 / 100:.3g} us each" if name == "launch" else ""
+        row = measure.timing(times[name]) | {
+            "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
+            "provider": name, "floor_bytes": moved, "gb_per_s": f"{moved / p50 / 1e9:.4g}",
+            "note": note,
+        }  # fmt: skip
+        rows.append(row)
+        lines.append([name, row["p50_ms"], row["gb_per_s"], note])
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {n:,} weights\n")
     print(measure.table(["", "median ms", "GB/s", ""], lines))
-    if args.csv:
-        measure.append_rows(args.csv, rows)
-        print(f"\n{len(rows)} rows added to {args.csv}")
-    return rows
+    return measure.keep(args.csv, device, rows)
 
 
 if __name__ == "__main__":

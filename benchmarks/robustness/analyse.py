@@ -8,62 +8,56 @@ the runs' JSON files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import evaluation
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import summary
 import torch
-import training
+import trainer
 from analysis import blocks, corruptions, layers, smallest
-from analysis.figure import COLORS, save
+from analysis.figure import COLORS, draw_curves, save
 from methods import METHODS
-from training import PRESETS, Place, Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import write_json
+from trainer import PRESETS, Place, Preset, Trainer
+from training import columns, pgd20
 
 from rgp_optim import pgd_attack
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 256  # for what costs many passes
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
 
 def collect(
-    methods: Sequence[str], seed: int, preset: training.Preset, place: Place, study: int
+    methods: Sequence[str], seed: int, preset: Preset, place: Place, study: int
 ) -> dict[str, Any]:
     """Return everything that the figures show, as plain numbers."""
     found: dict[str, Any] = {"preset": preset.data, "seed": seed, "methods": {}}
     runs = summary.read(place.results)
     for name in methods:
-        trainer = Trainer(name, seed, preset, place)
-        model = trainer.other(name).requires_grad_(True)
-        some = trainer.test[:IMAGES]
+        one = Trainer(name, seed, preset, place)
+        model = one.other(name).requires_grad_(True)
+        some = one.test[:IMAGES]
         x, y = some.floats(), some.labels
         generator = torch.Generator(x.device).manual_seed(seed)
-        x_adv = pgd_attack(model, x, y, generator=generator, **evaluation.pgd20(preset.eps))
+        x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
         most = 4 * preset.eps
         radius, _ = smallest.smallest_radius(model, x, y, most=most, seed=seed)
+        pairs = zip(x.split(64), x_adv.split(64), strict=True)
         stages = [f"stages.{i}" for i in range(len(model.stages))]
-        history = runs[name][seed]["history"]
         found["methods"][name] = {
             "title": METHODS[name].title,
             "corruptions": corruptions.accuracies(model, x, y),
-            "smallest": {
-                "most": most,
-                "radii": sorted(float(r) if torch.isfinite(r) else most for r in radius),
-            },
-            "cka": layers.cka(
-                model, zip(x.split(64), x_adv.split(64), strict=True), ["conv", *stages]
-            ),
+            "smallest": {"most": most, "radii": sorted(radius.clamp(max=most).tolist())},
+            "cka": layers.cka(model, pairs, ["conv", *stages]),
             "gradients": layers.gradient_sizes(model, x, x_adv, y),
-            "updated": layers.updated_early_and_late(history),
-            "curves": {key: [row[key] for row in history] for key in ("loss", "natural", "robust")},
+            "updated": layers.updated_early_and_late(runs[name][seed]["history"]),
         }
         print(f"{name} looked at", flush=True)
     if study:
@@ -71,28 +65,22 @@ def collect(
     return found
 
 
-def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -> dict[str, Any]:
+def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[str, Any]:
     """Train natural weights by AT in each single block, in none, and in all."""
-    trainer = Trainer("cure", seed, preset, place)
-    names = list(blocks.blocks_of(trainer.network()))
+    one = Trainer("cure", seed, preset, place)
+    names = list(blocks.blocks_of(one.network()))
     rows = {}
     for learn in [[], *([name] for name in names), names]:
-        model = trainer.network()
-        model.load_state_dict(trainer.weights(place.runs / f"warmup-seed{seed}.pt"))
-        generator = torch.Generator(trainer.device).manual_seed(seed)
-        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": trainer.step_size}
+        model = one.start(warm=True)
+        generator = torch.Generator(one.device).manual_seed(seed)
+        attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": one.step_size}
+        attack["generator"] = generator
         if learn:
-            blocks.train(
-                model,
-                blocks.blocks_of(model),
-                learn,
-                lambda generator=generator: trainer.train.batches(preset.batch_size, generator),
-                epochs=epochs,
-                lr=preset.lr,
-                attack={**attack, "generator": generator},
-            )
+            batches = partial(one.train.batches, preset.batch_size, generator)
+            how = {"epochs": epochs, "lr": preset.lr, "attack": attack}
+            blocks.train(model, blocks.blocks_of(model), learn, batches, **how)
         label = "all" if learn == names else "none" if not learn else learn[0]
-        rows[label] = evaluation.columns(model, trainer.batches(trainer.test), preset.eps)
+        rows[label] = columns(model, one.batches(one.test), preset.eps)
         print(f"U-{label}: {rows[label]}", flush=True)
     return {"epochs": epochs, "rows": rows}
 
@@ -101,10 +89,8 @@ def block_study(seed: int, preset: training.Preset, place: Place, epochs: int) -
 
 
 def _each(found: dict[str, Any]) -> Any:
-    return [
-        (entry["title"], COLORS[i % len(COLORS)], entry)
-        for i, entry in enumerate(found["methods"].values())
-    ]
+    entries = found["methods"].values()
+    return [(entry["title"], color, entry) for color, entry in zip(cycle(COLORS), entries)]
 
 
 def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
@@ -170,32 +156,17 @@ def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
     axis.legend(frameon=False)
 
 
-def draw_curves(figure: Any, found: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    for title, color, entry in _each(found):
-        epochs = range(1, len(entry["curves"]["loss"]) + 1)
-        left.plot(epochs, entry["curves"]["natural"], "--", color=color, alpha=0.5)
-        left.plot(epochs, entry["curves"]["robust"], color=color, label=title)
-        right.plot(epochs, entry["curves"]["loss"], color=color)
-    left.set(xlabel="epoch", ylabel="validation accuracy, %")
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    left.set_title("under attack (solid), natural (dashed)", fontsize=10)
-    right.set(xlabel="epoch", ylabel="training loss (each method's own)")
-    figure.legend(*left.get_legend_handles_labels(), **ABOVE)
-
-
 def draw_perturbations(
-    figure: Any, methods: Sequence[str], seed: int, preset: training.Preset, place: Place
+    figure: Any, methods: Sequence[str], seed: int, preset: Preset, place: Place
 ) -> None:
     """Show images, and the smallest perturbation of each network that was found, enlarged.
 
     The first images that all these networks take for what they are.
     """
     columns = 8
-    trainer = Trainer(methods[0], seed, preset, place)
-    models = {name: trainer.other(name) for name in methods}
-    test = trainer.test[:IMAGES]
+    one = Trainer(methods[0], seed, preset, place)
+    models = {name: one.other(name) for name in methods}
+    test = one.test[:IMAGES]
     right = torch.ones_like(test.labels, dtype=torch.bool)
     for model in models.values():
         right &= model(test.floats()).argmax(1) == test.labels
@@ -221,25 +192,15 @@ def draw_perturbations(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
     add("--pictures", default="at,trades-pre,cure-no-revision,cure", help="of their perturbations")
     add("--seed", type=int, default=0)
     add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
-    add("--runs", type=Path)
-    add("--results", type=Path)
-    add("--data-dir", default="data")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    runs = args.runs or Path("runs") / "robustness" / args.preset
-    results = args.results or ROOT / "benchmarks" / "robustness" / "results" / args.preset
-    place = Place(runs, results, args.data_dir, None, args.device)
-    preset, methods = PRESETS[args.preset], args.methods.split(",")
-    out = results / "analysis"
+    place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
+    methods, out = args.methods.split(","), place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
     write_json(out / "analysis.json", json.loads(json.dumps(found)))
@@ -248,11 +209,14 @@ def main(argv: list[str] | None = None) -> None:
         "smallest": (draw_smallest, (6, 4)),
         "layers": (draw_layers, (11, 4)),
         "updated": (draw_updated, (8, 4.5)),
-        "curves": (draw_curves, (11, 4)),
         **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
     }
     for name, (draw, size) in figures.items():
         save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
+    one = {
+        name: of[args.seed] for name, of in summary.read(place.results).items() if name in methods
+    }
+    save(out / "curves.png", lambda figure: draw_curves(figure, one), (12, 4))
     some = [name for name in args.pictures.split(",") if name in methods]
     save(
         out / "perturbations.png",

@@ -9,22 +9,23 @@ comparable. AutoAttack comes with its first two attacks, as in the table, and wi
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
 import evaluation
 import foolbox
 import torch
+import trainer
 from foolbox.attacks import LinfProjectedGradientDescentAttack
+from image_data import DataError
 from methods import METHODS
-from torch import Tensor, nn
-from training import PRESETS, DataError, Place, Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from report import versions, write_json
+from torch import Tensor, nn
+from trainer import PRESETS, Trainer
+from training import accuracy, pgd20
 
 from rgp_optim import pgd_attack
 
@@ -54,10 +55,10 @@ def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, random_start: bool, **pgd
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
     """Return accuracies in percent, and the percentage of images that both PGDs find alike."""
-    how = evaluation.pgd20(eps)
+    how = pgd20(eps)
 
     def right(images: Tensor) -> float:
-        return evaluation.accuracy(model, lambda: [(images, y)])
+        return accuracy(model, lambda: [(images, y)])
 
     generator = torch.Generator(x.device).manual_seed(0)
     torch.manual_seed(0)
@@ -77,60 +78,42 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, flo
     }
 
 
-def table(content: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a row for each network."""
     head = ["network", *COLUMNS.values()]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in content["rows"]:
+    for row in rows:
         name = f"{row['method']}, seed {row['seed']}"
         lines.append(f"| {' | '.join([name, *(f'{row[c]:.1f}' for c in COLUMNS)])} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="at,trades,cure", help="by commas (at,trades,cure)")
     add("--seed", type=int, default=0)
     add("--images", type=int, default=200, help="test images (200)")
-    add("--data-dir", default="data")
-    add("--data-label", help="name of the data beside results, when the files are not originals")
-    add("--runs", type=Path, help="where run.py left the weights")
     add("--json", type=Path, help="write the rows here")
-    add("--table", type=Path, help="print the table of such a file and attack nothing")
     args = parser.parse_args(argv)
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
     names = args.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")
     preset = PRESETS[args.preset]
-    runs = args.runs or Path("runs") / "robustness" / args.preset
-    place = Place(runs, runs, args.data_dir, args.data_label)
-    rows = []
+    rows, place = [], trainer.place_of(args, args.preset)
     try:
-        trainer = Trainer(names[0], args.seed, preset, place)
-        images = trainer.test[: args.images]
+        one = Trainer(names[0], args.seed, preset, place)
+        images = one.test[: args.images]
         for name in names:
-            numbers = compare(trainer.other(name), images.floats(), images.labels, preset.eps)
+            numbers = compare(one.other(name), images.floats(), images.labels, preset.eps)
             rows.append({"method": name, "seed": args.seed, **numbers})
     except DataError as error:
         sys.exit(f"error: {error}")
-    content = {
-        "data": trainer.label,
-        "preset": args.preset,
-        "eps": preset.eps,
-        "images": len(images),
-        "versions": {**versions(trainer.device), "foolbox": foolbox.__version__},
-        "rows": rows,
-    }
     if args.json:
-        write_json(args.json, content)
-    print(table(content))
+        told = {**versions(one.device), "foolbox": foolbox.__version__}
+        content = {"data": one.label, "preset": args.preset, "eps": preset.eps}
+        write_json(args.json, {**content, "images": len(images), "versions": told, "rows": rows})
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,76 +1,14 @@
-"""How robust a network is: the table's columns, and whether its gradients can be believed.
+"""AutoAttack, and whether a network's gradients can be believed.
 
 Everything in full precision, in eval mode, on images in [0, 1]; accuracies in percent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
+from training import Batches, accuracy, pgd20
 
-from rgp_optim import pgd_attack
-
-Batches = Callable[[], Any]  # yields images and labels
-
-
-@torch.no_grad()
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return (model(x).argmax(1) == y).sum()
-
-
-def accuracy(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    attacked: nn.Module | None = None,
-    seed: int = 0,
-    **attack: Any,
-) -> float:
-    """Return the accuracy, under PGD if ``attack`` has its settings; in percent.
-
-    Args:
-        model: Is judged.
-        batches: Yields images and labels.
-        attacked: The network whose gradients the attack follows; None is ``model``.
-        seed: Of the attack's start.
-        **attack: As in `rgp_optim.pgd_attack`.
-    """
-    model.eval()
-    right: Tensor | int = 0  # stays on the device until the end
-    count = 0
-    generator = None
-    for x, y in batches():
-        if generator is None:
-            generator = torch.Generator(x.device).manual_seed(seed)
-        if attack:
-            source = model if attacked is None else attacked
-            x = pgd_attack(source, x, y, generator=generator, **attack)
-        right += _right(model, x, y)
-        count += len(y)
-    return 100 * int(right) / count
-
-
-def pgd20(eps: float) -> dict[str, Any]:
-    """Return PGD-20: steps of 0.003 at the published radius of 8/255, in proportion elsewhere."""
-    return {"eps": eps, "steps": 20, "step_size": 0.003 * eps / (8 / 255)}
-
-
-def columns(model: nn.Module, batches: Batches, eps: float) -> dict[str, float]:
-    """Return natural, PGD-20 and C&W accuracy, and NRR with C&W as its Rob."""
-    row = {
-        "natural": accuracy(model, batches),
-        "pgd20": accuracy(model, batches, **pgd20(eps)),
-        "cw": accuracy(model, batches, loss="margin", **pgd20(eps)),
-    }
-    return {**row, "nrr": nrr(row["natural"], row["cw"])}
-
-
-def nrr(natural: float, robust: float) -> float:
-    """Return the harmonic mean of both accuracies, in percent."""
-    return 2 * natural * robust / (natural + robust) if natural + robust else 0.0
+FIRST_TWO = ["apgd-ce", "apgd-t"]
 
 
 def auto_attack(
@@ -78,35 +16,21 @@ def auto_attack(
 ) -> float:
     """Return the accuracy under AutoAttack (Croce and Hein, ICML 2020), in percent.
 
-    Args:
-        model: In eval mode.
-        x: Images, all that are attacked.
-        y: Their labels.
-        eps: Radius.
-        whole: The standard four attacks; otherwise the first two, APGD-CE and APGD-T.
-        seed: Of all draws.
+    All four attacks if ``whole``; otherwise the first two, APGD-CE and APGD-T.
     """
     from pyautoattack import AutoAttack
 
     model.eval()
     modes = [p.requires_grad for p in model.parameters()]
     try:
-        attack = AutoAttack(
-            model,
-            eps=eps,
-            device=x.device,
-            seed=seed,
-            **({"version": "standard"} if whole else {"version": "custom", "attacks": FIRST_TWO}),
-        )
+        which = {"version": "standard"} if whole else {"version": "custom", "attacks": FIRST_TWO}
+        attack = AutoAttack(model, eps=eps, device=x.device, seed=seed, **which)
         x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=250)
     finally:
         for p, mode in zip(model.parameters(), modes, strict=True):
             p.requires_grad_(mode)
             p.grad = None
-    return 100 * int(_right(model, x_adv, y)) / len(y)
-
-
-FIRST_TWO = ["apgd-ce", "apgd-t"]
+    return accuracy(model, lambda: [(x_adv, y)])
 
 
 def masking(
@@ -118,12 +42,11 @@ def masking(
     less to images that fool another network than to its own (Athalye et al., ICML 2018; Carlini et
     al., 2019).
     """
+    large = min(1.0, 6 * eps)
     row = {
         "pgd20": accuracy(model, batches, **pgd20(eps)),
         "pgd100": accuracy(model, batches, **{**pgd20(eps), "steps": 100}),
-        "large_eps": accuracy(
-            model, batches, eps=min(1.0, 6 * eps), steps=50, step_size=0.3 * min(1.0, 6 * eps) / 2
-        ),
+        "large_eps": accuracy(model, batches, eps=large, steps=50, step_size=0.3 * large / 2),
     }
     if surrogate is not None:
         row["transfer"] = accuracy(model, batches, attacked=surrogate, **pgd20(eps))

@@ -15,38 +15,31 @@ import argparse
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import summary
-import torch
-import training
-from methods import METHODS
-from training import PRESETS, Place, Preset, Trainer, needs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-ROOT = Path(__file__).resolve().parents[2]
+import summary
+import trainer
+from image_data import DataError
+from methods import METHODS
+from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="digits")
     add("--methods", default="all", help=f"some of {', '.join(METHODS)}, by commas; or all")
     add("--seeds", default="0,1,2", help="by commas (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="of each method")
     add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
     add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
-    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
     add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    add("--data-label", help="name of the data beside results, when the files are not originals")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
-    add("--results", type=Path, help="folder of the JSON files")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
-    add("--figure", type=Path, metavar="PNG", help="draw the table too")
+    add("--figure", type=Path, metavar="PNG", help="draw natural against robust accuracy")
     add("--curves", type=Path, metavar="PNG", help="draw how the runs of the first seed went")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
     add("--quiet", action="store_true", help="say only what is finished")
@@ -63,8 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.epochs is not None and args.epochs < 1:
         parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
-    args.runs = args.runs or Path("runs") / "robustness" / name
-    args.results = args.results or ROOT / "benchmarks" / "robustness" / "results" / name
+    args.place = replace(trainer.place_of(args, name), download=args.download)
     return args
 
 
@@ -77,28 +69,28 @@ def preset_of(args: argparse.Namespace) -> Preset:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.compare:
-        print(summary.comparison(summary.read(args.results), *args.compare))
+        print(summary.comparison(summary.read(args.place.results), *args.compare))
         return
     if not args.report:
         names = args.methods if args.no_table else ordered(args.methods, preset_of(args))
         wanted = [(name, seed) for seed in args.seeds for name in names]
         try:
             run_all(wanted, args)
-        except training.DataError as error:
+        except DataError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command goes on")
     if not args.no_table:
-        print(summary.report(summary.read(args.results)))
+        print(summary.report(summary.read(args.place.results)))
     if args.figure or args.curves:
-        draw(summary.read(args.results), args)
+        draw(summary.read(args.place.results), args)
 
 
 def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
-    from analysis.figure import draw_curves, draw_table, save
+    from analysis.figure import draw_curves, draw_scatter, save
 
     if runs and args.figure:
-        save(args.figure, lambda figure: draw_table(figure, runs), (13, 1.5 + 0.3 * len(runs)))
+        save(args.figure, lambda figure: draw_scatter(figure, runs), (10, 7))
     if runs and args.curves:
         some = {name: of[args.seeds[0]] for name, of in runs.items() if args.seeds[0] in of}
         some = {name: run for name, run in some.items() if name in args.methods}
@@ -117,65 +109,59 @@ def ordered(methods: list[str], preset: Preset) -> list[str]:
 
 def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
     """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
-    place = Place(
-        args.runs, args.results, args.data_dir, args.data_label, args.device, args.download
-    )
-
-    def done(name: str, seed: int) -> bool:
-        return (place.results / f"{name}-seed{seed}.json").exists()
-
-    todo = [run for run in wanted if not done(*run)]
+    preset, place = preset_of(args), args.place
+    todo = [run for run in wanted if not (place.results / f"{run[0]}-seed{run[1]}.json").exists()]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done already")
-    began, finished = time.perf_counter(), 0
-    if args.jobs == 1:
-        for name, seed in todo:
+    began, finished = time.perf_counter(), []
+
+    def one(run: tuple[str, int]) -> None:
+        if args.jobs == 1:
             say = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
-            Trainer(name, seed, preset_of(args), place).run(say)
-            finished += 1
-            if not args.no_table:
-                print(progress(f"{name}-seed{seed}", finished, len(todo), began), flush=True)
+            Trainer(*run, preset, place).run(say)
+        elif subprocess.run(command(run, args)).returncode:
+            raise DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
+        finished.append(run)
+        if not args.no_table:
+            stem = f"{run[0]}-seed{run[1]}"
+            print(progress(stem, len(finished), len(todo), began), flush=True)
+
+    if args.jobs == 1:
+        for run in todo:
+            one(run)
         return
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    try:
-        while todo or running:
-            for run, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[run]
-                    if process.returncode:
-                        raise training.DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
-                    finished += 1
-                    total = finished + len(todo) + len(running)
-                    print(progress(f"{run[0]}-seed{run[1]}", finished, total, began), flush=True)
-            # The first run of a seed leaves what the others begin with.
-            ready = [
-                run
-                for run in todo
-                if all(done(other, run[1]) for other in needs(run[0], preset_of(args)))
-                and not (warm_needed(run, place) and any(s == run[1] for _, s in running))
-            ]
-            while ready and len(running) < args.jobs:
-                run = ready.pop(0)
-                todo.remove(run)
-                running[run] = subprocess.Popen(command(run, args))
-                if warm_needed(run, place):
-                    break
-            time.sleep(0.2)
-    finally:
-        for process in running.values():
-            process.terminate()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for stage in stages(todo, preset, place):
+                list(pool.map(one, stage))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def warm_needed(run: tuple[str, int], place: Place) -> bool:
-    """Tell whether this run would make the warm-up of its seed."""
-    return METHODS[run[0]].warm and not (place.runs / f"warmup-seed{run[1]}.pt").exists()
+def stages(
+    todo: list[tuple[str, int]], preset: Preset, place: Place
+) -> tuple[list[tuple[str, int]], ...]:
+    """Split runs into those that others need, one for each warm-up that is missing, the rest."""
+    needed = {other for name, _ in todo for other in needs(name, preset)}
+    first = [run for run in todo if run[0] in needed]
+    warm = {s: (n, s) for n, s in reversed(todo) if METHODS[n].warm and n not in needed}
+    second = [run for seed, run in warm.items() if not warm_file(place.runs, seed).exists()]
+    return first, second, [run for run in todo if run not in first + second]
 
 
 def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
     """Return the command that makes one run in a process of its own."""
     words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
     words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
-    words += ["--runs", str(args.runs), "--results", str(args.results), "--quiet", "--no-table"]
+    words += [
+        "--runs",
+        str(args.place.runs),
+        "--results",
+        str(args.place.results),
+        "--quiet",
+        "--no-table",
+    ]
     words += ["--download"] * args.download
     for flag in ("network", "epochs", "auto_attack", "data_label"):
         if getattr(args, flag) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 from methods import METHODS, TABLE
 
 COLUMNS = {"natural": "Natural", "pgd20": "PGD-20", "aa": "AA", "cw": "C&W", "nrr": "NRR (C&W)"}
-PLACES = ("natural", "pgd20", "aa", "cw", "nrr")  # the order of published results
+PUBLISHED = Path(__file__).with_name("published.csv")  # CIFAR-10, 200 epochs
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by method and seed
 
@@ -51,11 +52,13 @@ def table(runs: Runs, network: str, which: str = "last") -> str:
     """Return Markdown: a row for each method, with the published result below its mean."""
     head = ["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    with PUBLISHED.open(newline="") as file:
+        known = {row["method"]: row for row in csv.DictReader(file) if row["network"] == network}
     for method in runs:
         kind = METHODS[method]
         cells = [spread(numbers(runs, method, column, which)) for column in COLUMNS]
-        known = kind.published.get(network)
-        said = " / ".join("-" if v is None else f"{v:.1f}" for v in known) if known else ""
+        found = [known[method][column] for column in COLUMNS] if method in known else []
+        said = " / ".join(f"{float(v):.1f}" if v else "-" for v in found)
         start = "natural" if kind.warm else "scratch"
         title = kind.title if method in TABLE else f"*{kind.title}*"
         row = [title, start, *cells, str(len(runs[method])), said]

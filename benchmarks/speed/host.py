@@ -2,17 +2,17 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/speed/host.py
 
-Prints medians, interleaved in one run, of `step()` beside the plain SGD's, and of a backward pass
-that takes scores beside three plain passes. On a GPU this is the time that the device may wait.
+Medians of `step()` beside the plain SGD's, and of a backward pass that takes scores beside three
+plain passes. On a GPU this is the time that the device may wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
+import measure
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +32,7 @@ class Loop:
 
     def __init__(self, scored: bool) -> None:
         torch.manual_seed(0)
-        self.model, self.scored = network(), scored
-        self.x = torch.randn(4, 4)
+        self.model, self.x = network(), torch.randn(4, 4)
         opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.opt = RGPSelectiveOptimizer(opt) if scored else opt
 
@@ -42,33 +41,25 @@ class Loop:
         return self.model(self.x).square().mean(), self.model(self.x + 0.1).square().mean()
 
     def backward(self, natural: Tensor, adversarial: Tensor) -> None:
+        loss = natural + adversarial
         if isinstance(self.opt, RGPSelectiveOptimizer):
-            loss = natural + adversarial
-            self.opt.scored(loss, natural=natural, adversarial=adversarial).backward()
+            loss = self.opt.scored(loss, natural=natural, adversarial=adversarial)
         else:  # the passes themselves
-            loss = natural + adversarial
-            params = list(self.model.parameters())
-            torch.autograd.grad(natural, params, retain_graph=True)
-            torch.autograd.grad(adversarial, params, retain_graph=True)
-            loss.backward()
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+            for each in (natural, adversarial):
+                torch.autograd.grad(each, list(self.model.parameters()), retain_graph=True)
+        loss.backward()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=300)
     args = parser.parse_args()
-    loops = {"wrapped": Loop(True), "plain": Loop(False)}
+    cpu, loops = torch.device("cpu"), {"wrapped": Loop(True), "plain": Loop(False)}
     times: dict[tuple[str, str], list[float]] = {}
     for repeat in range(args.repeats + 20):
         for name, loop in loops.items():
-            losses = loop.losses()
-            passes, step = timed(lambda x=loop, y=losses: x.backward(*y)), timed(loop.opt.step)
+            passes = partial(loop.backward, *loop.losses())
+            passes, step = (1e3 * measure.once(call, cpu) for call in (passes, loop.opt.step))
             if repeat >= 20:
                 times.setdefault(("passes", name), []).append(passes)
                 times.setdefault(("step", name), []).append(step)

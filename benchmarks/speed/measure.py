@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import gc
@@ -44,10 +45,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def commit() -> str:
     """Return the commit, with a + if the library has changed since."""
-    head = git("rev-parse", "--short", "HEAD") or "unknown"
-    return head + (
-        "+" if git("status", "--porcelain", "--", "rgp_optim", "benchmarks/*/*.py") else ""
-    )
+    changed = git("status", "--porcelain", "--", "rgp_optim", "benchmarks/*/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
 
 
 def git(*command: str) -> str:
@@ -83,14 +82,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time each provider once a round, one after another, so that all see the same machine.
 
-    Args:
-        providers: What is timed, by name; each has been warmed up by the caller.
-        rounds: Times for each.
-        device: Where they run. On a GPU the time is the GPU's, between two events of its stream.
-        prepare: Called before each, not timed.
-
-    Returns:
-        Seconds by name, one for each round.
+    Returns seconds by name, one for each round; providers have been warmed up. On a GPU the time is
+    the GPU's, between two events of its stream. ``prepare`` is called before each, not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     was_enabled = gc.isenabled()
@@ -146,6 +139,45 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     ranked = torch.tensor(sorted(times), dtype=torch.float64)
     p20, p50, p80 = torch.quantile(ranked, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
     return float(p20), float(p50), float(p80)
+
+
+def timing(times: Sequence[float]) -> dict[str, Any]:
+    """Return the columns of seconds that were measured."""
+    names = ("p20_ms", "p50_ms", "p80_ms")
+    found = {n: f"{1e3 * t:.4g}" for n, t in zip(names, quantiles(times), strict=True)}
+    return found | {"repeats": len(times)}
+
+
+def shown(row: Mapping[str, Any], base: float | None) -> list[str]:
+    """Return the cells of a printed table: provider, median, spread, ratio to ``base`` ms."""
+    ratio = f"{float(row['p50_ms']) / base:.2f} x" if base else "-"
+    return [row["provider"], row["p50_ms"], f"{row['p20_ms']} - {row['p80_ms']}", ratio]
+
+
+def keep(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> Any:
+    """Append rows to a CSV at once, as a limit of time may come; return them."""
+    if path is not None:
+        where = environment(device)
+        append_rows(path, [{**where, **row} for row in rows])
+    return rows
+
+
+def parser(text: str | None, device: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all scripts have."""
+    found = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    found.add_argument("--csv", type=Path, help="append the rows to this file")
+    return found
+
+
+def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """Return the device that was asked for; a CPU gets one thread."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is available here; --device cpu rehearses")
+    torch.set_num_threads(1)
+    return torch.device(args.device)
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

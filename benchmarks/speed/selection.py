@@ -5,11 +5,8 @@
     python benchmarks/speed/selection.py --sizes              # one tensor of 1e3 to 1e7 weights
     python benchmarks/speed/selection.py --update                   # the optimizer's step around it
 
-Timed is all from two lists of gradients to the result: on a CPU the masks, on a GPU the adversarial
-gradients, set to 0 in place where conserved. Gradients are drawn at random, with a scale that
-differs by row; on a GPU they are restored, and its cache filled with something else, before each
-call. Providers are interleaved in one run, so that ratios hold on a busy machine. `--csv` appends
-the rows. On a GPU times are the GPU's; what the host needs to launch a call is in ``host_ms``.
+Timed is all from two lists of gradients to the masks, or, on a GPU, to the gradients set to 0 where
+conserved; there the cache is cold. Providers are interleaved in one run.
 
     ours        this library
     sort        its specification: a stable sort of each tensor
@@ -18,15 +15,9 @@ the rows. On a GPU times are the GPU's; what the host needs to launch a call is 
     percentile  np.percentile of each tensor on the CPU, comparison: the authors' way
     ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
 
-With `--update` the step of the optimizer is timed instead, all gradients being there already:
-
-    sgd             torch's SGD, fused, with momentum and weight decay
-    ours            the same, wrapped; conserved weights stay as they are
-    ours-gradients  the same with conserve="gradients"
-
-The byte floor is what any exact way must move: both gradients read once, and the masked one
-written (12 bytes for each float32 weight), or the mask (9). Its time is that of a copy of as many
-bytes on this device, in this run.
+The byte floor is what any exact way must move, at the speed of a copy on this device: both
+gradients read once, and the masked one written, or the mask. `--update` times the step of torch's
+fused SGD plain, wrapped, and wrapped with conserve="gradients".
 """
 
 from __future__ import annotations
@@ -36,46 +27,31 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import measure
 import numpy as np
 import torch
+from networks import NETWORKS
 from torch import Tensor
 
 from rgp_optim import RGPSelectiveOptimizer, functional
 
 Shapes = list[tuple[int, ...]]
+ALPHA = 0.1
 
 
 # The models: shapes of the parameters in which weights are selected, two dimensions or more.
 
 
-def resnet18() -> Shapes:
-    """ResNet-18 for CIFAR-10."""
-    shapes: Shapes = [(64, 3, 3, 3)]
-    c_in = 64
-    for width in (64, 128, 256, 512):
-        for _ in range(2):
-            shapes += [(width, c_in, 3, 3), (width, width, 3, 3)]
-            if c_in != width:
-                shapes.append((width, c_in, 1, 1))
-            c_in = width
-    return [*shapes, (10, 512)]
-
-
-def wrn34_10() -> Shapes:
-    """WideResNet-34-10 for CIFAR-10."""
-    shapes: Shapes = [(16, 3, 3, 3)]
-    c_in = 16
-    for width in (160, 320, 640):
-        for _ in range(5):
-            shapes += [(width, c_in, 3, 3), (width, width, 3, 3)]
-            if c_in != width:
-                shapes.append((width, c_in, 1, 1))
-            c_in = width
-    return [*shapes, (10, 640)]
+def shapes_of(network: str) -> Shapes:
+    """Return the shapes of one of the examples' networks, for CIFAR-10."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in NETWORKS[network]().parameters() if p.dim() > 1]
 
 
 def vit_b() -> Shapes:
@@ -85,8 +61,8 @@ def vit_b() -> Shapes:
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {
-    "resnet18": resnet18,
-    "wrn34-10": wrn34_10,
+    "resnet18": lambda: shapes_of("resnet18"),
+    "wrn34-10": lambda: shapes_of("wrn34-10"),
     "vit-b": vit_b,
     "1b": lambda: [(4096, 4096)] * 59 + [(1, 10144256)],
     "tiny": lambda: [(8, 3, 3, 3), (40, 30), (1, 1)],
@@ -104,6 +80,17 @@ class Case:
     keep: float
     scope: str
 
+    @classmethod
+    def draw(
+        cls, shapes: Shapes, dtype: str, keep: float, scope: str, device: torch.device
+    ) -> Case:
+        """Draw gradients at random."""
+        gs = [
+            [heavy(s, 2 * i + j, DTYPES[dtype], device) for i, s in enumerate(shapes)]
+            for j in (0, 1)
+        ]
+        return cls(*gs, ALPHA, keep, scope)
+
     @property
     def on_gpu(self) -> bool:
         return self.g_advs[0].is_cuda
@@ -115,6 +102,10 @@ class Case:
             a.abs().float() * self.alpha + b.abs().float() * (1 - self.alpha) for a, b in pairs
         ]
         return found if self.scope == "tensor" else [torch.cat([s.flatten() for s in found])]
+
+    def above(self, least: Callable[[Tensor], Any]) -> list[Tensor]:
+        """Select the scores that are not below a threshold, which is computed from them."""
+        return self.finish([score >= least(score.flatten()) for score in self.scores()])
 
     def finish(self, masks: list[Tensor]) -> list[Tensor]:
         """Bring masks into the gradients' shapes; on a GPU apply them."""
@@ -141,12 +132,15 @@ def heavy(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.d
 # The providers.
 
 
+def library_masks(case: Case, backend: Any = "auto") -> list[Tensor]:
+    how = dict(alpha=case.alpha, update_fraction=case.keep, scope=case.scope, backend=backend)
+    return functional.rgp_topk_masks(case.g_nats, case.g_advs, **how)
+
+
 def ours(case: Case) -> list[Tensor]:
     count = len(case.g_advs)
     if not case.on_gpu:
-        return functional.rgp_topk_masks(
-            case.g_nats, case.g_advs, alpha=case.alpha, update_fraction=case.keep, scope=case.scope
-        )
+        return library_masks(case)
     pools = [0] * count if case.scope == "global" else list(range(count))
     masks = functional.select(
         case.g_nats, case.g_advs, [case.alpha] * count, [case.keep] * count, pools
@@ -156,39 +150,24 @@ def ours(case: Case) -> list[Tensor]:
 
 
 def sort(case: Case) -> list[Tensor]:
-    masks = functional.rgp_topk_masks(
-        case.g_nats, case.g_advs, alpha=case.alpha, update_fraction=case.keep, scope=case.scope,
-        backend="torch",
-    )  # fmt: skip
+    masks = library_masks(case, "torch")
     return Case(case.g_nats, case.g_advs, case.alpha, case.keep, "tensor").finish(masks)
 
 
-def count(score: Tensor, keep: float) -> int:
+def rank(score: Tensor, keep: float) -> int:
     return max(1, round(keep * score.numel()))
 
 
 def topk(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        least = torch.topk(score.flatten(), count(score, case.keep), sorted=False).values.min()
-        masks.append(score >= least)
-    return case.finish(masks)
+    return case.above(lambda s: torch.topk(s, rank(s, case.keep), sorted=False).values.min())
 
 
 def kthvalue(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        n = score.numel()
-        masks.append(score >= score.flatten().kthvalue(n - count(score, case.keep) + 1).values)
-    return case.finish(masks)
+    return case.above(lambda s: s.kthvalue(s.numel() - rank(s, case.keep) + 1).values)
 
 
 def percentile(case: Case) -> list[Tensor]:
-    masks = []
-    for score in case.scores():
-        threshold = np.percentile(score.cpu().numpy(), 100 * (1 - case.keep))
-        masks.append(score >= float(threshold))
-    return case.finish(masks)
+    return case.above(lambda s: float(np.percentile(s.cpu().numpy(), 100 * (1 - case.keep))))
 
 
 PROVIDERS = {p.__name__: p for p in (ours, sort, topk, kthvalue, percentile)}
@@ -230,7 +209,7 @@ class Update:
         if name != "sgd":
             conserve = "gradients" if name == "ours-gradients" else "weights"
             self.optimizer = RGPSelectiveOptimizer(
-                self.optimizer, update_fraction=args.keep[0], alpha=args.alpha, conserve=conserve
+                self.optimizer, update_fraction=args.keep[0], alpha=ALPHA, conserve=conserve
             )  # type: ignore[arg-type]
 
     def prepare(self) -> None:
@@ -261,20 +240,13 @@ def run_update(
             # The host launches a step in milliseconds; asleep, the device waits for all of it.
             seconds = measure.once(update.optimizer.step, device, 50 * measure.HEAD_START)
             times[name] += [seconds] * (turn >= 2)
-    weights = sum(math.prod(s) for s in shapes)
-    rows, lines = [], []
-    base = measure.quantiles(times["sgd"])[1]
-    for name in UPDATES:
-        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
-        rows.append({
-            "benchmark": "update", "model": model, "weights": weights, "dtype": dtype,
-            "scope": "tensor", "keep": args.keep[0], "provider": name, "p20_ms": f"{p20:.4g}",
-            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-        })  # fmt: skip
-        lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", f"{p50 / 1e3 / base:.2f} x"])
-    print(f"\n{model}: {weights:,} weights, {dtype}, keep {args.keep[0]}, a step of the optimizer")
+    common = {"benchmark": "update", "scope": "tensor", "keep": args.keep[0]}
+    common |= {"model": model, "weights": sum(map(math.prod, shapes)), "dtype": dtype}
+    rows = [{**common, "provider": name, **measure.timing(times[name])} for name in UPDATES]
+    lines = [measure.shown(row, float(rows[0]["p50_ms"])) for row in rows]
+    print(f"\n{model}: {common['weights']:,} weights, {dtype}, keep {args.keep[0]}, one step")
     print(measure.table(["", "median ms", "p20 - p80", "against sgd"], lines))
-    return rows
+    return measure.keep(args.csv, device, rows)
 
 
 # The run.
@@ -290,12 +262,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def check(case: Case) -> str:
     """Compare the masks with those of a stable sort."""
-    options = dict(alpha=case.alpha, update_fraction=case.keep, scope=case.scope)
     if sum(g.numel() for g in case.g_advs) > 2e8:
         return "masks not compared: too large to sort"
-    got = functional.rgp_topk_masks(case.g_nats, case.g_advs, **options)
-    want = functional.rgp_topk_masks(case.g_nats, case.g_advs, **options, backend="torch")
-    if not all(map(torch.equal, got, want)):
+    if not all(map(torch.equal, library_masks(case), library_masks(case, "torch"))):
         raise AssertionError("the masks are not those of a stable sort")
     return "masks equal to a stable sort's"
 
@@ -305,14 +274,12 @@ def run_case(
 ) -> list[dict[str, Any]]:
     """Time all providers on one case, and print the table."""
     device = torch.device(args.device)
-    g_nats = [heavy(s, 2 * i, DTYPES[dtype], device) for i, s in enumerate(shapes)]
-    g_advs = [heavy(s, 2 * i + 1, DTYPES[dtype], device) for i, s in enumerate(shapes)]
-    case = Case(g_nats, g_advs, args.alpha, keep, scope)
-    originals = [g.clone() for g in g_advs] if case.on_gpu else []
+    case = Case.draw(shapes, dtype, keep, scope, device)
+    originals = [g.clone() for g in case.g_advs] if case.on_gpu else []
     flush = torch.zeros(1 << 26, device=device) if case.on_gpu else None
 
     def prepare() -> None:
-        for g, original in zip(g_advs, originals):  # noqa: B905
+        for g, original in zip(case.g_advs, originals):  # noqa: B905
             g.copy_(original)
         if flush is not None:
             flush.sum()  # read, so that no lines are left to be written back during the call
@@ -324,25 +291,32 @@ def run_case(
         prepare()
         calls[name] = make(name, case)
     times = measure.interleaved(calls, args.rounds, device, prepare)
-    weights = sum(math.prod(s) for s in shapes)
-    item = g_advs[0].element_size()
+    weights, item = sum(map(math.prod, shapes)), case.g_advs[0].element_size()
     floor_bytes = weights * (3 * item if case.on_gpu else 2 * item + 1)
     floor_ms = floor_bytes / args.bandwidth * 1e3
     rows = []
     for name in names:
-        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
-        row = {
+        row = measure.timing(times[name])
+        ms = float(row["p50_ms"])
+        row |= {
             "benchmark": "size" if args.sizes else "select", "model": model, "weights": weights,
-            "dtype": dtype, "scope": scope, "keep": keep, "provider": name, "p20_ms": f"{p20:.4g}",
-            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-            "floor_bytes": floor_bytes, "gb_per_s": f"{floor_bytes / p50 / 1e6:.4g}",
-            "floor_share": f"{floor_ms / p50:.3f}", "note": note if name == "ours" else "",
+            "dtype": dtype, "scope": scope, "keep": keep, "provider": name,
+            "floor_bytes": floor_bytes, "gb_per_s": f"{floor_bytes / ms / 1e6:.4g}",
+            "floor_share": f"{floor_ms / ms:.3f}", "note": note if name == "ours" else "",
         }  # fmt: skip
         if case.on_gpu:
             row |= on_gpu(calls[name], prepare)
         rows.append(row)
-    show(rows, floor_ms)
-    return rows
+    mine = next((float(row["p50_ms"]) for row in rows if row["provider"] == "ours"), None)
+    lines = [
+        [*measure.shown(row, mine), f"{float(row['p50_ms']) * 1e6 / weights:.3g}"] for row in rows
+    ]
+    print(
+        f"\n{model}: {weights:,} weights, {dtype}, scope {scope}, keep {keep}; "
+        f"byte floor {floor_ms:.3g} ms; {note}"
+    )
+    print(measure.table(["", "median ms", "p20 - p80", "against ours", "ns/weight"], lines))
+    return measure.keep(args.csv, device, rows)
 
 
 def on_gpu(call: Callable[[], object], prepare: Callable[[], None]) -> dict[str, Any]:
@@ -361,44 +335,6 @@ def on_gpu(call: Callable[[], object], prepare: Callable[[], None]) -> dict[str,
     found["launches"] = measure.count_launches(call)
     found["host_ms"] = f"{1e3 * measure.host_seconds(call):.4g}"
     return found
-
-
-def show(rows: Sequence[dict[str, Any]], floor_ms: float) -> None:
-    """Print one case."""
-    first = rows[0]
-    print(
-        f"\n{first['model']}: {first['weights']:,} weights, {first['dtype']}, "
-        f"scope {first['scope']}, keep {first['keep']}; byte floor {floor_ms:.3g} ms; "
-        f"{first['note'] or 'not compared'}"
-    )
-    mine = next((float(r["p50_ms"]) for r in rows if r["provider"] == "ours"), math.nan)
-    lines = [
-        [
-            r["provider"],
-            r["p50_ms"],
-            f"{r['p20_ms']} - {r['p80_ms']}",
-            f"{float(r['p50_ms']) * 1e6 / r['weights']:.3g}",
-            f"{float(r['p50_ms']) / mine:.2f} x",
-        ]
-        for r in rows
-    ]
-    print(measure.table(["", "median ms", "p20 - p80", "ns/weight", "against ours"], lines))
-
-
-def goals(rows: Sequence[dict[str, Any]]) -> None:
-    """Say whether a CPU reaches what the project promises."""
-    for row in rows:
-        if row["provider"] != "ours" or row["benchmark"] != "select" or row["weights"] < 1e6:
-            continue
-        same = ("model", "dtype", "scope", "keep")
-        peers = {r["provider"]: r for r in rows if all(r[c] == row[c] for c in same)}
-        for name, goal in (("percentile", 5.0), ("kthvalue", 4.5)):
-            if name in peers:
-                ratio = float(peers[name]["p50_ms"]) / float(row["p50_ms"])
-                print(
-                    f"{row['model']}, keep {row['keep']}, scope {row['scope']}: {ratio:.1f} times "
-                    f"faster than {name} (goal {goal:g}: {'yes' if ratio >= goal else 'NO'})"
-                )
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -422,28 +358,17 @@ def fractions(text: str) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--models", type=names_of(list(MODELS)), default=["resnet18"])
     parser.add_argument("--dtypes", type=names_of(list(DTYPES)), default=["float32"])
     parser.add_argument("--scopes", type=names_of(["tensor", "global"]), default=["tensor"])
     parser.add_argument("--keep", type=fractions, default=[0.5, 0.1], help="share that is updated")
-    parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--providers", type=names_of([*PROVIDERS, *ON_GPU]))
     parser.add_argument("--sizes", action="store_true", help="one tensor of many sizes instead")
     parser.add_argument("--update", action="store_true", help="the optimizer's step instead")
-    parser.add_argument(
-        "--csv", type=Path, help=f"append the rows, as {measure.RESULTS.name} has them"
-    )
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is available here")
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = measure.device_of(args, parser)
     if args.providers is None:
         args.providers = ["ours", "topk", "kthvalue", "percentile"]
         args.providers += ON_GPU if device.type == "cuda" else []
@@ -455,35 +380,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         f"copies at {args.bandwidth / 1e9:.0f} GB/s"
     )
     rows: list[dict[str, Any]] = []
-
-    def keep_rows(new: list[dict[str, Any]]) -> None:
-        rows.extend(new)
-        if args.csv:  # at once: a limit of time may come
-            measure.append_rows(args.csv, [{**where, **row} for row in new])
-
     if args.sizes:
-        cases = [("one tensor", [(n // 100, 100)]) for n in sizes()]
+        # 1e3 to 1e7, three to a decade
+        cases = [("one tensor", [(round(10 ** (1 + i / 3)), 100)]) for i in range(13)]
     else:
         cases = [(name, MODELS[name]()) for name in args.models]
     for model, shapes in cases:
         for dtype in args.dtypes:
+            for scope, keep in product(args.scopes, args.keep):
+                if not args.update:
+                    rows += run_case(model, shapes, dtype, scope, keep, args)
             if args.update:
-                keep_rows(run_update(model, shapes, dtype, args))
-                continue
-            for scope in args.scopes:
-                for keep in args.keep:
-                    keep_rows(run_case(model, shapes, dtype, scope, keep, args))
-    print()
-    if device.type == "cpu" and not args.update:
-        goals(rows)
-    if args.csv:
-        print(f"{len(rows)} rows added to {args.csv}")
+                rows += run_update(model, shapes, dtype, args)
     return rows
-
-
-def sizes() -> list[int]:
-    """Return 1e3 to 1e7, three to a decade."""
-    return [round(10 ** (3 + i / 3) / 100) * 100 for i in range(13)]
 
 
 if __name__ == "__main__":

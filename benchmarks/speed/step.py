@@ -4,21 +4,10 @@
     python benchmarks/speed/step.py --device cuda --network resnet18 --amp       # bfloat16
     python benchmarks/speed/step.py ... --attack compile-graph --batch-sizes 128 256 512
 
-All steps train the same network on the same random images with the same SGD, interleaved in one
-run. The attack has ten steps in all of them but the first.
-
-    standard      cross-entropy on the images
-    trades        kl_attack, kl_adv_loss
-    cure          the same, with RGPSelectiveOptimizer and ConsistencyReviser
-    cure-update   without the reviser
-    authors       four backward passes through kept graphs, np.percentile of each tensor on the CPU,
-                  masks multiplied in, the averaged copy updated parameter by parameter
-
-With `--attack` the attack of all but "authors" is compiled, or replayed as a CUDA graph, or both.
-
-The second table says where a step of ``cure-update`` spends its time: each part alone, the host
-waiting for it. "selection" is the wrapper's step less the plain SGD's. `--profile` writes which
-operations a step of ``cure`` consists of, by their time.
+The second table times the parts of ``cure-update``, which is CURE without the reviser;
+"selection" is the wrapper's step less the plain SGD's. ``authors`` is the released way: four
+backward passes through kept graphs, np.percentile on the CPU, masks multiplied in, the average
+updated parameter by parameter; its attack is always eager.
 """
 
 from __future__ import annotations
@@ -61,25 +50,21 @@ class Step:
                 buffer.fill_(1000)  # as of a trained network
         if args.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.sgd = torch.optim.SGD(
-            self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4
-        )
+        how = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+        self.sgd = torch.optim.SGD(self.model.parameters(), **how)
         self.optimizer: Any = self.sgd
         if name.startswith("cure"):
             self.optimizer = RGPSelectiveOptimizer(self.sgd, update_fraction=KEEP, alpha=ALPHA)
         self.reviser = ConsistencyReviser(self.model, rate=1.0) if name == "cure" else None
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         way = "eager" if name == "authors" else args.attack
-        self.attack_of = captured.kl_attack_of(
+        self.attack = captured.kl_attack_of(
             self.model, way, self.autocast, eps=8 / 255, steps=args.steps
         )
 
     def autocast(self, cache: bool = True) -> torch.autocast:
         amp = self.args.amp
         return torch.autocast(self.args.device, torch.bfloat16, enabled=amp, cache_enabled=cache)
-
-    def attack(self) -> Tensor:
-        return self.attack_of(self.x)
 
     def losses(self, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, and cross-entropy on both batches."""
@@ -103,7 +88,7 @@ class Step:
             loss.backward()
             self.optimizer.step()
             return
-        loss, natural, adversarial = self.losses(self.attack())
+        loss, natural, adversarial = self.losses(self.attack(self.x))
         if self.name == "authors":
             authors_update(self.model, self.sgd, loss, natural, adversarial)
             average(self.average, self.model)
@@ -119,11 +104,7 @@ class Step:
 
 
 def authors_update(
-    model: nn.Module,
-    sgd: torch.optim.Optimizer,
-    loss: Tensor,
-    natural: Tensor,
-    adversarial: Tensor,
+    model: nn.Module, sgd: torch.optim.SGD, loss: Tensor, natural: Tensor, adversarial: Tensor
 ) -> None:
     """Update as the released code does, with the score of the paper."""
     selected = [p for p in model.parameters() if p.dim() >= 2]
@@ -167,7 +148,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[float]]:
         return found[0]
 
     for _ in range(args.rounds + 1):
-        x_adv = timed("attack", step.attack)
+        x_adv = timed("attack", lambda: step.attack(step.x))
         step.optimizer.zero_grad()
         loss, natural, adversarial = timed("two forward passes", lambda: step.losses(x_adv))  # noqa: B023
         timed(
@@ -183,41 +164,29 @@ def parts(args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet8")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128])
     parser.add_argument("--steps", type=int, default=10, help="of the attack")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--attack", choices=captured.WAYS, default="eager")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--profile", type=Path, help="write the operations of a step to this file")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is available here")
-    for name in ("batch_sizes", "steps", "rounds", "threads"):
+    device = measure.device_of(args, parser)
+    for name in ("batch_sizes", "steps", "rounds"):
         given = getattr(args, name)
         if min(given if isinstance(given, list) else [given]) < 1:
             parser.error(f"--{name.replace('_', '-')}: it should be at least 1")
     if "graph" in args.attack and args.device == "cpu":
         parser.error(f"--attack {args.attack}: a CPU has no CUDA graphs")
-    torch.set_num_threads(args.threads)
-    where = measure.environment(torch.device(args.device))
+    where = measure.environment(device)
     rows = []
     for batch_size in args.batch_sizes:
         args.batch_size = batch_size
-        found = run(args, where)
-        rows += found
-        if args.csv:  # at once: a limit of time may come
-            measure.append_rows(args.csv, [{**where, **row} for row in found])
-    if args.csv:
-        print(f"\n{len(rows)} rows added to {args.csv}")
+        rows += measure.keep(args.csv, device, run(args, where))
     return rows
 
 
@@ -237,27 +206,19 @@ def run(args: argparse.Namespace, where: dict[str, str]) -> list[dict[str, Any]]
         f"{args.network}, batch {args.batch_size}, {precision}, {args.attack} attack of "
         f"{args.steps} steps\n"
     )
-    rows, lines = [], []
-    base = measure.quantiles(times["trades"])[1] if "trades" in times else None
-    for name in steps:
-        p20, p50, p80 = (1e3 * t for t in measure.quantiles(times[name]))
-        rows.append({
-            "benchmark": "step", "model": args.network, "weights": weights, "dtype": precision,
-            "scope": "tensor", "keep": KEEP, "provider": name, "p20_ms": f"{p20:.4g}",
-            "p50_ms": f"{p50:.4g}", "p80_ms": f"{p80:.4g}", "repeats": args.rounds,
-            "note": f"batch {args.batch_size}, PGD-{args.steps}"
-            + ("" if args.attack == "eager" else f", {args.attack}"),
-        })  # fmt: skip
-        ratio = f"{p50 / 1e3 / base:.2f} x" if base else "-"
-        lines.append([name, f"{p50:.4g}", f"{p20:.4g} - {p80:.4g}", ratio])
+    way = "" if args.attack == "eager" else f", {args.attack}"
+    common = {"benchmark": "step", "scope": "tensor", "keep": KEEP, "dtype": precision}
+    common |= {"model": args.network, "weights": weights}
+    common |= {"note": f"batch {args.batch_size}, PGD-{args.steps}{way}"}
+    rows = [{**common, "provider": name, **measure.timing(times[name])} for name in steps]
+    base = next((float(row["p50_ms"]) for row in rows if row["provider"] == "trades"), None)
+    lines = [measure.shown(row, base) for row in rows]
     print(measure.table(["a training step", "median ms", "p20 - p80", "against trades"], lines))
     if "cure-update" in steps:
         rows += show_parts(args, rows)
     if args.profile and "cure" in steps:
         with args.profile.open("a") as file:
-            file.write(
-                f"batch {args.batch_size}, {args.attack} attack\n{operations(steps['cure'])}\n"
-            )
+            file.write(f"batch {args.batch_size}, {args.attack}\n{operations(steps['cure'])}\n")
     print()
     return rows
 

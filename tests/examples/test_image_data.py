@@ -8,6 +8,7 @@ import pickle
 import sys
 import tarfile
 import threading
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -249,20 +250,13 @@ def test_crop_and_flip_against_a_loop():
     padded = torch.nn.functional.pad(x, [2] * 4)
     used = set()
     for before, after in zip(padded, out, strict=True):
-        found = [
-            (dy, dx, flip)
-            for dy in range(5)
-            for dx in range(5)
-            for flip in (False, True)
-            if torch.equal(
-                after,
-                before[:, dy : dy + 8, dx : dx + 8].flip(-1)
-                if flip
-                else before[:, dy : dy + 8, dx : dx + 8],
-            )
-        ]
+        found = set()
+        for dy, dx in product(range(5), repeat=2):
+            part = before[:, dy : dy + 8, dx : dx + 8]
+            ways = {False: part, True: part.flip(-1)}
+            found |= {(dy, dx, flip) for flip, x in ways.items() if torch.equal(after, x)}
         assert found
-        used.update(found)
+        used |= found
     assert {dy for dy, _, _ in used} == {dx for _, dx, _ in used} == set(range(5))
     assert {flip for _, _, flip in used} == {False, True}
 

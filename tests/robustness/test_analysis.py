@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,8 @@ def test_corruptions_are_images_and_get_worse(name, channels):
     far = []
     for severity in range(1, 6):
         out = corruptions.corrupt(x, name, severity)
-        assert out.shape == x.shape
-        assert out.dtype == x.dtype
-        assert float(out.min()) >= 0
-        assert float(out.max()) <= 1
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+        assert 0 <= float(out.min()) <= float(out.max()) <= 1
         assert torch.equal(out, corruptions.corrupt(x, name, severity))
         far.append(float((out - x).square().mean()))
     assert far[0] > 0
@@ -50,15 +49,14 @@ def test_corruptions_are_images_and_get_worse(name, channels):
 def test_noise_has_its_size():
     x = torch.full((4, 3, 64, 64), 0.5)
     g = torch.Generator().manual_seed(0)
-    assert math.isclose(
-        float((corruptions.gaussian_noise(x, 0.08, g) - x).std()), 0.08, rel_tol=0.02
-    )
+    gaussian = corruptions.gaussian_noise(x, 0.08, g) - x
+    assert float(gaussian.std()) == pytest.approx(0.08, rel=0.02)
     speckle = corruptions.speckle_noise(x, 0.12, g) - x
-    assert math.isclose(float(speckle.std()), 0.06, rel_tol=0.02)
+    assert float(speckle.std()) == pytest.approx(0.06, rel=0.02)
     shot = corruptions.shot_noise(x, 100, g)
-    assert math.isclose(float(shot.var()), 0.5 / 100, rel_tol=0.05)
+    assert float(shot.var()) == pytest.approx(0.5 / 100, rel=0.05)
     hit = corruptions.impulse_noise(x, 0.05, g)
-    assert math.isclose(float((hit != 0.5).float().mean()), 0.05, rel_tol=0.05)
+    assert float((hit != 0.5).float().mean()) == pytest.approx(0.05, rel=0.05)
     assert set(hit.unique().tolist()) == {0.0, 0.5, 1.0}
 
 
@@ -176,16 +174,10 @@ def test_hsic_is_the_sum_over_distinct_indices():
     g = torch.Generator().manual_seed(1)
     a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
     k, m = (a @ a.T).numpy(), (b @ b.T).numpy()
-    n = 6
-    total = count = 0.0
-    for i in range(n):
-        for j in range(n):
-            for q in range(n):
-                for r in range(n):
-                    if len({i, j, q, r}) == 4:
-                        total += k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])
-                        count += 1
-    assert math.isclose(float(layers.hsic(a @ a.T, b @ b.T)), total / count, rel_tol=1e-9)
+    terms = [
+        k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in permutations(range(6), 4)
+    ]
+    assert math.isclose(float(layers.hsic(a @ a.T, b @ b.T)), np.mean(terms), rel_tol=1e-9)
 
 
 def network():
@@ -222,7 +214,6 @@ def test_updated_early_and_late():
 
 
 def test_only_the_blocks_that_learn_change():
-    sys.path.insert(0, str(ROOT / "examples"))
     from networks import NETWORKS
 
     torch.manual_seed(0)
@@ -233,15 +224,8 @@ def test_only_the_blocks_that_learn_change():
     before = {name: t.clone() for name, t in model.state_dict().items()}
     g = torch.Generator().manual_seed(0)
     data = [(torch.rand(8, 1, 8, 8, generator=g), torch.arange(8)) for _ in range(2)]
-    blocks.train(
-        model,
-        parts,
-        ["stage 2"],
-        lambda: data,
-        epochs=1,
-        lr=0.1,
-        attack={"eps": 0.1, "steps": 1, "step_size": 0.1},
-    )
+    attack = {"eps": 0.1, "steps": 1, "step_size": 0.1}
+    blocks.train(model, parts, ["stage 2"], lambda: data, epochs=1, lr=0.1, attack=attack)
     for name, now in model.state_dict().items():
         same = torch.equal(before[name], now)
         assert same != name.startswith("stages.1."), name
@@ -273,3 +257,22 @@ def test_analyse_draws_what_was_run(tmp_path, monkeypatch):
     names = ("corruptions", "smallest", "layers", "updated", "curves", "blocks", "perturbations")
     assert drawn == {"analysis.json", *(f"{name}.png" for name in names)}
     assert np.all([(out / f"{name}.png").stat().st_size > 5000 for name in names])
+
+
+@pytest.mark.parametrize("preset", ["digits", "cpu"])
+def test_names_in_the_figure_of_all_methods_do_not_overlap(preset, tmp_path):
+    pytest.importorskip("matplotlib")
+    import summary
+    from analysis import figure
+
+    runs = summary.read(ROOT / "benchmarks" / "robustness" / "results" / preset)
+    boxes = []
+
+    def draw(canvas):
+        figure.draw_scatter(canvas, runs)
+        texts = [t for t in canvas.axes[0].texts if "NRR" not in t.get_text()]
+        boxes.extend(text.get_window_extent() for text in texts)
+
+    figure.save(tmp_path / "f.png", draw, (10, 7))
+    assert len(boxes) == len(runs)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -24,6 +24,7 @@ import captured  # noqa: E402
 import evaluation  # noqa: E402
 import run as robustness  # noqa: E402
 import summary  # noqa: E402
+import trainer  # noqa: E402
 import training  # noqa: E402
 from methods import METHODS, TABLE, Setting  # noqa: E402
 from methods.act import act_losses, soft_kl  # noqa: E402
@@ -236,25 +237,18 @@ def test_attacks_pixel_for_pixel(name, saturated):
     torch.testing.assert_close(method.perturb(x, y), x_adv, rtol=0, atol=1e-12)
 
 
+def network():
+    layers = nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
 def setting(**changes):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
-    build = lambda: nn.Sequential(  # noqa: E731
-        nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
-    ).double()
-    values = dict(
-        eps=0.1,
-        attack_steps=3,
-        step_size=0.04,
-        epochs=10,
-        total_steps=100,
-        seed=0,
-        classes=3,
-        generator=torch.Generator().manual_seed(0),
-        new_network=build,
-        new_optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        teacher=lambda: build().eval(),
-    )
+    model = network()
+    values = dict(eps=0.1, attack_steps=3, step_size=0.04, epochs=10, total_steps=100, seed=0)
+    values |= dict(classes=3, generator=torch.Generator().manual_seed(0), new_network=network)
+    values["new_optimizer"] = lambda params: torch.optim.SGD(params, lr=0.1)
+    values["teacher"] = lambda: network().eval()
     return model, Setting(**{**values, **changes})
 
 
@@ -272,8 +266,7 @@ def test_every_method_learns_and_stays_in_the_ball(name):
     if name not in ("st-at", "las-at"):
         x_adv = method.perturb(x, y)
         assert float((x_adv - x).abs().max()) <= 0.1 + 1e-12
-        assert float(x_adv.min()) >= 0
-        assert float(x_adv.max()) <= 1
+        assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
         assert not x_adv.requires_grad
     losses = [float(method.step(x, y)["loss"]) for _ in range(60)]
     assert np.mean(losses[-5:]) < losses[0]
@@ -327,41 +320,30 @@ def test_published_settings_of_each_network():
     published = {"resnet18": (30, 0.1, 1.0), "wrn34-10": (50, 0.3, 0.5)}
     published["preactresnet18"] = (20, 0.2, 1.0)
     for network, (conserved, alpha, gamma) in published.items():
-        preset = replace(training.PRESETS["paper"], network=network)
-        used = {**METHODS["cure"].official, **training.options_of(preset, "cure")}
+        preset = replace(trainer.PRESETS["paper"], network=network)
+        used = {**METHODS["cure"].official, **trainer.options_of(preset, "cure")}
         assert used["update_fraction"] == 1 - conserved / 100
         assert (used["alpha"], used["gamma"]) == (alpha, gamma)
-        assert (preset.epochs, preset.batch_size, preset.lr, preset.momentum) == (
-            200,
-            128,
-            0.1,
-            0.9,
-        )
+        shared = (preset.epochs, preset.batch_size, preset.lr, preset.momentum)
+        assert shared == (200, 128, 0.1, 0.9)
 
 
-def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch, one_thread):
-    words = ["--preset", "digits", "--epochs", "1", "--methods", "cure", "--seeds", "0"]
-    monkeypatch.setattr(training.Trainer, "warm_up", lambda self, model: None)
-    place = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r"), "--no-table"]
+def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "warm_up", lambda self, *_: None)
+    words = ["--epochs", "1", "--methods", "cure", "--seeds", "0", "--no-table"]
     with pytest.raises(SystemExit, match=r"error: cure-seed0, 35 steps: `horizon` should span"):
-        robustness.main([*words, *place, "--device", "cpu"])
+        run(tmp_path, *words, preset="digits")
 
 
 def test_released_rules_select_where_the_released_code_does():
     from networks import NETWORKS
 
     network = NETWORKS["resnet8"](channels=1)
-    names = dict(network.named_modules())
-    for name, allowed in (("cure-signed", {"conv1"}), ("cure-loss", None)):
-        _, s = setting()
-        method = METHODS[name](network, s)
-        left = method.left_out()
-        chosen = {
-            n.split(".")[-1]
-            for n, m in names.items()
-            if isinstance(m, nn.Conv2d | nn.Linear) and n not in left
-        }
-        assert chosen == allowed if allowed else left == ["fc"]
+    kinds = nn.Conv2d | nn.Linear
+    layers = [name for name, m in network.named_modules() if isinstance(m, kinds)]
+    left = METHODS["cure-signed"](network, setting()[1]).left_out()
+    assert {name.split(".")[-1] for name in layers if name not in left} == {"conv1"}
+    assert METHODS["cure-loss"](network, setting()[1]).left_out() == ["fc"]
 
 
 def test_the_released_mode_rgp_by_hand():
@@ -414,7 +396,7 @@ def test_accuracy_under_attack_is_that_of_the_margin():
     expected = 100 * float(((x.flatten() - 0.5).abs() > eps).float().mean())
     batches = lambda: [(x[:9], y[:9]), (x[9:], y[9:])]  # noqa: E731
     for loss in ("cross_entropy", "margin"):
-        got = evaluation.accuracy(Line(), batches, loss=loss, **evaluation.pgd20(eps))
+        got = training.accuracy(Line(), batches, loss=loss, **training.pgd20(eps))
         assert abs(got - expected) <= 100 / 19  # the point on the line
     row = evaluation.masking(Line(), batches, eps, surrogate=Line())
     assert evaluation.is_masked(row) == []
@@ -434,7 +416,7 @@ def test_auto_attack_leaves_the_network_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
     x, y = data(6)
     got = evaluation.auto_attack(model, x.float(), y, 0.05, whole=False)
-    pgd = evaluation.accuracy(model, lambda: [(x.float(), y)], **evaluation.pgd20(0.05))
+    pgd = training.accuracy(model, lambda: [(x.float(), y)], **training.pgd20(0.05))
     assert 0 <= got <= pgd  # two of its attacks cannot be weaker than one of them
     assert all(q.requires_grad and q.grad is None for q in model.parameters())
 
@@ -450,22 +432,18 @@ def test_pgd_is_that_of_foolbox(loss, steps):
     model = model.double().eval()
     x, y = data(40)
 
-    class Peer(foolbox.attacks.LinfProjectedGradientDescentAttack):
-        def get_loss_fn(self, model, labels):
-            def margin(images):
-                z = model(images).raw
-                true = F.one_hot(y, 3).bool()
-                best = z.masked_fill(true, -math.inf).amax(1)
-                return eagerpy.astensor((best - z[true]).sum())
+    def margin(images):
+        z, true = peer(images).raw, F.one_hot(y, 3).bool()
+        return eagerpy.astensor((z.masked_fill(true, -math.inf).amax(1) - z[true]).sum())
 
-            return margin if loss == "margin" else super().get_loss_fn(model, labels)
-
-    attack = Peer(abs_stepsize=0.02, steps=steps, random_start=False)
     peer = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    pgd = foolbox.attacks.LinfProjectedGradientDescentAttack
+    attack = pgd(abs_stepsize=0.02, steps=steps, random_start=False)
+    if loss == "margin":
+        attack.get_loss_fn = lambda *_: margin
     theirs = attack.run(peer, x, y, epsilon=0.1)
-    ours = rgp_optim.pgd_attack(
-        model, x, y, loss=loss, eps=0.1, step_size=0.02, steps=steps, random_start=False
-    )
+    how = dict(eps=0.1, step_size=0.02, steps=steps, random_start=False)
+    ours = rgp_optim.pgd_attack(model, x, y, loss=loss, **how)
     assert float((ours - x).abs().max()) >= 0.02 - 1e-12
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
@@ -473,25 +451,22 @@ def test_pgd_is_that_of_foolbox(loss, steps):
 # The runner.
 
 
-def run(tmp_path, *words):
-    common = [
-        "--preset",
-        "test",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "r"),
-    ]
-    robustness.main([*common, "--device", "cpu", *words])
+def run(tmp_path, *words, preset="test"):
+    place = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r"), "--device", "cpu"]
+    robustness.main(["--preset", preset, *place, *words])
 
 
-@pytest.fixture
-def one_thread():
-    yield
-    torch.set_num_threads(1)
+def train(folder, name, report=lambda text: None, **changes):
+    """Train by AT, then by a method; return its weights."""
+    preset = replace(trainer.PRESETS["test"], **changes)
+    place = trainer.Place(folder, folder / "r")
+    for each in dict.fromkeys(("at", name)):
+        run = trainer.Trainer(each, 0, preset, place)
+        run.run(report if each == name else lambda text: None)
+    return torch.load(folder / f"{name}-seed0-last.pt", weights_only=True)
 
 
-def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread):
+def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys):
     run(tmp_path, "--methods", "cure,trades-pre", "--seeds", "0")
     out = capsys.readouterr().out
     assert "at-seed0 done" in out  # needed by the others
@@ -520,18 +495,28 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys, one_thread)
 
 def test_at_comes_first_where_it_is_needed():
     """By methods that it teaches; by all others where masked gradients are looked for with it."""
-    alone = replace(training.PRESETS["test"], surrogate=False)
+    alone = replace(trainer.PRESETS["test"], surrogate=False)
     names = ["trades-pre", "iad"]
-    assert robustness.ordered(names, training.PRESETS["test"]) == ["at", *names]
+    assert robustness.ordered(names, trainer.PRESETS["test"]) == ["at", *names]
     assert robustness.ordered(names, alone) == ["trades-pre", "at", "iad"]
     assert robustness.ordered(["cure"], alone) == ["cure"]
 
 
+def test_runs_at_the_same_time_wait_for_what_they_need(tmp_path):
+    """AT, which teaches IAD, then one run for the warm-up of each seed, then the rest."""
+    preset = replace(trainer.PRESETS["test"], surrogate=False)
+    trainer.warm_file(tmp_path, 1).touch()  # the warm-up of seed 1 is there
+    todo = [(name, seed) for seed in (0, 1) for name in ("at", "iad", "cure", "trades-pre")]
+    first, second, rest = robustness.stages(todo, preset, trainer.Place(tmp_path, tmp_path))
+    assert first == [("at", 0), ("at", 1)]
+    assert second == [("cure", 0)]
+    assert sorted(first + second + rest) == sorted(todo)
+
+
 def test_a_run_without_autoattack_says_so_before_it_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
-    words = ["--preset", "digits", "--methods", "at", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="AutoAttack needs `pip install pyautoattack`"):
-        robustness.main([*words, "--results", str(tmp_path / "r"), "--device", "cpu"])
+        run(tmp_path, "--methods", "at", preset="digits")
     assert robustness.preset_of(robustness.parse(["--auto-attack", "0"])).auto_attack == 0
 
 
@@ -546,7 +531,7 @@ def test_attacks_run_as_the_preset_says(monkeypatch):
     assert all(torch.equal(found[0], each) for each in found)
 
 
-def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
+def test_crosscheck_of_a_trained_network(tmp_path, capsys):
     pytest.importorskip("pyautoattack")
     pytest.importorskip("foolbox")
     import crosscheck
@@ -554,8 +539,7 @@ def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
     words = ["--preset", "test", "--runs", str(tmp_path), "--images", "8"]
     with pytest.raises(SystemExit, match=r"at-seed0-last\.pt is missing: run the method"):
         crosscheck.main([*words, "--methods", "at"])
-    place = training.Place(tmp_path, tmp_path / "r")
-    training.Trainer("at", 0, training.PRESETS["test"], place).run(lambda text: None)
+    train(tmp_path, "at")
     capsys.readouterr()
     crosscheck.main([*words, "--methods", "at", "--json", str(tmp_path / "c.json")])
     out = capsys.readouterr().out
@@ -563,34 +547,28 @@ def test_crosscheck_of_a_trained_network(tmp_path, capsys, one_thread):
     assert row["ours"] == row["foolbox"]
     assert row["same"] == 100.0
     assert row["aa"] <= row["aa_two"] <= row["natural"]
-    crosscheck.main(["--table", str(tmp_path / "c.json")])
-    table = capsys.readouterr().out.strip()
-    assert table.startswith("| network | Natural | PGD-20 |")
-    assert table in out
+    assert out.startswith("| network | Natural | PGD-20 |")
 
 
-@pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name, one_thread):
-    preset = replace(training.PRESETS["test"], epochs=3)
-    place = training.Place(tmp_path / "a", tmp_path / "ra")
-    training.Trainer("at", 0, preset, place).run(lambda text: None)
-    training.Trainer(name, 0, preset, place).run(lambda text: None)
-    whole = torch.load(tmp_path / "a" / f"{name}-seed0-last.pt", weights_only=True)
+def test_natural_weights_of_other_settings_are_refused(tmp_path):
+    place, preset = trainer.Place(tmp_path, tmp_path / "r"), trainer.PRESETS["test"]
+    trainer.Trainer("cure", 0, preset, place).start(warm=True)
+    other = trainer.Trainer("cure", 0, replace(preset, lr=0.1), place)
+    with pytest.raises(training.DataError, match=r"natural-seed0.pt is a warm-up with other sett"):
+        other.start(warm=True)
 
-    class Stop(Exception):
-        pass
 
+@pytest.mark.parametrize("name", ["cure", "act", "las-at", "fat", "released-rgp"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
     def stop(text):
         if "epoch 2/3" in text:
-            raise Stop
+            raise KeyboardInterrupt
 
-    other = training.Place(tmp_path / "b", tmp_path / "rb")
-    training.Trainer("at", 0, preset, other).run(lambda text: None)
-    with pytest.raises(Stop):
-        training.Trainer(name, 0, preset, other).run(stop)
+    whole = train(tmp_path / "a", name, epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", name, stop, epochs=3)
     torch.manual_seed(99)
-    training.Trainer(name, 0, preset, other).run(lambda text: None)
-    resumed = torch.load(tmp_path / "b" / f"{name}-seed0-last.pt", weights_only=True)
+    resumed = train(tmp_path / "b", name, epochs=3)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 

@@ -44,17 +44,7 @@ def train(
     lr: float,
     attack: dict[str, Any],
 ) -> None:
-    """Prepare the network and train it by AT.
-
-    Args:
-        model: With natural weights.
-        blocks: The parts that the study is about, by name; together the whole network.
-        learn: Names of those that learn.
-        batches: Yields the images and labels of an epoch.
-        epochs: Number of epochs.
-        lr: Of SGD with momentum 0.9, falling along a cosine.
-        attack: Settings of `rgp_optim.pgd_attack`.
-    """
+    """Prepare the network and train the blocks in ``learn`` by AT, with a cosine schedule."""
     prepare(model, blocks, learn)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=lr, momentum=0.9, weight_decay=5e-4)

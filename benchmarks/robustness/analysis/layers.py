@@ -35,10 +35,6 @@ def updated_early_and_late(
     """Return the fraction of each layer's weights that was updated, early and late.
 
     Constant under ``scope="tensor"``; look at runs with the global scope.
-
-    Args:
-        history: Of a run, with the counts of `track_updates` in each epoch.
-        share: Which part of the epochs counts as early, and as late.
     """
     rows = [row["updated"] for row in history if "updated" in row]
     some = max(1, round(share * len(rows)))
@@ -81,17 +77,9 @@ def hsic(k: Tensor, m: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cka(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    names: Sequence[str],
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the linear CKA between features of natural and of attacked images, by layer.
-
-    Args:
-        model: In eval mode meanwhile.
-        batches: Yields natural images and the attacked ones, of more than three.
-        names: Of modules, as in ``named_modules``.
-    """
+    """Return the linear CKA of modules' features, of natural and attacked images in batches."""
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     with evaluating(model), _features(model, names) as kept:
         for x, x_adv in batches:

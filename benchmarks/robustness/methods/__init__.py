@@ -12,18 +12,6 @@ from .mart import MART
 from .st_at import STAT
 from .trades import TRADES, PretrainedTRADES
 
-_CONTROL_NAMES = (
-    "trades-pre-revision",
-    "cure-no-revision",
-    "cure-random",
-    "cure-gradients",
-    "cure-update",
-    "cure-global",
-    "cure-signed",
-    "cure-loss",
-    "released-rgp",
-    "released-rgp-soft",
-)
 METHODS: dict[str, type[Method]] = {
     "at": AT,
     "trades": TRADES,
@@ -37,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "cure": CURE,
     "at-pre": PretrainedAT,
     "trades-pre": PretrainedTRADES,
-    **dict(zip(_CONTROL_NAMES, CONTROLS, strict=True)),
+    **CONTROLS,
 }
 TABLE = tuple(METHODS)[:10]  # the paper's rows; the others are controls
 

@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Method, Setting, evaluating, start, uphill, within
+from .base import Method, Setting
 
 
 class ACT(Method):
     title = "ACT"
-    paper = "Arani et al., BMVC 2020"
     official: ClassVar = {"a": 0.9, "temperature": 4.0}
-    published: ClassVar = {
-        "wrn34-10": (87.10, 54.77, None, None, None),
-        "resnet18": (84.33, 55.83, None, None, None),
-    }
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
@@ -32,10 +27,8 @@ class ACT(Method):
         self.natural.train()
         robust, natural = self.model(x_adv), self.natural(x)
         losses = act_losses(robust, natural, y, self.options["a"], self.options["temperature"])
-        for group, its in zip(
-            self.natural_optimizer.param_groups, self.optimizer.param_groups, strict=True
-        ):
-            group["lr"] = its["lr"]  # on the schedule of the robust network
+        lr = self.optimizer.param_groups[0]["lr"]  # on the schedule of the robust network
+        self.natural_optimizer.param_groups[0]["lr"] = lr
         for optimizer, loss in zip((self.optimizer, self.natural_optimizer), losses, strict=True):
             optimizer.zero_grad()
             loss.backward()
@@ -44,21 +37,17 @@ class ACT(Method):
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Ascend the mean cross-entropy and the summed divergence from the natural network."""
-        s, a = self.setting, self.options["a"]
+        a = self.options["a"]
         self.natural.train()
         with torch.no_grad():
             target = F.log_softmax(self.natural(x), 1)
-        with evaluating(self.model):
 
-            def goal(x_adv: Tensor) -> Tensor:
-                logits = self.model(x_adv)
-                kl = F.kl_div(F.log_softmax(logits, 1), target, reduction="sum", log_target=True)
-                return (1 - a) * F.cross_entropy(logits, y) + a * kl
+        def goal(x_adv: Tensor) -> Tensor:
+            logits = self.model(x_adv)
+            kl = F.kl_div(F.log_softmax(logits, 1), target, reduction="sum", log_target=True)
+            return (1 - a) * F.cross_entropy(logits, y) + a * kl
 
-            x_adv = start(x, s, noise=0.001)
-            for _ in range(s.attack_steps):
-                x_adv = within(x_adv + s.step_size * uphill(goal, x_adv), x, s.eps)
-        return x_adv
+        return self.ascend(goal, x)
 
     def carried(self) -> dict[str, Any]:
         return {"natural": self.natural, "natural_optimizer": self.natural_optimizer}

@@ -15,13 +15,8 @@ from .base import Method, Setting
 
 class ARD(Method):
     title = "ARD"
-    paper = "Goldblum et al., AAAI 2020"
     taught = True
     official: ClassVar = {"a": 1.0, "temperature": 30.0}
-    published: ClassVar = {
-        "wrn34-10": (85.18, 53.79, None, None, None),
-        "resnet18": (82.84, 51.41, None, None, None),
-    }
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)

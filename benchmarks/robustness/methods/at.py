@@ -1,7 +1,5 @@
 """Adversarial training (Madry et al., ICLR 2018): the cross-entropy of attacked images."""
 
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,11 +8,6 @@ from .base import Method
 
 class AT(Method):
     title = "AT"
-    paper = "Madry et al., ICLR 2018"
-    published: ClassVar = {
-        "wrn34-10": (85.17, 55.08, 44.04, 52.91, 65.27),
-        "resnet18": (82.78, 51.30, 44.63, 49.72, 62.12),
-    }
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         return self.pgd(x, y)
@@ -28,4 +21,3 @@ class PretrainedAT(AT):
 
     title = "AT, pre-trained"
     warm = True
-    published: ClassVar = {"resnet18": (84.37, 43.92, None, None, None)}  # Table 5

@@ -17,41 +17,24 @@ from torch import Tensor, nn
 
 from rgp_optim import pgd_attack
 
-Published = tuple[float | None, ...]  # natural, PGD-20, AutoAttack, C&W, NRR
-
 
 @dataclass(frozen=True)
 class Setting:
-    """What the run has decided, the same for every method.
+    """What the run has decided, the same for every method."""
 
-    Attributes:
-        eps: Radius of the training attack, in units of the pixels.
-        attack_steps: Its steps.
-        step_size: Their length, for methods that do not insist on one of their own.
-        epochs: Epochs of the method.
-        total_steps: Its steps.
-        seed: Of what a method draws apart from ``generator``.
-        generator: Of attacks, on the device.
-        classes: Number of classes.
-        new_network: Builds another network of the same kind.
-        new_optimizer: Builds the run's inner optimizer and schedule's start for parameters.
-        teacher: Returns a network trained by AT from the same start, in eval mode.
-        attack: How attacks on the divergence run, one of `captured.WAYS`.
-        autocast: Makes the context that networks run in, with or without a cache.
-    """
-
-    eps: float
+    eps: float  # radius of the training attack, in units of the pixels
     attack_steps: int
-    step_size: float
-    epochs: int
+    step_size: float  # of the attack, for methods that do not insist on one of their own
+    epochs: int  # of the method
     total_steps: int
-    seed: int
+    seed: int  # of what a method draws apart from ``generator``
     classes: int
-    generator: torch.Generator
+    generator: torch.Generator  # of attacks, on the device
     new_network: Callable[[], nn.Module]
     new_optimizer: Callable[[Any], torch.optim.Optimizer]
-    teacher: Callable[[], nn.Module]
-    attack: str = "eager"
+    teacher: Callable[[], nn.Module]  # trained by AT from the same start, in eval mode
+    attack: str = "eager"  # how attacks on the divergence run, one of `captured.WAYS`
+    # Makes the context that networks run in, with or without a cache.
     autocast: Callable[[bool], AbstractContextManager[Any]] = lambda cache: nullcontext()
 
     @property
@@ -99,25 +82,13 @@ def per_image(numbers: Tensor, x: Tensor) -> Tensor:
 
 
 class Method:
-    """A row of the table; this one is the interface.
-
-    Attributes:
-        title: The row's name.
-        paper: Where the method is from.
-        warm: Whether it starts from the natural warm-up, not from the same random weights.
-        taught: Whether it learns from a network that AT has trained.
-        official: Settings of its paper, which `options` of a run replace.
-        networks: Settings that the paper has for some networks, instead of those.
-        published: Published results, CIFAR-10, by network.
-    """
+    """A row of the table; this one is the interface."""
 
     title: ClassVar[str]
-    paper: ClassVar[str] = ""
-    warm: ClassVar[bool] = False
-    taught: ClassVar[bool] = False
-    official: ClassVar[dict[str, Any]] = {}
-    networks: ClassVar[dict[str, dict[str, Any]]] = {}
-    published: ClassVar[dict[str, Published]] = {}
+    warm: ClassVar[bool] = False  # starts from the natural warm-up, not from random weights
+    taught: ClassVar[bool] = False  # learns from a network that AT has trained
+    official: ClassVar[dict[str, Any]] = {}  # settings of its paper; a run's options replace them
+    networks: ClassVar[dict[str, dict[str, Any]]] = {}  # what the paper changes for a network
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
         unknown = set(options) - set(self.official)
@@ -146,7 +117,10 @@ class Method:
         """Take one step of the optimizer; return what is logged, detached."""
         x_adv = self.perturb(x, y)
         self.model.train()
-        loss = self.loss(x, x_adv, y)
+        return self.descend(self.loss(x, x_adv, y))
+
+    def descend(self, loss: Tensor) -> dict[str, Tensor]:
+        """Take a step down a loss; return it as `step` does."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -162,3 +136,12 @@ class Method:
         how = {"eps": s.eps, "step_size": s.step_size, "steps": s.attack_steps}
         target = self.model if model is None else model
         return pgd_attack(target, x, y, generator=s.generator, **how)
+
+    def ascend(self, goal: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return the run's attack on a goal of the images, from normal noise, not clipped."""
+        s = self.setting
+        x_adv = start(x, s, noise=0.001)
+        with evaluating(self.model):
+            for _ in range(s.attack_steps):
+                x_adv = within(x_adv + s.step_size * uphill(goal, x_adv), x, s.eps)
+        return x_adv

@@ -46,7 +46,6 @@ class RandomScore:
 
 class CURE(TRADES):
     title = "CURE"
-    paper = "Gowda et al., ICLR 2024"
     warm = True
     # Of ResNet-18; d = 0.999 at this rate spans 6.4 % of the published run.
     official: ClassVar[dict[str, Any]] = {
@@ -65,39 +64,28 @@ class CURE(TRADES):
         "wrn34-10": {"update_fraction": 0.5, "alpha": 0.3, "gamma": 0.5},
         "preactresnet18": {"update_fraction": 0.8, "alpha": 0.2},
     }
-    published: ClassVar = {
-        "wrn34-10": (87.05, 58.28, 52.10, 55.25, 67.60),
-        "resnet18": (86.76, 54.92, 49.69, 52.48, 65.04),
-    }
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
-        o = self.options
-        self.reviser = None
-        if o["gamma"] > 0:
-            self.reviser = ConsistencyReviser(
-                model,
-                rate=o["rate"],
-                horizon=o["horizon"],
-                total_steps=setting.total_steps,
-                seed=setting.seed,
-            )
+        how = {key: self.options[key] for key in ("rate", "horizon")}
+        how |= {"total_steps": setting.total_steps, "seed": setting.seed}
+        self.reviser = ConsistencyReviser(model, **how) if self.options["gamma"] > 0 else None
 
     def make_optimizer(self) -> RGPSelectiveOptimizer:
-        o = self.options
         self.score = self.rule()
-        return RGPSelectiveOptimizer(
-            self.setting.new_optimizer(self.groups()),
-            update_fraction=o["update_fraction"],
-            alpha=o["alpha"],
-            scope=o["scope"],
-            conserve=o["conserve"],
-            score=self.score,
-        )
+        how = {k: self.options[k] for k in ("update_fraction", "alpha", "scope", "conserve")}
+        inner = self.setting.new_optimizer(self.groups())
+        return RGPSelectiveOptimizer(inner, score=self.score, **how)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the param groups."""
-        return rgp_param_groups(self.model, leave_out=self.left_out())
+        """Return the param groups; the released mode ``rgp`` selects in norms and biases too."""
+        if self.options["loss"] == "trades":
+            return rgp_param_groups(self.model, leave_out=self.left_out())
+        (head,) = self.left_out()
+        named = list(self.model.named_parameters())
+        outside = [(n, p) for n, p in named if n.rpartition(".")[0] == head]
+        inside = [(n, p) for n, p in named if n.rpartition(".")[0] != head]
+        return [{"params": inside, "rgp_select": True}, {"params": outside, "rgp_select": False}]
 
     def rule(self) -> Any:
         """Return the score: CURE's, or a control's."""
@@ -140,49 +128,30 @@ class CURE(TRADES):
         return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
 
 
-class ReleasedRGP(CURE):
-    """The released mode ``rgp``: no KL, the loss's own gradient, and BatchNorm and biases too."""
-
-    def groups(self) -> list[dict[str, Any]]:
-        head = set(self.left_out())
-        named = list(self.model.named_parameters())
-        outside = [(n, p) for n, p in named if n.rpartition(".")[0] in head]
-        inside = [(n, p) for n, p in named if n.rpartition(".")[0] not in head]
-        return [
-            {"params": inside, "rgp_select": True},
-            {"params": outside, "rgp_select": False},
-        ]
-
-
-def variant(
-    name: str, kind: type[CURE] = CURE, published: Any = None, **changes: Any
-) -> type[CURE]:
+def variant(name: str, **changes: Any) -> type[CURE]:
     """Return CURE with other settings, as a row of its own."""
     networks = {
         network: {key: value for key, value in settings.items() if key not in changes}
         for network, settings in CURE.networks.items()
     }
     body = {"title": name, "official": {**CURE.official, **changes}, "networks": networks}
-    return type(
-        name, (kind,), {**body, "published": published or {}, "__doc__": f"CURE, {changes}"}
-    )
+    return type(name, (CURE,), body)
 
 
-# Published: Table 7.
-REVISION_ONLY = {"resnet18": (83.28, 51.57, None, None, None)}
-RGP_ONLY = {"resnet18": (81.27, 53.20, None, None, None)}
-REVISION = variant("TRADES, pre-trained, + revision", published=REVISION_ONLY, update_fraction=1.0)
-CONTROLS = [
-    REVISION,
-    variant("CURE without revision", published=RGP_ONLY, gamma=0.0),
-    variant("CURE, random mask", score="random"),
-    variant("CURE, gradients conserved", conserve="gradients"),
-    variant("CURE, whole gradient in the state", conserve="update"),
-    variant("CURE, global scope", scope="global"),
-    variant("CURE, signed score", score="signed"),
-    variant("CURE, training gradient as score", score="loss_gradient"),
-    variant(
-        "CURE as released, rgp", ReleasedRGP, loss="ce", score="loss_gradient", conserve="gradients"
+CONTROLS = {
+    "trades-pre-revision": variant("TRADES, pre-trained, + revision", update_fraction=1.0),
+    "cure-no-revision": variant("CURE without revision", gamma=0.0),
+    "cure-random": variant("CURE, random mask", score="random"),
+    "cure-gradients": variant("CURE, gradients conserved", conserve="gradients"),
+    "cure-update": variant("CURE, whole gradient in the state", conserve="update"),
+    "cure-global": variant("CURE, global scope", scope="global"),
+    "cure-signed": variant("CURE, signed score", score="signed"),
+    "cure-loss": variant("CURE, training gradient as score", score="loss_gradient"),
+    # No KL, the loss's own gradient, and BatchNorm and biases too.
+    "released-rgp": variant(
+        "CURE as released, rgp", loss="ce", score="loss_gradient", conserve="gradients"
     ),
-    variant("CURE as released, rgp_soft", score="signed", conserve="gradients"),
-]
+    "released-rgp-soft": variant(
+        "CURE as released, rgp_soft", score="signed", conserve="gradients"
+    ),
+}

@@ -12,13 +12,8 @@ from .base import Method, evaluating, per_image, start, within
 
 class FAT(Method):
     title = "FAT"
-    paper = "Zhang et al., ICML 2020"
     # Steps beyond the first mistake, from these parts of the run on: epochs 0, 50, 90 of 120.
     official: ClassVar = {"taus": ((0.0, 0), (50 / 120, 1), (90 / 120, 2)), "omega": 0.001}
-    published: ClassVar = {
-        "wrn34-10": (86.60, 49.86, 47.48, 49.35, 62.87),
-        "resnet18": (87.72, 46.69, 43.14, 49.66, 63.41),
-    }
     tau = 0
 
     def begin_epoch(self, epoch: int) -> None:

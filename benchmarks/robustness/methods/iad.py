@@ -15,15 +15,10 @@ from .base import Method, Setting
 
 class IAD(Method):
     title = "IAD"
-    paper = "Zhu et al., ICLR 2022"
     taught = True
     introspective = False
     # Introspection begins at epoch 60 of 200; before, the teacher is alone.
     official: ClassVar = {"temperature": 1.0, "b": 0.1, "begin": 60 / 200}
-    published: ClassVar = {
-        "wrn34-10": (83.06, 56.17, 52.68, 53.99, 65.44),
-        "resnet18": (80.63, 53.84, 50.17, 51.60, 62.92),
-    }
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)

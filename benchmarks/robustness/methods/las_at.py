@@ -21,18 +21,9 @@ LENGTHS = range(1, 6)  # in 255ths, as the radii
 
 class LASAT(Method):
     title = "LAS-AT"
-    paper = "Jia et al., CVPR 2022"
     official: ClassVar = {
-        "smoothing": 0.7,
-        "strategy_lr": 1e-4,
-        "every": 20,
-        "robust": 4.0,
-        "clean": 2.0,
-    }
-    published: ClassVar = {
-        "wrn34-10": (85.24, 57.07, 53.58, 55.45, 67.19),
-        "resnet18": (82.39, 53.70, 49.94, 51.96, 63.72),
-    }
+        "smoothing": 0.7, "strategy_lr": 1e-4, "every": 20, "robust": 4.0, "clean": 2.0,
+    }  # fmt: skip
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
@@ -53,11 +44,7 @@ class LASAT(Method):
             choice, _ = self.strategy.sample(x, self.setting.generator)
         x_adv = self.attack(x, y, choice)
         self.model.train()
-        loss = smoothed_loss(self.model(x_adv), y, self.options["smoothing"])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss.detach()}
+        return self.descend(smoothed_loss(self.model(x_adv), y, self.options["smoothing"]))
 
     def train_strategy(self, x: Tensor, y: Tensor) -> None:
         """Take a step of REINFORCE; the reward is one number, without a baseline."""

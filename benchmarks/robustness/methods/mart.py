@@ -6,26 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Method, evaluating, start, uphill, within
+from .base import Method
 
 
 class MART(Method):
     title = "MART"
-    paper = "Wang et al., ICLR 2020"
     official: ClassVar = {"beta": 5.0}
-    published: ClassVar = {
-        "wrn34-10": (83.62, 56.74, 51.23, 53.16, 64.99),
-        "resnet18": (80.70, 54.02, 47.49, 49.35, 61.24),
-    }
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        s = self.setting
-        x_adv = start(x, s, noise=0.001)
-        with evaluating(self.model):
-            for _ in range(s.attack_steps):
-                ahead = uphill(lambda x: F.cross_entropy(self.model(x), y, reduction="sum"), x_adv)
-                x_adv = within(x_adv + s.step_size * ahead, x, s.eps)
-        return x_adv
+        return self.ascend(lambda x: F.cross_entropy(self.model(x), y, reduction="sum"), x)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return mart_loss(self.model(x), self.model(x_adv), y, self.options["beta"])

@@ -17,22 +17,13 @@ from .base import Method, evaluating, start, within
 
 class STAT(Method):
     title = "ST-AT"
-    paper = "Li et al., ICLR 2023, arXiv 2205.11156"
     official: ClassVar = {"beta": 6.0}
-    published: ClassVar = {
-        "wrn34-10": (84.92, 57.73, 53.54, None, None),
-        "resnet18": (83.10, 54.62, 50.50, 51.43, 63.53),
-    }
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         x_adv, x_col = self.extremes(x, y)
         self.model.train()
         logits = [self.model(each) for each in (x, x_adv, x_col)]
-        loss = squeeze_loss(logits, y, self.options["beta"])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss.detach()}
+        return self.descend(squeeze_loss(logits, y, self.options["beta"]))
 
     def extremes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Widen the gap: at each step from the lowest and the highest of the three images."""

@@ -1,41 +1,25 @@
 """TRADES (Zhang et al., ICML 2019): the natural cross-entropy and a divergence under attack."""
 
-import sys
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
+from captured import kl_attack_of
 from torch import Tensor
 
 from rgp_optim import kl_adv_loss
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
-from captured import kl_attack_of
 
 from .base import Method
 
 
 class TRADES(Method):
     title = "TRADES"
-    paper = "Zhang et al., ICML 2019"
     official: ClassVar = {"beta": 6.0}
-    published: ClassVar = {
-        "wrn34-10": (84.73, 56.82, 52.95, 54.29, 66.17),
-        "resnet18": (82.41, 52.76, 48.37, 50.43, 62.57),
-    }
 
     @cached_property
     def attack(self) -> Any:
         s = self.setting
-        return kl_attack_of(
-            self.model,
-            s.attack,
-            s.autocast,
-            s.generator,
-            eps=s.eps,
-            step_size=s.step_size,
-            steps=s.attack_steps,
-        )
+        how = {"eps": s.eps, "step_size": s.step_size, "steps": s.attack_steps}
+        return kl_attack_of(self.model, s.attack, s.autocast, s.generator, **how)
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         found: Tensor = self.attack(x)
@@ -51,4 +35,3 @@ class PretrainedTRADES(TRADES):
     title = "TRADES, pre-trained"
     warm = True
     official: ClassVar = {"beta": 5.0}
-    published: ClassVar = {"resnet18": (80.90, 50.84, None, None, None)}  # Table 5

@@ -1,0 +1,225 @@
+"""One trainer for every method: presets, the run of a method, one JSON for a run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluation
+import torch
+from image_data import DataError
+from methods import METHODS, Method, Setting
+from report import versions, write_json
+from torch import nn
+from training import CIFAR10, DIGITS, LOADERS, Batches, Images, Phase, Settings, Setup
+
+
+@dataclass(frozen=True)
+class Preset(Settings):
+    """What all methods of a table share."""
+
+    auto_attack: int = 0  # images that AutoAttack gets
+    whole_auto_attack: bool = False  # all four of its attacks, or the first two
+    masking: int | None = None  # images for the tests of masked gradients; None: all
+    surrogate: bool = True  # one of them attacks through AT's network, which is trained first then
+    attack: str = "eager"  # one of `captured.WAYS`; on a CPU always eager
+    # Settings of methods that are not their paper's, by name; "*" for all that have it.
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+GPU = {"channels_last": True, "attack": "compile-graph", "whole_auto_attack": True}
+PRESETS = {
+    "digits": Preset(
+        **DIGITS, auto_attack=200, options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
+    ),
+    "cpu": Preset(
+        data="cifar10", network="resnet8", epochs=12, warmup_epochs=8, batch_size=128, lr=0.1,
+        eps=8 / 255, attack_steps=5, train_size=5000, val_size=250, test_size=1000, image_size=16,
+        auto_attack=200, options={"*": {"beta": 5.0}},
+    ),
+    "gpu-short": Preset(
+        **CIFAR10 | GPU | {"epochs": 30, "warmup_epochs": 10, "schedule": "cosine"},
+        auto_attack=1000, masking=1000, surrogate=False, bf16=True, options={"*": {"beta": 5.0}},
+    ),
+    "paper": Preset(**CIFAR10 | GPU, auto_attack=10000),
+    "test": Preset(
+        data="digits", network="resnet8", epochs=1, warmup_epochs=1, batch_size=64, lr=0.05,
+        eps=0.1, attack_steps=2, train_size=128, val_size=32, test_size=32,
+        options={"*": {"horizon": 1.0, "rate": 1.0}},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run reads and writes."""
+
+    runs: Path  # checkpoints and weights; not for the repository
+    results: Path  # one JSON for each finished run
+    data: str = "data"  # where CIFAR-10 is, or, with ``download``, goes
+    label: str | None = None  # of the data beside results, if the files are not the originals
+    device: str = "cpu"
+    download: bool = False
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all scripts have."""
+    found = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--preset", choices=PRESETS, default="digits")
+    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
+    add("--data-label", help="name of the data beside results, when the files are not originals")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
+    add("--results", type=Path, help="folder of the JSON files")
+    return found
+
+
+def place_of(args: argparse.Namespace, name: str) -> Place:
+    """Return the folders that flags name, or those of a preset."""
+    runs = args.runs or Path("runs") / "robustness" / name
+    results = args.results or Path(__file__).parent / "results" / name
+    return Place(runs, results, args.data_dir, args.data_label, args.device)
+
+
+def options_of(preset: Preset, name: str) -> dict[str, Any]:
+    """Return the settings of a method in a preset that are not its own."""
+    kind = METHODS[name]
+    common = {k: v for k, v in preset.options.get("*", {}).items() if k in kind.official}
+    return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
+
+
+def needs(name: str, preset: Preset) -> tuple[str, ...]:
+    """Return the methods whose weights this one wants: a teacher, or another's gradients."""
+    if name == "at" or not (preset.surrogate or METHODS[name].taught):
+        return ()
+    return ("at",)
+
+
+def warm_file(runs: Path, seed: int) -> Path:
+    """Return where the natural weights of a seed are."""
+    return runs / f"natural-seed{seed}.pt"
+
+
+class Trainer(Setup):
+    """One run: a method, a seed, a preset."""
+
+    def __init__(self, name: str, seed: int, preset: Preset, place: Place) -> None:
+        data = LOADERS[preset.data](place.data, place.download)
+        data.label = place.label or data.label
+        super().__init__(preset, seed, place.device, data)
+        self.name, self.preset, self.place = name, preset, place
+        self.stem = f"{name}-seed{seed}"
+
+    def other(self, name: str) -> nn.Module:
+        """Return the network that another method of this seed has trained, in eval mode."""
+        file = self.place.runs / f"{name}-seed{self.seed}-last.pt"
+        if not file.exists():
+            raise DataError(
+                f"{file} is missing: run the method that leaves it first, with `run.py "
+                "--results` elsewhere if its result is committed: weights are not."
+            )
+        model = self.network()
+        model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
+        return model.eval().requires_grad_(False)
+
+    def start(self, warm: bool) -> nn.Module:
+        """Return the network as all methods get it: with random or with natural weights."""
+        model = self.network()
+        if warm:
+            runs = self.place.runs
+            self.warm_up(model, warm_file(runs, self.seed), runs / f"{self.stem}-warm-up.pt")
+        return model
+
+    def method(self, model: nn.Module, generator: torch.Generator) -> Method:
+        p = self.preset
+        setting = Setting(
+            eps=p.eps, attack_steps=p.attack_steps, step_size=self.step_size, epochs=p.epochs,
+            total_steps=self.steps_an_epoch * p.epochs, seed=self.seed, classes=self.classes,
+            generator=generator, new_network=lambda: self.network(self.seed + 1000),
+            new_optimizer=self.sgd, teacher=lambda: self.other("at"), autocast=self.autocast,
+            attack=p.attack if self.device.type == "cuda" else "eager",
+        )  # fmt: skip
+        try:
+            return METHODS[self.name](model, setting, **options_of(p, self.name))
+        except ValueError as error:  # a run this short has no room for what the method wants
+            raise DataError(f"{self.stem}, {setting.total_steps} steps: {error}") from error
+
+    def run(self, report: Callable[[str], None] = print) -> dict[str, Any]:
+        """Train, evaluate and write the run's JSON; go on where an earlier attempt stopped."""
+        p, place = self.preset, self.place
+        file = place.results / f"{self.stem}.json"
+        if file.exists():
+            done: dict[str, Any] = json.loads(file.read_text())
+            return done
+        if p.auto_attack and importlib.util.find_spec("pyautoattack") is None:
+            raise DataError("AutoAttack needs `pip install pyautoattack`, or --auto-attack 0.")
+        for folder in (place.runs, place.results):
+            folder.mkdir(parents=True, exist_ok=True)
+        if "compile" in p.attack:
+            torch._dynamo.reset()  # code for other runs' networks counts against a limit
+        model = self.start(METHODS[self.name].warm)
+        generator = torch.Generator(self.device)
+        method = self.method(model, generator)
+        checkpoint, options = place.runs / f"{self.stem}.checkpoint", {"options": method.options}
+        how = {"generator": generator, "settings": options, "report": report, **method.carried()}
+        phase = Phase(self, self.stem, model, method.optimizer, p.epochs, checkpoint, **how)
+        for epoch in phase.epochs():
+            method.begin_epoch(epoch)
+            for x, y in phase.batches():
+                with self.autocast():
+                    logged = method.step(x, y)
+                phase.scheduler.step()
+                phase.log(**logged)
+        content = self.judge(phase, method)
+        write_json(file, content)
+        phase.checkpoint.unlink()  # the weights stay
+        return content
+
+    def batches(self, images: Images) -> Batches:
+        return lambda: self.loader(images)
+
+    def judge(self, phase: Phase, method: Method) -> dict[str, Any]:
+        """Evaluate the last and the best epoch on the test images."""
+        p, place, model = self.preset, self.place, phase.model
+        began = time.perf_counter()
+        results = phase.judge(place.runs / self.stem)
+        if p.auto_attack:
+            some = self.test[: p.auto_attack]
+            results["last"]["aa"] = evaluation.auto_attack(
+                model, some.floats(), some.labels, p.eps, whole=p.whole_auto_attack
+            )
+        weights = {}
+        for which in results:
+            content = (place.runs / f"{self.stem}-{which}.pt").read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            weights[which] = {"bytes": len(content), "sha256": digest}
+        surrogate = self.other("at") if p.surrogate and self.name != "at" else None
+        masking = evaluation.masking(model, self.batches(self.test[: p.masking]), p.eps, surrogate)
+        attacks = "standard" if p.whole_auto_attack else "APGD-CE and APGD-T"
+        return {
+            "method": self.name,
+            "title": method.title,
+            "start": "natural warm-up" if method.warm else "random weights",
+            "data": self.label,
+            "seed": self.seed,
+            "preset": asdict(p),
+            "options": json.loads(json.dumps(method.options)),
+            "versions": versions(self.device),
+            "images": {"train": len(self.train), "val": len(self.val), "test": len(self.test)},
+            "auto_attack": f"{attacks} on {p.auto_attack} images" if p.auto_attack else None,
+            "results": results,
+            "weights": weights,
+            "masking": {**masking, "suspicions": evaluation.is_masked(masking)},
+            "seconds": {"training": phase.seconds, "evaluation": time.perf_counter() - began},
+            "history": phase.history,
+        }
