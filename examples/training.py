@@ -293,9 +293,11 @@ class Phase:
                 weights = {name: t.clone() for name, t in self.model.state_dict().items()}
                 self.best = {"robust": row["robust"], "epoch": epoch + 1, "model": weights}
             self._save(epoch + 1)
+            unused = f", never updated {self.updates.never():.1%}" if self.updates else ""
             self.report(
-                f"{self.name} epoch {epoch + 1}/{self.total}: loss {row['loss']:.3f}, natural "
-                f"{row['natural']:.1f} %, robust {row['robust']:.1f} %, {row['seconds']:.1f} s"
+                f"{self.name} {epoch + 1}/{self.total}: loss {row['loss']:.3f}, "
+                f"natural {row['natural']:.1f}%, robust {row['robust']:.1f}%{unused}, "
+                f"{row['seconds']:.0f} s"
             )
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -210,6 +211,14 @@ def test_speeds_are_those_of_the_committed_rows():
         assert table in page
         first = table.splitlines()[2].strip("| ").split(" | ")
         assert all(time in README for time in first[-4:])
+
+
+def test_the_first_screen_is_the_committed_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from report import table
+
+    run = json.loads((ROOT / "examples" / "compare.json").read_text())
+    assert table(run["results"]) in README
 
 
 def test_versions_in_the_readme_are_the_pinned_ones():

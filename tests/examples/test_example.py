@@ -72,8 +72,9 @@ def test_cure_beside_trades(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[2:-1])) <= 80  # but for what is set and where it is
     assert "Natural   PGD-20      C&W  NRR (C&W)" in printed
-    for line in ("warm-up epoch 2/2: loss", "cure epoch 3/3: loss", "trades epoch 3/3: loss"):
+    for line in ("warm-up 2/2: loss", "cure 3/3: loss", "trades 3/3: loss"):
         assert printed.count(line) == 1
+    assert printed.count("%, never updated ") == 3  # in each epoch of CURE
     for row in ("CURE, best (epoch", "CURE, last (epoch 3)", "TRADES, last (epoch 3)", "beta 6,"):
         assert row in printed
     assert "as they are and under PGD-2" in printed
@@ -201,7 +202,7 @@ def test_command_line_in_a_fresh_process(tmp_path):
     done = subprocess.run(
         [*command, *SMALL, *flags], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert "cure epoch 3/3" in done.stdout
+    assert "cure 3/3" in done.stdout
     assert done.stderr == ""
 
 

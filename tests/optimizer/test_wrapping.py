@@ -361,22 +361,27 @@ def test_a_closure_is_evaluated_once_and_its_loss_handed_on(make):
 class Perturbs(torch.optim.SGD):
     """Wants the gradient at other weights."""
 
-    through_data = False
+    through_data = undoes = False
 
     @torch.no_grad()
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
             (p.data if self.through_data else p).add_(0.1)
-        with torch.enable_grad():
-            closure()
+        try:
+            with torch.enable_grad():
+                closure()
+        finally:
+            for p in self.param_groups[0]["params"] if self.undoes else ():
+                p.sub_(0.1)
         return super().step()
 
 
+@pytest.mark.parametrize("undoes", [False, True])
 @pytest.mark.parametrize("through_data", [False, True])
 @pytest.mark.parametrize("conserve", CONSERVE)
-def test_a_closure_is_not_evaluated_at_other_weights(conserve, through_data):
+def test_a_closure_is_not_evaluated_at_other_weights(conserve, through_data, undoes):
     run = Run(Perturbs, conserve=conserve)
-    run.opt.inner.through_data = through_data
+    run.opt.inner.through_data, run.opt.inner.undoes = through_data, undoes
     with pytest.raises(RuntimeError, match=r"called the closure again.*SAM\(params, lambda"):
         run.opt.step(closure_of(run, []))
     assert run.stays()
