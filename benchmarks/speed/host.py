@@ -1,6 +1,6 @@
 """Host time per step: the fixed cost of the wrapper, on 62 tiny tensors (ResNet-18's structure).
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/speed/host.py
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/speed/host.py [--csv FILE]
 
 Medians of `step()` beside the plain SGD's, and of a backward pass that takes scores beside three
 plain passes. On a GPU this is the time that the device may wait.
@@ -8,7 +8,6 @@ plain passes. On a GPU this is the time that the device may wait.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
 
@@ -51,21 +50,26 @@ class Loop:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--repeats", type=int, default=300)
     args = parser.parse_args()
-    cpu, loops = torch.device("cpu"), {"wrapped": Loop(True), "plain": Loop(False)}
+    device, loops = measure.device_of(args, parser), {"wrapped": Loop(True), "plain": Loop(False)}
     times: dict[tuple[str, str], list[float]] = {}
     for repeat in range(args.repeats + 20):
         for name, loop in loops.items():
             passes = partial(loop.backward, *loop.losses())
-            passes, step = (1e3 * measure.once(call, cpu) for call in (passes, loop.opt.step))
+            passes, step = (measure.once(call, device) for call in (passes, loop.opt.step))
             if repeat >= 20:
                 times.setdefault(("passes", name), []).append(passes)
                 times.setdefault(("step", name), []).append(step)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), medians")
+    common = {"model": "62 tiny tensors", "weights": 500, "dtype": "float32", "scope": "tensor"}
+    rows = [
+        common | {"benchmark": f"host {what}", "keep": 0.7, "provider": name, **measure.timing(t)}
+        for (what, name), t in times.items()
+    ]
+    measure.keep(args.csv, device, rows)
     for what, against in (("passes", "three plain passes"), ("step", "SGD's step")):
-        wrapped, plain = (statistics.median(times[what, name]) for name in ("wrapped", "plain"))
+        wrapped, plain = (1e3 * statistics.median(times[what, n]) for n in ("wrapped", "plain"))
         print(f"{what}: {wrapped:.2f} ms, {against}: {plain:.2f} ms, ratio {wrapped / plain:.2f}")
 
 
