@@ -6,8 +6,6 @@
     read        two arrays read, as the counting kernel does: 8 bytes a weight
     mask        two read, one of them written: 12 bytes a weight, the floor of any exact way
     copy        one read, one written, by torch
-    again-N     an array of N MB read twice in one graph, the second time forwards
-    back-N      the same, the second time from its end, as the masking kernel does
     launch      an empty kernel, one of a hundred in a graph
 
 Medians of graph replays with a cold cache, interleaved. ``gb_per_s`` counts the bytes named above.
@@ -18,7 +16,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +35,8 @@ CHUNK = 16 * BLOCK  # weights per program, as in the library
 
 
 @triton.jit
-def _read(a, b, sums, n, back, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def _read(a, b, sums, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    if back:
-        program = tl.num_programs(0) - 1 - program
     i = tl.arange(0, BLOCK)
     most = tl.zeros([BLOCK], tl.float32)
     for block in range(0, CHUNK // BLOCK):
@@ -82,9 +77,8 @@ class Roofs:
         self.a, self.b = (torch.randn(n, generator=draw, device=device) for _ in range(2))
         self.sums = torch.empty(-(-n // CHUNK), device=device)
 
-    def read(self, n: int | None = None, back: bool = False) -> None:
-        n = self.n if n is None else n
-        launch(_read, n, self.a, self.b, self.sums, n, back)
+    def read(self) -> None:
+        launch(_read, self.n, self.a, self.b, self.sums, self.n)
 
     def mask(self) -> None:
         launch(_mask, self.n, self.a, self.b, self.n, 0.5)
@@ -92,29 +86,19 @@ class Roofs:
     def copy(self) -> None:
         self.b.copy_(self.a)
 
-    def twice(self, megabytes: int, back: bool) -> None:
-        n = min(self.n, megabytes * 1_000_000 // 8)
-        self.read(n)
-        self.read(n, back)
-
     def launch(self) -> None:
         for _ in range(100):
             _nothing[(1,)](self.a, num_warps=4)
 
-    def ways(self, sizes: Sequence[int]) -> dict[str, tuple[Callable[[], None], int]]:
+    def ways(self) -> dict[str, tuple[Callable[[], None], int]]:
         """Return what is timed, by name, with its bytes."""
         n = self.n
-        found: dict[str, tuple[Callable[[], None], int]] = {
+        return {
             "read": (self.read, 8 * n),
             "mask": (self.mask, 12 * n),
             "copy": (self.copy, 8 * n),
             "launch": (self.launch, 0),
         }
-        for size in sizes:
-            moved = 2 * 8 * min(n, size * 1_000_000 // 8)
-            for name, back in (("again", False), ("back", True)):
-                found[f"{name}-{size}"] = partial(self.twice, size, back), moved
-        return found
 
 
 def captured(call: Callable[[], None], device: torch.device) -> Callable[[], object]:
@@ -136,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     n = args.weights or (100_000_000 if device.type == "cuda" else 100_000)
-    roofs = Roofs(n, device)
-    ways = roofs.ways((16, 32, 48, 64, 128, 480) if device.type == "cuda" else (1,))
+    ways = Roofs(n, device).ways()
     calls = {name: captured(call, device) for name, (call, _) in ways.items()}
     flush: Tensor = torch.zeros(1 << (26 if device.type == "cuda" else 10), device=device)
     times = measure.interleaved(calls, args.rounds, device, flush.sum)
