@@ -199,6 +199,61 @@ def test_a_replayed_attack_sees_the_weights_as_they_are():
         assert (got != x).any()
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model(fullgraph):
+    """The default compiler; its sums are in another order."""
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    (model, opt), (other, reference) = twins()
+    with functorch.patch(donated_buffer=False):
+        train(torch.compile(model, fullgraph=fullgraph), opt, 3)
+        train(other, reference, 3)
+    for got, want in zip(snapshot(model), snapshot(other), strict=True):
+        assert (got - want).abs().max() < 0.02
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step():
+    (model, opt), (other, reference) = twins()
+    call = torch.compile(lambda: opt.step())
+    for seed in range(3):
+        passes(model, opt, seed)
+        call()
+    train(other, reference, 3)
+    assert all(map(same_bits, snapshot(model), snapshot(other)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_and_a_fused_inner_optimizer(fused):
+    model = make_net().cuda()
+    opt = wrap(model, lambda params: torch.optim.AdamW(params, lr=0.01, fused=fused))
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    for seed in range(3):
+        with torch.autocast("cuda", torch.float16):
+            loss, nat, adv = losses(model, *batch(seed))
+        before = snapshot(model)
+        opt.zero_grad()
+        scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
+        scaler.step(opt)
+        scaler.update()
+        for p, old in zip(model.parameters(), before, strict=True):
+            if p.dim() >= 2:
+                assert int((p.detach() != old).sum()) <= round(0.3 * p.numel())
+
+
+def test_on_another_stream():
+    (model, opt), (other, reference) = twins()
+    train(other, reference, 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        train(model, opt, 3)
+    stream.synchronize()
+    assert all(map(same_bits, snapshot(model), snapshot(other)))
+
+
 def test_the_first_step_of_a_process_cannot_be_captured(monkeypatch):
     """The kernels are compared with the reference before their first use."""
     monkeypatch.setattr(functional, "_faults", {})

@@ -332,6 +332,35 @@ def test_an_inner_optimizer_that_fails_leaves_conserved_weights_as_they_were():
         run.opt.step()
 
 
+def test_weights_stay_when_masking_fails(monkeypatch):
+    run = Run(backend="torch")
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("rgp_optim._reference.zero_and_save_", fail)
+    with pytest.raises(MemoryError):
+        run.step()
+    assert run.stays()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_devices_of_one_threshold(scope):
+    """Tensors on several devices have thresholds of their own, or are refused."""
+    params = [nn.Parameter(torch.ones(2, 2, device=d)) for d in ("cpu", "meta")]
+    opt = wrap(params, sgd(0.1), update_fraction=0.7, scope=scope, backend="torch")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt._holder.scores.taken = {r: {p: p.grad for p in params} for r in ("natural", "adversarial")}
+    if scope == "global":
+        with pytest.raises(ValueError, match="`scope` should be 'tensor' where"):
+            opt.step()
+        assert (params[0] == 1).all()
+    else:
+        opt.step()
+        assert int(opt.masks()[params[0]].sum()) == 3
+
+
 class Rebinds(torch.optim.SGD):
     how = "data"
 
