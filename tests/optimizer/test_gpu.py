@@ -164,7 +164,7 @@ def test_two_streams_at_the_same_time():
 
 
 def test_tables_that_are_thrown_away_are_still_read():
-    """More shapes than tables are kept, on a stream that lags behind."""
+    """The memory of tables is used again, on a stream that lags behind."""
     cases = [torch.randn(2, 20_000 + 64 * i, device="cuda") for i in range(24)]
 
     def masks(backend):
