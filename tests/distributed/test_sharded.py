@@ -14,6 +14,7 @@ from ranks import RankFailed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from rgp_optim import optimizer
@@ -229,3 +230,32 @@ def train_tensor_parallel(shape, scope):
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2)], ids=["alone", "with FSDP2"])
 def test_tensor_parallelism(two, four, shape, scope):
     assert_joined(two if shape == (1, 2) else four, train_tensor_parallel, shape, scope)
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(50, 3))
+
+
+def train_on_partial_sums(scope):
+    """A replicated weight and a sharded batch: each rank has its part of the gradient's sum."""
+    model, spread = small(Matrix), lambda x: x
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
+        spread = lambda x: distribute_tensor(x, mesh, [Shard(0)])  # noqa: E731
+    opt = make_opt(model, scope=scope)
+    for step in range(3):
+        x, x_adv, _ = (spread(t.flatten(1)) if t.dim() > 1 else t for t in batch(step))
+        nat, adv = ((images @ model.weight).square().sum() / 100 for images in (x, x_adv))
+        opt.zero_grad()
+        opt.scored(nat + adv, natural=nat, adversarial=adv).backward()
+        assert not dist.is_initialized() or model.weight.grad.placements[0].is_partial()
+        opt.step()
+    return values(model)
+
+
+@parallel.SCOPES
+def test_partial_sums_are_reduced(two, scope):
+    assert_joined(two, train_on_partial_sums, scope)
