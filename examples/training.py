@@ -44,6 +44,7 @@ WARM_UP += ["lr", "momentum", "weight_decay", "schedule", "bf16", "channels_last
 WARM_UP += ["eps", "attack_steps", "step_size"]  # for the robust accuracy in its history
 
 Batches = Callable[[], Any]  # yields images and labels
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -184,20 +185,23 @@ class Setup:
         key = {name: self.key[name] for name in WARM_UP}
         return key | {"images": fingerprint(self.train, self.val)}
 
-    def warm_up(self, model: nn.Module, file: Path, checkpoint: Path) -> list[dict[str, Any]]:
+    def warm_up(
+        self, model: nn.Module, file: Path, checkpoint: Path, report: Report | None = None
+    ) -> list[dict[str, Any]]:
         """Train naturally, or take what a run with the same settings has left; return the history.
 
         Args:
             model: Gets the weights.
             file: Where the warm-up is kept for other runs.
             checkpoint: Where it is kept while it lasts.
+            report: As of a `Phase`.
         """
         epochs = self.settings.warmup_epochs
         if epochs == 0:
             return []
         if not file.exists():
             opt = self.sgd(model.parameters())
-            phase = Phase(self, "warm-up", model, opt, epochs, checkpoint)
+            phase = Phase(self, "warm-up", model, opt, epochs, checkpoint, report=report)
             for _ in phase.epochs():
                 for x, y in phase.batches():
                     with self.autocast():
@@ -235,7 +239,7 @@ class Phase:
         checkpoint: A file. If it exists, training goes on from there, bit for bit.
         generator: Of the order, the augmentation and the attacks; None: a new one.
         settings: What a checkpoint must agree in, besides those of the setup.
-        report: Gets a line for each epoch.
+        report: Gets a line for each epoch; None: it is printed.
         **kept: What else has a ``state_dict``.
     """
 
@@ -250,11 +254,12 @@ class Phase:
         *,
         generator: torch.Generator | None = None,
         settings: dict[str, Any] | None = None,
-        report: Callable[[str], None] = lambda line: print(line, flush=True),
+        report: Report | None = None,
         **kept: Any,
     ) -> None:
         self.setup, self.name, self.model, self.total = setup, name, model, epochs
-        self.checkpoint, self.report = checkpoint, report
+        self.checkpoint = checkpoint
+        self.report = report or (lambda line: print(line, flush=True))
         self.settings = setup.key | (settings or {})
         self.images = fingerprint(setup.train, setup.val, setup.test)
         self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs)

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from image_data import DataError
 from methods import METHODS, Method, Setting
 from report import versions, write_json
 from torch import nn
-from training import CIFAR10, DIGITS, LOADERS, Batches, Images, Phase, Settings, Setup
+from training import CIFAR10, DIGITS, LOADERS, Batches, Images, Phase, Report, Settings, Setup
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ class Trainer(Setup):
         model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
         return model.eval().requires_grad_(False)
 
-    def start(self, warm: bool) -> nn.Module:
+    def start(self, warm: bool, report: Report | None = None) -> nn.Module:
         """Return the network as all methods get it: with random or with natural weights."""
         model = self.network()
         if warm:
-            runs = self.place.runs
-            self.warm_up(model, warm_file(runs, self.seed), runs / f"{self.stem}-warm-up.pt")
+            checkpoint = self.place.runs / f"{self.stem}-warm-up.pt"
+            self.warm_up(model, warm_file(self.place.runs, self.seed), checkpoint, report)
         return model
 
     def method(self, model: nn.Module, generator: torch.Generator) -> Method:
@@ -154,7 +153,7 @@ class Trainer(Setup):
         except ValueError as error:  # a run this short has no room for what the method wants
             raise DataError(f"{self.stem}, {setting.total_steps} steps: {error}") from error
 
-    def run(self, report: Callable[[str], None] = print) -> dict[str, Any]:
+    def run(self, report: Report | None = None) -> dict[str, Any]:
         """Train, evaluate and write the run's JSON; go on where an earlier attempt stopped."""
         p, place = self.preset, self.place
         file = place.results / f"{self.stem}.json"
@@ -167,7 +166,7 @@ class Trainer(Setup):
             folder.mkdir(parents=True, exist_ok=True)
         if "compile" in p.attack:
             torch._dynamo.reset()  # code for other runs' networks counts against a limit
-        model = self.start(METHODS[self.name].warm)
+        model = self.start(METHODS[self.name].warm, report)
         generator = torch.Generator(self.device)
         method = self.method(model, generator)
         checkpoint, options = place.runs / f"{self.stem}.checkpoint", {"options": method.options}
