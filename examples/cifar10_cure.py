@@ -41,7 +41,7 @@ from rgp_optim import (
 CURE = dict(update_fraction=0.7, alpha=0.1, scope="tensor", conserve="weights")
 CURE |= dict(gamma=1.0, rate=0.2, horizon=0.064)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # One thread is as fast as two for so small a network, and sums alike on every machine.
+    # One thread is as fast as two for so small a network, and sums alike whatever the cores.
     "digits": asdict(Settings(**DIGITS)) | CURE | dict(beta=6.0, threads=1),
     "cifar10": asdict(Settings(**CIFAR10)) | CURE | dict(beta=5.0, threads=None),
 }
@@ -110,10 +110,10 @@ def run(args: argparse.Namespace) -> None:
     eps = f"{args.eps * 255:g}/255" if args.data == "cifar10" else f"{args.eps:g}"
     print(
         f"{setup.label}: {len(setup.train)} training, {len(setup.val)} validation, "
-        f"{len(setup.test)} test images; {args.network}, eps {eps}, beta {args.beta:g}, "
-        f"seed {args.seed}, {setup.device}\n"
-        "natural, robust: accuracy on the validation images, as they are and under "
-        f"PGD-{args.attack_steps}"
+        f"{len(setup.test)} test images\n"
+        f"{args.network}, eps {eps}, beta {args.beta:g}, seed {args.seed}, {setup.device}\n"
+        f"natural, robust: accuracy on validation images, clean and under PGD-{args.attack_steps}\n"
+        "never updated: share of the selected layers' weights, since the warm-up"
     )
     digest = hashlib.sha256(json.dumps(setup.warm_key).encode()).hexdigest()[:12]
     warm = out.parent / f"warmup-{args.data}-{digest}.pt"
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     print(table(results))
     print(f"CURE: {updated}")
     print(
-        "best: the epoch most robust on validation images\n"
+        f"best: most robust on the {len(setup.val)} validation images, the first of equal epochs\n"
         "NRR = 2 Nat Rob / (Nat + Rob), Rob = C&W\n"
         f"results.json, curves.png and weights are in {out}"
     )

@@ -43,13 +43,13 @@ def updated_text(updated: dict[str, float], never: float) -> str:
     if not shares:
         return "each step updated all weights"
     low, high = (f(shares, key=shares.__getitem__) for f in (min, max))
-    text = f"each step of the last epoch updated {shares[low]:.0%} of each layer"
+    text = f"each step of the last epoch updated {shares[low]:.0%} of each layer's weights"
     if shares[high] - shares[low] > 0.01:
         text = (
             "updated by each step of the last epoch:\n"
             f"  least in {low}, {shares[low]:.1%}; most in {high}, {shares[high]:.1%}"
         )
-    return f"{text};\n{never:.2%} of these layers' weights were never updated"
+    return f"{text};\nwhich ones changes: {never:.2%} of these layers' weights were never updated"
 
 
 def versions(device: torch.device) -> dict[str, Any]:

@@ -142,11 +142,16 @@ class Scores:
     ) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
         if all(gradient is None for gradient in gradients):
+            hint = "Compute it from the output of the model that this optimizer trains."
+            if any(is_sharded(p) for p in params):
+                hint += (
+                    " Or FSDP2's gradient synchronisation is off: leave "
+                    "`set_requires_gradient_sync(True)`; in Accelerate use "
+                    "`GradientAccumulationPlugin(sync_each_batch=True)`."
+                )
             raise RuntimeError(
-                f"scored: the {role} loss depends on no parameter in which weights are selected, "
-                "or FSDP2's gradient synchronisation is off: leave "
-                "`set_requires_gradient_sync(True)`; in Accelerate use "
-                "`GradientAccumulationPlugin(sync_each_batch=True)`."
+                f"scored: the {role} loss depends on no parameter in which weights are selected. "
+                f"{hint}"
             )
         held = self.taken.setdefault(role, {})
         for p, gradient in zip(params, gradients, strict=True):

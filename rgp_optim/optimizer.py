@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -575,27 +576,13 @@ def _guard(holder: _Holder) -> None:
 
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
-    """Clone gradients that share memory or overlap themselves: masks write in place."""
-    shared: set[Tensor | None] = set()
-    spans: list[tuple[int, int, Any]] = []
-    for p in everyone:
-        if p.grad is not None and p.grad.layout == torch.strided:
-            gradient = local(p.grad)
-            start, extent = gradient.data_ptr(), gradient.numel()
-            if not gradient.is_contiguous():
-                sizes = zip(gradient.shape, gradient.stride(), strict=True)
-                extent = 1 + sum((size - 1) * stride for size, stride in sizes)
-            if extent < gradient.numel():
-                shared.add(p)
-            spans.append((start, start + extent * gradient.element_size(), p))
-    end, owner = 0, None
-    for start, stop, p in sorted(spans, key=lambda span: span[:2]):
-        if start < end:
-            shared |= {p, owner}
-        if stop > end:
-            end, owner = stop, p
-    for p in set(params).intersection(shared):
-        p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
+    """Clone gradients that several parameters share or `expand` made: masks write in place."""
+    held = [local(p.grad) for p in everyone if p.grad is not None]
+    starts = Counter(g.data_ptr() for g in held if g.layout == torch.strided)
+    for p in params:
+        gradient = cast(Tensor, p.grad)
+        if starts[local(gradient).data_ptr()] > 1 or 0 in local(gradient).stride():
+            p.grad = gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _empty_mask(p: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from rgp_optim.losses import consistency_loss
 __all__ = ["ConsistencyReviser"]
 
 FEW_BATCHES = 50  # seen by BatchNorm
-MANY_CALLS = 1000  # without an update
+MANY_CALLS = 100  # without an update
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
 READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
 
@@ -105,11 +105,16 @@ class ConsistencyReviser:
         ``logits`` and ``logits_adv`` are the model's outputs on ``x`` and ``x_adv``, with their
         graph. For a model whose input or output is no single tensor, use `consistency_loss`.
         """
+        hint = "Or pass logits to `consistency_loss`."
+        for name, each in (("x", x), ("x_adv", x_adv), ("logits", logits)):
+            check.tensor(name, each, floating=False, hint=hint)
+        if x_adv.shape != x.shape or logits.shape[:1] != x.shape[:1]:
+            found = f"shapes {tuple(x.shape)}, {tuple(x_adv.shape)}, {tuple(logits.shape)}"
+            refuse("x, x_adv, logits", "be of one batch, in this order", found)
         if self.steps == 0:
             self._move(1.0)
         self._warn()
         set_eval(self.model)  # a trainer may have switched it
-        hint = "Or pass logits to `consistency_loss`."
         with torch.no_grad():  # one by one: BatchNorm without running statistics would mix them
             revised, revised_adv = (logits_of(self.model, batch, hint) for batch in (x, x_adv))
         return consistency_loss(revised, revised_adv, logits, logits_adv)
@@ -253,9 +258,10 @@ def _decay(decay: float | None, horizon: float | None, total: int | None, rate: 
     horizon = check.real("horizon", horizon, 1.0, strict=True)
     expected = check.count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
-        rule = "span at least one update, horizon * rate * total_steps >= 1"
-        least = f", or {math.ceil(1000 / expected) / 1000:g} or more" if expected > 1 else ""
-        refuse("horizon", rule, f"{horizon} of {expected:g}", f"Give `decay`{least}.")
+        rule = "span at least one update: horizon * rate * total_steps >= 1"
+        least = f"a `horizon` of {math.ceil(1000 / expected) / 1000:g} or more, or "
+        hint = f"Give {least if expected > 1 else ''}`decay`."
+        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", hint)
     return 1.0 - 1.0 / (horizon * expected)
 
 
