@@ -65,13 +65,14 @@ def choice(name: str, value: Any, choices: Collection[str], hint: str = "") -> N
 
 
 def tensor(name: str, value: Any, *, floating: bool = True, hint: str = "") -> None:
-    """Refuse anything but a dense tensor; if ``floating``, of a floating or complex dtype."""
+    """Refuse anything but a dense tensor; if ``floating``, of a real floating dtype."""
     if not isinstance(value, Tensor):
         _refuse_type(name, "be a tensor", value, hint)
     if value.layout != torch.strided:
         refuse(name, "be a dense tensor", f"{name}: {value.layout}", hint, TypeError)
-    if floating and not (value.is_floating_point() or value.is_complex()):
-        refuse(name, "have a floating dtype", f"{name}: {value.dtype}", hint, TypeError)
+    if floating and not value.is_floating_point():
+        rule = f"have a {'real' if value.is_complex() else 'floating'} dtype"
+        refuse(name, rule, f"{name}: {value.dtype}", hint, TypeError)
 
 
 def match(first: Tensor, second: Tensor, name: str, partner: str) -> None:

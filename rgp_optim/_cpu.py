@@ -22,8 +22,6 @@ from torch import Tensor
 from rgp_optim import _reference
 from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
 
-__all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
-
 restore_, zero_and_save_ = _reference.restore_, _reference.zero_and_save_
 
 Array = npt.NDArray[Any]

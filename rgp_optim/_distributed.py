@@ -27,8 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Any:
     """Return this rank's shard of a DTensor, or the tensor (or None) itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def initialised() -> bool:
@@ -182,11 +181,9 @@ def _take_sharded(
 
 def _fsdp_groups() -> list[Any]:
     """Return FSDP2's groups of parameters that are reduced together, of all models."""
-    try:
-        from torch.distributed._composable_state import _module_state_mapping
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        return []
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
     modules = [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
     states = dict.fromkeys(module._get_fsdp_state() for module in modules)
     found: list[Any] = []

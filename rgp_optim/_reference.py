@@ -74,9 +74,7 @@ def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list
     masks: dict[int, Tensor] = {}
     for indices in by_pool(pools):
         parts = [scores[i] for i in indices]
-        wide = any(score.dtype == torch.float64 for score in parts)
-        dtype = torch.float64 if wide else torch.float32
-        joined = torch.cat([score.reshape(-1).to(dtype) for score in parts])
+        joined = torch.cat([score.reshape(-1).to(score_dtype(score)) for score in parts])
         mask = topk_mask(joined, fractions[indices[0]])
         pieces = torch.split(mask, [score.numel() for score in parts])
         for i, score, piece in zip(indices, parts, pieces, strict=True):

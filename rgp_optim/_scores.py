@@ -93,13 +93,7 @@ class Scores:
         return self.taking or self._pass == torch._C._current_graph_task_id() != -1
 
     @torch.no_grad()
-    def take(
-        self,
-        losses: dict[str, Tensor],
-        params: Sequence[Tensor],
-        grad: Tensor,
-        name: Callable[[Tensor], str],
-    ) -> None:
+    def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
         """Add the gradients of the losses, each seeded with the incoming gradient."""
         if self.taking:
             raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
@@ -112,7 +106,7 @@ class Scores:
         try:
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
-                self._add(role, params, distributed.take(loss, params, factor), name)
+                self._add(role, params, distributed.take(loss, params, factor))
         except BaseException as error:
             self.taken.clear()  # half a score would select the wrong weights
             if "donated buffers" in str(error):
@@ -133,13 +127,7 @@ class Scores:
             )
         self.taken.clear()
 
-    def _add(
-        self,
-        role: str,
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        name: Callable[[Tensor], str],
-    ) -> None:
+    def _add(self, role: str, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
         if all(gradient is None for gradient in gradients):
             hint = "Compute it from the output of the model that this optimizer trains."
@@ -158,7 +146,7 @@ class Scores:
             earlier = held.setdefault(p, None)
             if gradient is not None:
                 if gradient.layout != torch.strided:
-                    refuse_sparse(f"{role} gradient of {name(p)}", gradient)
+                    refuse_sparse(f"{role} gradient", gradient)
                 gradient = gradient.detach()
                 held[p] = gradient if earlier is None else earlier + gradient
 
@@ -177,7 +165,10 @@ class Scores:
         return means
 
     def get(self, role: str, p: Tensor) -> Tensor | None:
-        """Return this rank's gradient of a role; None where the loss does not depend on ``p``."""
+        """Return this rank's gradient of a role; None where the loss does not depend on ``p``.
+
+        Every rank must call: partial sums of a sharded gradient are reduced here.
+        """
         if role not in self.taken:
             raise NothingScored(role)
         if p not in self.taken[role] and p.requires_grad:

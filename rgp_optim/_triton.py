@@ -25,12 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from rgp_optim import _reference
 from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
-
-__all__ = ["restore_", "select", "topk_masks", "zero_and_save_"]
 
 CHUNK = 32768  # elements per program, a multiple of BLOCK
 BLOCK = 2048  # elements at a time
@@ -43,7 +40,8 @@ CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA 
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
-# Columns of a tensor's row. N1 .. S2 give its memory order, see `_offsets`.
+# Columns of a tensor's row. CODE: the dtype for `_count`, bytes per element for `_merge`. N1 .. S2
+# give the memory order, see `_offsets`.
 SIZE, FIRST_CHUNK, CODE, FAST, N1, N2, S0, S1, S2, MASK = (tl.constexpr(i) for i in range(10))
 NAT, ADV, SHARE_NAT, SHARE_ADV, PLACE, POOL = (tl.constexpr(i) for i in range(10, 16))  # _count
 TARGET, SOURCE = NAT, ADV  # _merge
@@ -142,7 +140,7 @@ def _count(
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Count the digit ``key >> SHIFT`` of all keys that share the digits before."""
+    """Count a digit, ``key >> SHIFT``, of the keys that share those before; first make keys."""
     BINS: tl.constexpr = 1 << BITS
     FIRST: tl.constexpr = READ != KEYS
     pid = tl.program_id(0).to(tl.int64)
@@ -173,7 +171,7 @@ def _count(
                 tl.store(scratch, key)
             else:
                 key = tl.load(scratch)
-            digit = (key >> SHIFT) + BINS // 2  # shifts keep the sign
+            digit = (key >> SHIFT) + BINS // 2  # keys may be negative: shifts keep the sign
         else:
             key = tl.load(scratch)
             counted &= (key >> (SHIFT + BITS)) == prefix
@@ -191,7 +189,14 @@ def _count(
 
 @triton.jit
 def _pick_digit(
-    state, pool, prefix, ties, rooms, SHIFT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr
+    state,
+    pool_row,
+    prefix,
+    ties,
+    rooms,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """Extend the prefix by the digit of the k-th highest key, and clear the counts."""
     BINS: tl.constexpr = 1 << BITS
@@ -201,7 +206,7 @@ def _pick_digit(
     tl.store(state + COUNTS + bins, tl.zeros([BINS], tl.int64))
     tl.store(state + TICKET, 0)
     if FIRST:
-        wanted = tl.load(pool + K)
+        wanted = tl.load(pool_row + K)
     else:
         wanted = tl.load(state + WANTED)
     above = tl.sum(counts) - tl.cumsum(counts)
@@ -214,14 +219,14 @@ def _pick_digit(
         tl.store(state + PREFIX, (prefix << BITS) | digit)
     tl.store(state + WANTED, wanted)
     if SHIFT == 0:
-        _split_ties(ties + digit, rooms, pool, wanted, BINS)
+        _split_ties(ties + digit, rooms, pool_row, wanted, BINS)
 
 
 @triton.jit
-def _split_ties(ties, rooms, pool, wanted, BINS: tl.constexpr):
+def _split_ties(ties, rooms, pool_row, wanted, BINS: tl.constexpr):
     """Give ``wanted`` ties to the chunks of a pool: the first ones get all that they can take."""
-    first = tl.load(pool + POOL_CHUNK)
-    chunks = tl.load(pool + POOL_CHUNKS)
+    first = tl.load(pool_row + POOL_CHUNK)
+    chunks = tl.load(pool_row + POOL_CHUNKS)
     for i in range(0, chunks.to(tl.int32), 1024):
         chunk = i + tl.arange(0, 1024)
         there = chunk < chunks
@@ -371,7 +376,7 @@ def _layout(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...] | Non
 
 
 def _row(size: int, layout: tuple[int, ...], code: int, *rest: int) -> list[int]:
-    """Return a tensor's row: ``rest`` begins with three addresses. `_tables` sets FIRST_CHUNK."""
+    """Return a row; ``rest`` begins at MASK, with three addresses. `_tables` sets FIRST_CHUNK."""
     fast = layout == FLAT and all(address % 16 == 0 for address in rest[:3])
     row = [size, 0, code, fast, *layout, *rest]
     return row + [0] * (WIDTH.value - len(row))
@@ -380,7 +385,6 @@ def _row(size: int, layout: tuple[int, ...], code: int, *rest: int) -> list[int]
 # Select.
 
 
-@_disable_dynamo
 def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
     """Select by scores of any sign; see `_reference.topk_masks`."""
     if any(score.dtype not in CODES for score in scores):
@@ -389,7 +393,6 @@ def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list
     return _select([(score, score) for score in scores], shares, fractions, pools, SCORES.value)
 
 
-@_disable_dynamo
 def select(
     g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
 ) -> list[Tensor]:
@@ -474,7 +477,6 @@ def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, .
 # Mask and restore.
 
 
-@_disable_dynamo
 def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
     """Zero each gradient outside its mask and copy each weight; see `_reference`."""
     masks = [mask.contiguous() for mask in masks]
@@ -490,7 +492,6 @@ def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[T
     return saved
 
 
-@_disable_dynamo
 def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
     """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
     masks = [mask.contiguous() for mask in masks]

@@ -241,8 +241,6 @@ def _check_inputs(
     """Return radius and generator; refuse what does not fit the bounds."""
     check.model(model)
     check.tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
-    if x.is_complex():
-        refuse("x", "be real", str(x.dtype), error=TypeError)
     eps = check.real("eps", radius)
     if draws is not None and not isinstance(draws, torch.Generator):
         draws = torch.Generator(x.device).manual_seed(check.count("generator", draws))

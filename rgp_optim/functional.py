@@ -85,7 +85,7 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
     """
-    _check_gradient("score", score)
+    check.tensor("score", score)
     check.choice("backend", backend, BACKENDS)
     fraction = check.fraction("update_fraction", update_fraction)
     masks: list[Tensor] = select_scores([score], [fraction], [0], backend=backend)
@@ -155,7 +155,7 @@ def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]
     for i in [i for i, found in enumerate(tensors) if found]:
         device = tensors[i][0].device
         members.setdefault(device, []).append(i)
-        if name in RANKED and homes.setdefault(rows[i][-1], device) != device:
+        if name in RANKED and homes.setdefault(rows[i][-1], device) != device:  # -1: the pool
             rule = "be 'tensor' where weights that share a threshold lie on several devices"
             refuse("scope", rule, f"{homes[rows[i][-1]]} and {device}")
     results: list[Any] = [None] * len(rows)
@@ -175,12 +175,12 @@ zero_and_save_, restore_ = partial(_run, "zero_and_save_"), partial(_run, "resto
 
 def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
     """Choose the module that does the work. Called at each use, never at import."""
-    for each in ("cpu", "triton") if backend == "auto" else (backend,):
+    for each in {"auto": ("cpu", "triton"), "torch": ()}.get(backend, (backend,)):
         reason = _unsupported_reason(each, name, tensors)
         if reason is None and each == "triton":
             reason = _fault(tensors[0].device, warn=backend == "auto")
         if reason is None:
-            return _load(each)
+            return import_module(f"rgp_optim._{each}")
         if backend != "auto":
             found = f"backend = {backend!r}, {reason}"
             refuse("backend", "be able to run on these tensors", found, "Use 'auto'.", RuntimeError)
@@ -189,8 +189,6 @@ def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
 
 def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str | None:
     """Say why a backend cannot run on tensors of one device; None if it can."""
-    if backend == "torch":
-        return None
     device = tensors[0].device.type
     if device not in (("cpu",) if backend == "cpu" or _INTERPRETED else ("cuda",)):
         return f"tensors on {device}"
@@ -202,12 +200,6 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     if backend == "triton" and name in RANKED and any(t.dtype == torch.float64 for t in tensors):
         return "a float64 tensor"
     return None
-
-
-@cache
-def _load(backend: str) -> ModuleType:
-    name = {"cpu": "_cpu", "triton": "_triton", "torch": "_reference"}[backend]
-    return import_module(f"rgp_optim.{name}")
 
 
 @cache
@@ -227,7 +219,7 @@ def _fault(device: torch.device, warn: bool) -> str | None:
                 "graph cannot capture. Take one step before the capture."
             )
         try:
-            agrees = _agrees(_load("triton"), device)
+            agrees = _agrees(import_module("rgp_optim._triton"), device)
             _faults[device] = None if agrees else "whose masks differ from the reference's"
         except Exception as error:  # a driver, a compiler: whatever it is, the reference runs
             _faults[device] = f"which raises {type(error).__name__}: {error}"
@@ -283,12 +275,6 @@ def _check_pair(g_nat: Tensor | None, g_adv: Tensor | None, name: str, partner: 
         refuse(name, f"be a tensor where `{partner}` is None", "None", hint)
     for tensor, each in ((g_nat, name), (g_adv, partner)):
         if tensor is not None:
-            _check_gradient(each, tensor)
+            check.tensor(each, tensor)
     if g_nat is not None and g_adv is not None:
         check.match(g_nat, g_adv, name, partner)
-
-
-def _check_gradient(name: str, tensor: Tensor) -> None:
-    check.tensor(name, tensor)
-    if tensor.is_complex():
-        refuse(name, "have a real dtype", f"{name}: {tensor.dtype}", error=TypeError)

@@ -100,9 +100,8 @@ def check_pair(first: Tensor, second: Tensor, name: str, partner: str) -> None:
     """Refuse logits that are not [batch, classes], or do not match."""
     for logits, shown in ((first, name), (second, partner)):
         check.tensor(shown, logits)
-        if logits.dim() != 2 or logits.is_complex():
-            found = f"{tuple(logits.shape)} {logits.dtype}"
-            refuse(shown, "be real and [batch, classes]", found)
+        if logits.dim() != 2:
+            refuse(shown, "be [batch, classes]", f"{tuple(logits.shape)}")
     check.match(first, second, name, partner)
 
 

@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -51,8 +50,7 @@ class _Holder:
     ranks: Ranks
     scores: Scores = field(default_factory=Scores)
     masks: dict[Tensor, Tensor] = field(default_factory=dict)  # of the last step
-    guarded: bool = True  # the inner step may not run: it would bypass the selection
-    ranks_compared: bool = False  # since groups or a checkpoint changed
+    ranks_compared: bool = False  # once, and again after groups or a checkpoint have changed
     used_closure: bool = False
     warned: bool = False
     needs_closure: bool = False
@@ -67,8 +65,8 @@ def _of_inner(name: str, doc: str) -> Any:
     )
 
 
-def _of_groups(name: str, doc: str) -> Any:
-    """Return a property of the wrapper that reads and sets a number of all param groups."""
+def _of_groups(name: str) -> Any:
+    """Return a property of the wrapper that reads and sets a setting that all groups share."""
     key = f"rgp_{name}"
 
     def get(self: RGPSelectiveOptimizer) -> float:
@@ -83,7 +81,7 @@ def _of_groups(name: str, doc: str) -> Any:
         for group in self.param_groups:
             group[key] = self._holder.defaults[key]
 
-    return property(get, set_, doc=doc)
+    return property(get, set_, doc=f"``{key}`` of all param groups, in [0, 1].")
 
 
 class RGPSelectiveOptimizer(torch.optim.Optimizer):
@@ -228,13 +226,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     param_groups: list[dict[str, Any]] = _of_inner("param_groups", "The inner optimizer's groups.")
     state: Any = _of_inner("state", "The inner optimizer's state, by parameter.")
     defaults: dict[str, Any] = _of_inner("defaults", "The inner optimizer's defaults.")
-    update_fraction: float = _of_groups(
-        "update_fraction",
-        "Share of the selected weights that is updated, in [0, 1]; assigning sets all groups.",
-    )
-    alpha: float = _of_groups(
-        "alpha", "Share of the natural gradient in the score, in [0, 1]; assigning sets all groups."
-    )
+    update_fraction: float = _of_groups("update_fraction")
+    alpha: float = _of_groups("alpha")
     scope = property(lambda self: self._holder.scope, doc="``scope``, fixed.")
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
     score = property(lambda self: self._holder.score, doc="``score``, fixed.")
@@ -320,7 +313,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             adversarial: Cross-entropy on the adversarial batch, likewise (``alpha`` is 1).
 
         Returns:
-            A scalar of the same value. Without gradient recording (``torch.no_grad``), ``loss``.
+            A scalar of the same value; ``loss`` itself under ``torch.no_grad``, or if no group
+            needs a score.
 
         Raises:
             TypeError: a loss is not a tensor.
@@ -353,7 +347,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Take the scores, within the backward pass."""
         ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
         params = [p for p in ranked if p.requires_grad]
-        self._holder.scores.take(losses, params, grad, partial(_name, self.param_groups))
+        self._holder.scores.take(losses, params, grad)
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -368,38 +362,38 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a selected parameter has a gradient but nothing was scored since the last
-                step, or the reverse; it is called within the backward pass, or needs the loss at
-                other weights; the ranks differ (compared in the first step). With all learning
-                rates 0 an unscored step moves nothing instead: checkpoint tools do that.
+                step, or scores wait but no parameter has a gradient; it is called within the
+                backward pass, or needs the loss at other weights; the ranks differ (compared in
+                the first step). With all learning rates 0 an unscored step moves nothing instead:
+                checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
             ValueError: a setting is out of its range; a score has the wrong shape. No weight has
                 been changed in any of these cases; a closure has run.
         """
-        holder, once = self._holder, None
+        holder, evaluated = self._holder, None
         if closure is not None:
-            once = _Evaluated(closure, self._parameters(), copy=not holder.used_closure)
+            evaluated = _Evaluated(closure, self._parameters(), copy=not holder.used_closure)
             holder.used_closure = True
         elif holder.needs_closure:
             refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
         masks = self._select()
         params, marks = list(masks), list(masks.values())
-        holder.masks = masks
         with torch.no_grad():
             _own_gradients(params, self._parameters())
             weights = [local(p) if holder.conserve != "gradients" else None for p in params]
             gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
             saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
+            holder.masks = masks
+            holder.scores.taken.clear()  # used up: the guard lets the inner step pass
             try:
-                holder.guarded = False
-                result = holder.inner.step() if once is None else holder.inner.step(once)
+                arguments = [] if evaluated is None else [evaluated]
+                result = holder.inner.step(*arguments)
             finally:  # also where the inner step stops half-way
-                holder.guarded = True
-                if once is not None:
-                    once.undo()
+                if evaluated is not None:
+                    evaluated.undo()
                 now = [local(p) for p in params]  # it may have given them new memory
                 functional.restore_(marks, now, saved, backend=holder.backend)
-                holder.scores.taken.clear()
-        return result if once is None else once.loss
+        return result if evaluated is None else evaluated.loss
 
     def masks(self) -> dict[Tensor, Tensor]:
         """Return the masks of the last step: by parameter, bool, True where it was updated.
@@ -431,12 +425,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         ranked = {p: each for p, each in selected.items() if each.update_fraction > 0.0}
         try:
             with torch.no_grad():
-                masks = self._rank(ranked) if ranked else {}
+                masks = self._score_and_mask(ranked) if ranked else {}
         except NothingScored:
-            if not _all_lrs_zero(self.param_groups):
+            if any(group.get("lr") != 0 for group in self.param_groups):
                 raise
             dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
-            return {p: _empty_mask(p) for p in dense}
+            return {p: _empty_mask(p) for p in dense}  # all of them: Rprop moves at a rate of 0
         masks |= {p: _empty_mask(p) for p in selected if p not in masks}
         if not holder.ranks_compared and holder.ranks.size > 1:
             self._compare_ranks(masks)
@@ -452,7 +446,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 found |= {p: settings for p in group["params"] if settings.selects(p)}
         return found
 
-    def _rank(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
+    def _score_and_mask(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
         holder, params = self._holder, list(selected)
         fractions = [each.update_fraction for each in selected.values()]
@@ -562,11 +556,11 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _guard(holder: _Holder) -> None:
     """Refuse a step of the inner optimizer that bypasses the wrapper while scores wait."""
-    reference = weakref.ref(holder)
+    reference = weakref.ref(holder)  # a dropped wrapper must not block its inner optimizer
 
     def hook(*_: Any) -> None:
         held = reference()
-        if held is not None and held.guarded and held.scores.waiting:
+        if held is not None and held.scores.waiting:
             raise RuntimeError(
                 "The weights are scored, and the inner optimizer's step() was called: it would "
                 "update all of them. Call step() of the RGPSelectiveOptimizer around it."
@@ -587,14 +581,6 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
 
 def _empty_mask(p: Tensor) -> Tensor:
     return torch.zeros_like(local(p.detach()), dtype=torch.bool)
-
-
-def _all_lrs_zero(groups: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether all learning rates are 0, without waiting for a device."""
-    rates = [group.get("lr", 1.0) for group in groups]
-    if any(rate is None or getattr(rate, "is_cuda", False) for rate in rates):
-        return False
-    return all(float(rate) == 0.0 for rate in rates)
 
 
 class _Evaluated:
@@ -623,7 +609,7 @@ class _Evaluated:
         return self.loss
 
     def undo(self) -> None:
-        """After a refusal put back the weights of the first step, once the inner step has ended."""
+        """After a refusal put back the weights, copied in the first such step only."""
         if self._refused:
             for p, old in zip(self._params, self._before, strict=False):
                 p.copy_(old)

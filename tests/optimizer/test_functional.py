@@ -191,7 +191,7 @@ def kernels(monkeypatch):
     def install(**faults):
         names = ("select", "topk_masks", "zero_and_save_", "restore_")
         fake = SimpleNamespace(**{name: getattr(_reference, name) for name in names} | faults)
-        monkeypatch.setattr(functional, "_load", {"triton": fake, "torch": _reference}.__getitem__)
+        monkeypatch.setattr(functional, "import_module", {"rgp_optim._triton": fake}.__getitem__)
         monkeypatch.setattr(functional, "_installed", lambda package: package == "triton")
         monkeypatch.setattr(functional, "_INTERPRETED", DEVICE.type == "cpu")
         monkeypatch.setattr(functional, "_faults", {})
