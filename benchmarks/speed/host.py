@@ -8,12 +8,11 @@ plain passes. On a GPU this is the time that the device may wait.
 
 from __future__ import annotations
 
-import statistics
-from functools import partial
+from collections.abc import Callable
 
 import measure
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rgp_optim import RGPSelectiveOptimizer
 
@@ -35,11 +34,12 @@ class Loop:
         opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.opt = RGPSelectiveOptimizer(opt) if scored else opt
 
-    def losses(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> None:
         self.opt.zero_grad()
-        return self.model(self.x).square().mean(), self.model(self.x + 0.1).square().mean()
+        self.losses = [self.model(x).square().mean() for x in (self.x, self.x + 0.1)]
 
-    def backward(self, natural: Tensor, adversarial: Tensor) -> None:
+    def backward(self) -> None:
+        natural, adversarial = self.losses
         loss = natural + adversarial
         if isinstance(self.opt, RGPSelectiveOptimizer):
             loss = self.opt.scored(loss, natural=natural, adversarial=adversarial)
@@ -51,26 +51,28 @@ class Loop:
 
 def main() -> None:
     parser = measure.parser(__doc__, "cpu")
-    parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--repeats", type=measure.positive, default=300)
     args = parser.parse_args()
     device, loops = measure.device_of(args, parser), {"wrapped": Loop(True), "plain": Loop(False)}
-    times: dict[tuple[str, str], list[float]] = {}
-    for repeat in range(args.repeats + 20):
-        for name, loop in loops.items():
-            passes = partial(loop.backward, *loop.losses())
-            passes, step = (measure.once(call, device) for call in (passes, loop.opt.step))
-            if repeat >= 20:
-                times.setdefault(("passes", name), []).append(passes)
-                times.setdefault(("step", name), []).append(step)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, loop in loops.items():
+        calls |= {f"passes {name}": loop.backward, f"step {name}": loop.opt.step}
+
+    def prepare(call: str) -> None:
+        what, name = call.split()
+        if what == "passes":
+            loops[name].forward()
+
+    times = measure.interleaved(calls, args.repeats + 20, device, prepare)
     common = {"model": "62 tiny tensors", "weights": 500, "dtype": "float32", "scope": "tensor"}
-    rows = [
-        common | {"benchmark": f"host {what}", "keep": 0.7, "provider": name, **measure.timing(t)}
-        for (what, name), t in times.items()
-    ]
-    measure.keep(args.csv, device, rows)
-    for what, against in (("passes", "three plain passes"), ("step", "SGD's step")):
-        wrapped, plain = (1e3 * statistics.median(times[what, n]) for n in ("wrapped", "plain"))
-        print(f"{what}: {wrapped:.2f} ms, {against}: {plain:.2f} ms, ratio {wrapped / plain:.2f}")
+    for what in ("passes", "step"):
+        rows = [
+            common
+            | {"benchmark": f"host {what}", "keep": 0.7, "provider": name}
+            | measure.timing(times[f"{what} {name}"][20:])
+            for name in loops
+        ]
+        measure.show(what, measure.keep(args.csv, device, rows), "plain")
 
 
 if __name__ == "__main__":
