@@ -1,42 +1,72 @@
-"""Host time per step: the fixed cost of the wrapper, on 62 tiny tensors (ResNet-18's structure).
+"""What the wrapper adds: its step beside the plain SGD's, its passes beside three plain ones.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/speed/host.py [--csv FILE]
+    python benchmarks/speed/host.py --device cuda --models resnet18,wrn34-10,vit-b    # fused SGD
 
-Medians of `step()` beside the plain SGD's, and of a backward pass that takes scores beside three
-plain passes. On a GPU this is the time that the device may wait.
+Without models it is the fixed cost, host time on 62 tiny tensors (ResNet-18's structure). On a GPU
+this is the time that the device may wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import measure
+import selection
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rgp_optim import RGPSelectiveOptimizer
 
+TINY = "62 tiny tensors"
+WARM_UP = 20
 
-def network() -> nn.Module:
+
+class Tiny(nn.Sequential):
     """62 tensors, 21 of them with two or more dimensions, as ResNet-18 has."""
-    layers: list[nn.Module] = []
-    for _ in range(20):
-        layers += [nn.Linear(4, 4, bias=False), nn.LayerNorm(4)]
-    return nn.Sequential(*layers, nn.Linear(4, 4))
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(20):
+            layers += [nn.Linear(4, 4, bias=False), nn.LayerNorm(4)]
+        super().__init__(*layers, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+
+class Given(nn.Module):
+    """Weights of given shapes; the loss has the gradients that it is called with."""
+
+    def __init__(self, shapes: selection.Shapes) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+
+    def forward(self, gradients: list[Tensor]) -> Tensor:
+        return sum((p * g).sum() for p, g in zip(self.weights, gradients, strict=True))
 
 
 class Loop:
     """One way to train, split into its backward passes and its step."""
 
-    def __init__(self, scored: bool) -> None:
+    def __init__(self, scored: bool, model: str, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model, self.x = network(), torch.randn(4, 4)
-        opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        self.opt = RGPSelectiveOptimizer(opt) if scored else opt
+        if model == TINY:
+            self.model, x = Tiny().to(device), torch.randn(4, 4).to(device)
+            self.inputs, options = [x, x + 0.1], {}
+        else:
+            shapes = selection.MODELS[model]()
+            self.model, options = Given(shapes).to(device), {"weight_decay": 5e-4, "fused": True}
+            self.inputs = selection.heavy(shapes, 2, torch.float32, device)
+        how = {"lr": 0.01, "momentum": 0.9, **options}
+        opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **how)
+        self.opt = RGPSelectiveOptimizer(opt, update_fraction=0.7) if scored else opt
 
     def forward(self) -> None:
         self.opt.zero_grad()
-        self.losses = [self.model(x).square().mean() for x in (self.x, self.x + 0.1)]
+        self.losses = [self.model(x) for x in self.inputs]
 
     def backward(self) -> None:
         natural, adversarial = self.losses
@@ -49,31 +79,37 @@ class Loop:
         loss.backward()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, "cpu")
+    parser.add_argument("--models", type=selection.names_of(*selection.MODELS), default=[TINY])
     parser.add_argument("--repeats", type=measure.positive, default=300)
-    args = parser.parse_args()
-    device, loops = measure.device_of(args, parser), {"wrapped": Loop(True), "plain": Loop(False)}
-    calls: dict[str, Callable[[], object]] = {}
-    for name, loop in loops.items():
-        calls |= {f"passes {name}": loop.backward, f"step {name}": loop.opt.step}
+    args = parser.parse_args(argv)
+    device = measure.device_of(args, parser)
+    for model in args.models:
+        loops = {"wrapped": Loop(True, model, device), "plain": Loop(False, model, device)}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, loop in loops.items():
+            calls |= {f"passes {name}": loop.backward, f"step {name}": loop.opt.step}
 
-    def prepare(call: str) -> None:
-        what, name = call.split()
-        if what == "passes":
-            loops[name].forward()
+        def prepare(call: str, loops: dict[str, Loop] = loops) -> None:
+            what, name = call.split()
+            if what == "passes":
+                loops[name].forward()
 
-    times = measure.interleaved(calls, args.repeats + 20, device, prepare)
-    common = {"model": "62 tiny tensors", "weights": 500, "dtype": "float32", "scope": "tensor"}
-    for what in ("passes", "step"):
-        rows = [
-            common
-            | {"benchmark": f"host {what}", "keep": 0.7, "provider": name}
-            | measure.timing(times[f"{what} {name}"][20:])
-            for name in loops
-        ]
-        measure.show(what, measure.keep(args.csv, device, rows), "plain")
+        head_start = 50 * measure.HEAD_START  # the host launches a step in milliseconds
+        times = measure.interleaved(calls, args.repeats + WARM_UP, device, prepare, head_start)
+        common: dict[str, Any] = {"dtype": "float32", "scope": "tensor", "keep": 0.7}
+        weights = sum(p.numel() for p in loops["plain"].model.parameters())
+        common |= {"model": model, "weights": weights}
+        for what in ("passes", "step"):
+            kind = f"{'host' if model == TINY else 'update'} {what}"
+            rows = [
+                {**common, "benchmark": kind, "provider": name}
+                | measure.timing(times[f"{what} {name}"][WARM_UP:])
+                for name in loops
+            ]
+            measure.show(f"{what}, {model}", measure.keep(args.csv, device, rows), "plain")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,7 +3,6 @@
     python benchmarks/speed/selection.py --device cpu               # ResNet-18, one thread
     python benchmarks/speed/selection.py --device cuda --models resnet18,wrn34-10,vit-b,1b
     python benchmarks/speed/selection.py --sizes              # one tensor of 1e3 to 1e7 weights
-    python benchmarks/speed/selection.py --update                   # the optimizer's step around it
 
 Timed is all from two lists of gradients to the masks, or, on a GPU, to the gradients set to 0 where
 conserved; there the cache is cold. Providers are interleaved in one run.
@@ -15,8 +14,7 @@ conserved; there the cache is cold. Providers are interleaved in one run.
     ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
 
 The byte floor is what any exact way must move, at the speed of a copy on this device: both
-gradients read once, and the masked one written, or the mask. `--update` times the step of torch's
-fused SGD, plain and wrapped.
+gradients read once, and the masked one written, or the mask. `host.py` times the step around it.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from networks import NETWORKS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rgp_optim import RGPSelectiveOptimizer, functional
+from rgp_optim import functional
 
 Shapes = list[tuple[int, ...]]
 ALPHA = 0.1
@@ -174,59 +172,6 @@ def make(name: str, case: Case) -> Callable[[], object]:
     return measure.captured(call) if way == "graph" else call
 
 
-# The optimizer's step.
-
-
-class Update:
-    """A step of the optimizer on parameters of given shapes, scored beforehand."""
-
-    def __init__(self, name: str, shapes: Shapes, dtype: torch.dtype, args: argparse.Namespace):
-        device = torch.device(args.device)
-        self.params = [torch.zeros(s, dtype=dtype, device=device).requires_grad_() for s in shapes]
-        self.gradients = heavy(shapes, 3, dtype, device)
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            self.params, lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True
-        )
-        if name != "sgd":
-            how = {"update_fraction": args.keep[0], "alpha": ALPHA}
-            self.optimizer = RGPSelectiveOptimizer(self.optimizer, **how)
-
-    def prepare(self) -> None:
-        """Give the optimizer its gradients, as backward passes would."""
-        natural, adversarial, training = (
-            sum((p * g).sum() for p, g in zip(self.params, gradients, strict=True))
-            for gradients in self.gradients
-        )
-        self.optimizer.zero_grad()
-        if isinstance(self.optimizer, RGPSelectiveOptimizer):
-            training = self.optimizer.scored(training, natural=natural, adversarial=adversarial)
-        training.backward()
-
-
-UPDATES = ("sgd", "ours")
-
-
-def run_update(
-    model: str, shapes: Shapes, dtype: str, args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Time the optimizer's step on one model, and print the table."""
-    device = torch.device(args.device)
-    updates = {name: Update(name, shapes, DTYPES[dtype], args) for name in UPDATES}
-    times = measure.interleaved(
-        {name: update.optimizer.step for name, update in updates.items()},
-        args.rounds + 2,
-        device,
-        lambda name: updates[name].prepare(),
-        50 * measure.HEAD_START,  # the host launches a step in milliseconds
-    )
-    common = {"benchmark": "update", "scope": "tensor", "keep": args.keep[0]}
-    common |= {"model": model, "weights": sum(map(math.prod, shapes)), "dtype": dtype}
-    rows = [{**common, "provider": n, **measure.timing(t[2:])} for n, t in times.items()]
-    print(f"\n{model}: {common['weights']:,} weights, {dtype}, keep {args.keep[0]}")
-    measure.show("one step", rows, "sgd")
-    return measure.keep(args.csv, device, rows)
-
-
 # The run.
 
 
@@ -332,7 +277,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add("--rounds", type=measure.positive, default=9)
     add("--providers", type=names_of(*ways), default=ways)
     add("--sizes", action="store_true", help="one tensor of many sizes instead")
-    add("--update", action="store_true", help="the optimizer's step instead")
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     if device.type == "cpu":
@@ -345,12 +289,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         cases = [("one tensor", [(round(10 ** (1 + i / 3)), 100)]) for i in range(13)]
     else:
         cases = [(name, MODELS[name]()) for name in args.models]
-    for (model, shapes), dtype in product(cases, args.dtypes):
-        if args.update:
-            rows += run_update(model, shapes, dtype, args)
-            continue
-        for scope, keep in product(args.scopes, args.keep):
-            rows += run_case(model, shapes, dtype, scope, keep, args)
+    for (model, shapes), *how in product(cases, args.dtypes, args.scopes, args.keep):
+        rows += run_case(model, shapes, *how, args)
     return rows
 
 

@@ -1,6 +1,5 @@
 """The benchmarks run, say what they measured, and compare ways that do the same. No times."""
 
-import argparse
 import csv
 import functools
 import math
@@ -17,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "speed")]
 
+import host  # noqa: E402
 import measure  # noqa: E402
 import selection  # noqa: E402
 import step  # noqa: E402
@@ -105,23 +105,26 @@ def test_step_writes_rows(tmp_path, capsys):
     assert "against trades" in capsys.readouterr().out
 
 
-def test_selection_times_the_step_of_the_optimizer(tmp_path, capsys):
+def test_host_times_the_step_of_the_optimizer(tmp_path, capsys):
     path = tmp_path / "speed.csv"
-    selection.main(["--update", "--models", "tiny", "--rounds", "2", "--csv", str(path)])
+    host.main(["--repeats", "1", "--csv", str(path)])
+    host.main(["--repeats", "1", "--csv", str(path), "--models", "tiny"])
     rows = rows_of(path)
-    assert [r["provider"] for r in rows] == list(selection.UPDATES)
-    assert {r["benchmark"] for r in rows} == {"update"}
-    assert "against sgd" in capsys.readouterr().out
+    assert [r["provider"] for r in rows] == ["wrapped", "plain"] * 4
+    benchmarks = [r["benchmark"] for r in rows[::2]]
+    assert benchmarks == ["host passes", "host step", "update passes", "update step"]
+    assert (rows[0]["weights"], rows[-1]["weights"]) == ("500", "1417")
+    assert "against plain" in capsys.readouterr().out
 
 
 def test_the_steps_that_are_timed_do_what_they_say():
-    args, moved = argparse.Namespace(device="cpu", keep=[0.5]), {}
-    for name in selection.UPDATES:
-        update = selection.Update(name, [(40, 30), (8, 3, 3, 3)], torch.float32, args)
-        update.prepare()
-        update.optimizer.step()
-        moved[name] = [int(p.count_nonzero()) for p in update.params]
-    assert moved == {"sgd": [1200, 216], "ours": [600, 108]}
+    moved = []
+    for scored in (False, True):
+        loop = host.Loop(scored, "tiny", torch.device("cpu"))
+        for call in (loop.forward, loop.backward, loop.opt.step):
+            call()
+        moved.append([int(p.count_nonzero()) for p in loop.model.parameters()])
+    assert moved == [[216, 1200, 1], [151, 840, 1]]
 
 
 @pytest.mark.parametrize(
