@@ -35,7 +35,7 @@ BYTES = {"read": 8, "mask": 12, "copy": 8}  # per weight
 
 
 @triton.jit
-def _read(a, b, sums, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def _score(a, b, sums, n, WRITE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     most = tl.zeros([BLOCK], tl.float32)
@@ -43,20 +43,13 @@ def _read(a, b, sums, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
         at = program * CHUNK + block * BLOCK + i
         x = tl.load(a + at, mask=at < n, other=0.0)
         y = tl.load(b + at, mask=at < n, other=0.0)
-        most = tl.maximum(most, tl.abs(x) * 0.1 + tl.abs(y) * 0.9)
-    tl.store(sums + program, tl.max(most))
-
-
-@triton.jit
-def _mask(a, b, n, threshold, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    for block in range(0, CHUNK // BLOCK):
-        at = program * CHUNK + block * BLOCK + i
-        x = tl.load(a + at, mask=at < n, other=0.0)
-        y = tl.load(b + at, mask=at < n, other=0.0)
-        keep = tl.abs(x) * 0.1 + tl.abs(y) * 0.9 > threshold
-        tl.store(b + at, tl.where(keep, y, 0.0), mask=at < n)
+        score = tl.abs(x) * 0.1 + tl.abs(y) * 0.9
+        if WRITE:
+            tl.store(b + at, tl.where(score > 0.5, y, 0.0), mask=at < n)
+        else:
+            most = tl.maximum(most, score)
+    if not WRITE:
+        tl.store(sums + program, tl.max(most))
 
 
 class Roofs:
@@ -68,14 +61,12 @@ class Roofs:
         self.a, self.b = (torch.randn(n, generator=draw, device=device) for _ in range(2))
         self.sums = torch.empty(-(-n // CHUNK), device=device)
 
-    def _launch(self, kernel: Any, *arguments: Any) -> None:
-        kernel[(len(self.sums),)](*arguments, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
-
-    def read(self) -> None:
-        self._launch(_read, self.a, self.b, self.sums, self.n)
+    def read(self, write: bool = False) -> None:
+        size = dict(BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
+        _score[(len(self.sums),)](self.a, self.b, self.sums, self.n, WRITE=write, **size)
 
     def mask(self) -> None:
-        self._launch(_mask, self.a, self.b, self.n, 0.5)
+        self.read(write=True)
 
     def copy(self) -> None:
         self.b.copy_(self.a)

@@ -31,6 +31,7 @@ from training import columns, pgd20
 from rgp_optim import pgd_attack
 
 IMAGES = 256  # for what costs many passes
+PICTURES = ("at", "trades-pre", "cure-no-revision", "cure")  # whose perturbations are drawn
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
 
@@ -60,8 +61,7 @@ def collect(
             "updated": layers.updated_early_and_late(runs[name][seed]["history"]),
         }
         print(f"{name} looked at", flush=True)
-    if study:
-        found["blocks"] = block_study(seed, preset, place, study)
+    found["blocks"] = block_study(seed, preset, place, study)
     return found
 
 
@@ -195,34 +195,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
-    add("--pictures", default="at,trades-pre,cure-no-revision,cure", help="of their perturbations")
     add("--seed", type=int, default=0)
-    add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
+    add("--blocks", type=int, default=8, help="epochs of the block study (8)")
     args = parser.parse_args(argv)
     place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
     methods, out = args.methods.split(","), place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
     write_json(out / "analysis.json", json.loads(json.dumps(found)))
-    figures: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
-        "corruptions": (draw_corruptions, (13, 5.5)),
-        "smallest": (draw_smallest, (6, 4)),
-        "layers": (draw_layers, (11, 4)),
-        "updated": (draw_updated, (8, 4.5)),
-        **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
+    runs = summary.read(place.results)
+    curves = {name: of[args.seed] for name, of in runs.items() if name in methods}
+    pictures = [name for name in PICTURES if name in methods]
+    shown = {"methods": pictures, "seed": args.seed, "preset": preset, "place": place}
+    figures: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
+        "corruptions": (partial(draw_corruptions, found=found), (13, 5.5)),
+        "smallest": (partial(draw_smallest, found=found), (6, 4)),
+        "layers": (partial(draw_layers, found=found), (11, 4)),
+        "updated": (partial(draw_updated, found=found), (8, 4.5)),
+        "blocks": (partial(draw_blocks, found=found), (6, 4.5)),
+        "curves": (partial(draw_curves, runs=curves), (12, 4)),
+        "perturbations": (partial(draw_perturbations, **shown), (8, 1 + 2 * len(pictures))),
     }
     for name, (draw, size) in figures.items():
-        save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
-    one = {
-        name: of[args.seed] for name, of in summary.read(place.results).items() if name in methods
-    }
-    save(out / "curves.png", lambda figure: draw_curves(figure, one), (12, 4))
-    some = [name for name in args.pictures.split(",") if name in methods]
-    save(
-        out / "perturbations.png",
-        lambda figure: draw_perturbations(figure, some, args.seed, preset, place),
-        (8, 1 + 2 * len(some)),
-    )
+        save(out / f"{name}.png", draw, size)
     print(f"figures and analysis.json are in {out}")
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import evaluation
 import foolbox
+import summary
 import torch
 import trainer
 from foolbox.attacks import LinfProjectedGradientDescentAttack
@@ -80,12 +81,10 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, flo
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a row for each network."""
-    head = ["network", *COLUMNS.values()]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in rows:
-        name = f"{row['method']}, seed {row['seed']}"
-        lines.append(f"| {' | '.join([name, *(f'{row[c]:.1f}' for c in COLUMNS)])} |")
-    return "\n".join(lines)
+    names = [f"{row['method']}, seed {row['seed']}" for row in rows]
+    cells = [[f"{row[c]:.1f}" for c in COLUMNS] for row in rows]
+    lines = ([name, *each] for name, each in zip(names, cells, strict=True))
+    return summary.markdown([["network", *COLUMNS.values()], *lines])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -87,19 +87,15 @@ class Step:
         if self.name == "standard":
             with self.autocast():
                 loss = F.cross_entropy(self.model(self.x), self.y)
-            loss.backward()
-            self.optimizer.step()
-            return
-        loss, natural, adversarial = self.losses(self.attack(self.x))
+        else:
+            loss, natural, adversarial = self.losses(self.attack(self.x))
         if self.name == "authors":
             authors_update(self.model, self.sgd, loss, natural, adversarial)
             average(self.average, self.model)
             return
-        if self.name == "trades":
-            loss.backward()
-        else:
+        if isinstance(self.optimizer, RGPSelectiveOptimizer):
             loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
-            loss.backward()
+        loss.backward()
         self.optimizer.step()
         if self.reviser is not None:
             self.reviser.update()

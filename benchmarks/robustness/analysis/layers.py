@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,15 +49,11 @@ def updated_early_and_late(
 def _features(model: nn.Module, names: Iterable[str]) -> Any:
     """Collect the outputs of modules by name, [batch, features]."""
     kept: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
-            kept[name] = out.detach().flatten(1).double()
+    def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
+        kept[name] = out.detach().flatten(1).double()
 
-        return hook
-
-    hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
+    hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
     try:
         yield kept
     finally:
