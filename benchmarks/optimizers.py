@@ -105,14 +105,10 @@ def weights(kind: str) -> list[nn.Parameter]:
     return [nn.Parameter(each) for each in drawn]
 
 
-def losses(params: list[nn.Parameter], seed: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(100 + seed)
-    both = []
-    for _ in range(2):
-        targets = [torch.randn(p.shape, generator=draw) for p in params]
-        terms = [((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True)]
-        both.append(torch.stack(terms).sum())
-    return both[0], both[1]
+def loss_of(params: list[nn.Parameter], draw: torch.Generator) -> Tensor:
+    """The squared distance to targets that are drawn."""
+    targets = [torch.randn(p.shape, generator=draw) for p in params]
+    return sum(((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True))
 
 
 def step(opt: torch.optim.Optimizer, params: list[nn.Parameter], seed: int) -> None:
@@ -123,7 +119,8 @@ def step(opt: torch.optim.Optimizer, params: list[nn.Parameter], seed: int) -> N
 
     @torch.enable_grad()
     def closure() -> Tensor:
-        nat, adv = losses(params, seed)
+        draw = torch.Generator().manual_seed(100 + seed)
+        nat, adv = loss_of(params, draw), loss_of(params, draw)
         loss = nat + 0.5 * adv
         if isinstance(opt, RGPSelectiveOptimizer):
             loss = opt.scored(loss, natural=nat, adversarial=adv)

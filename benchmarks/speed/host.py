@@ -90,14 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         calls: dict[str, Callable[[], object]] = {}
         for name, loop in loops.items():
             calls |= {f"passes {name}": loop.backward, f"step {name}": loop.opt.step}
-
-        def prepare(call: str, loops: dict[str, Loop] = loops) -> None:
-            what, name = call.split()
-            if what == "passes":
-                loops[name].forward()
-
+        before = {f"passes {name}": loop.forward for name, loop in loops.items()}
         head_start = 50 * measure.HEAD_START  # the host launches a step in milliseconds
-        times = measure.interleaved(calls, args.repeats + WARM_UP, device, prepare, head_start)
+        times = measure.interleaved(calls, args.repeats + WARM_UP, device, before, head_start)
         common: dict[str, Any] = {"dtype": "float32", "scope": "tensor", "keep": 0.7}
         weights = sum(p.numel() for p in loops["plain"].model.parameters())
         common |= {"model": model, "weights": weights}

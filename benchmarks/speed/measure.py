@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,12 +59,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU and its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", file.read_text() if file.exists() else "", re.M)
+    name = named[1].strip() if named else platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
 
@@ -78,13 +76,13 @@ def interleaved(
     providers: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    prepare: Callable[[str], object] = lambda name: None,
+    before: Mapping[str, Callable[[], object]] | None = None,
     head_start: int = HEAD_START,
 ) -> dict[str, list[float]]:
     """Time each provider once a round, one after another, so that all see the same machine.
 
-    Returns seconds by name, one for each round; providers have been warmed up. ``prepare`` is
-    called with the name before each, not timed.
+    Returns seconds by name, one for each round; providers have been warmed up. What ``before`` has
+    for a name is called first, not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     was_enabled = gc.isenabled()
@@ -93,7 +91,8 @@ def interleaved(
     try:
         for _ in range(rounds):
             for name, provider in providers.items():
-                prepare(name)
+                if before and name in before:
+                    before[name]()
                 times[name].append(once(provider, device, head_start))
     finally:
         if was_enabled:

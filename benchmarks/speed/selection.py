@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from networks import NETWORKS
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from rgp_optim import functional
 
@@ -201,7 +200,7 @@ def run_case(
     originals = [g.clone() for g in case.g_advs] if case.on_gpu else []
     flush = torch.zeros(1 << 26, device=device) if case.on_gpu else None
 
-    def prepare(name: str) -> None:
+    def prepare() -> None:
         for g, original in zip(case.g_advs, originals):  # noqa: B905
             g.copy_(original)
         if flush is not None:
@@ -210,9 +209,9 @@ def run_case(
     note = check(case)
     calls = {}
     for name in args.providers:
-        prepare(name)
+        prepare()
         calls[name] = make(name, case)
-    times = measure.interleaved(calls, args.rounds, device, prepare)
+    times = measure.interleaved(calls, args.rounds, device, dict.fromkeys(calls, prepare))
     weights, item = sum(map(math.prod, shapes)), case.g_advs[0].element_size()
     floor_bytes = weights * (3 * item if case.on_gpu else 2 * item + 1)
     floor_ms = floor_bytes / args.bandwidth * 1e3
@@ -227,24 +226,22 @@ def run_case(
             "floor_share": f"{floor_ms / ms:.3f}", "note": note if name == "ours" else "",
         }  # fmt: skip
         if case.on_gpu:
-            prepare(name)
-            row |= on_gpu(call)
+            prepare()
+            row["peak_bytes"] = peak_bytes(call)
         rows.append(row)
     print(f"\n{model}: {weights:,} weights, {dtype}, byte floor {floor_ms:.3g} ms; {note}")
     measure.show(f"scope {scope}, keep {keep}", rows, "ours")
     return measure.keep(args.csv, device, rows)
 
 
-def on_gpu(call: Callable[[], object]) -> dict[str, int]:
-    """Return extra memory and launches of one call."""
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the extra memory of one call on a GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    launches = sum("LaunchKernel" in event.name for event in profiler.events())
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "launches": launches}
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def names_of(*known: str) -> Callable[[str], list[str]]:

@@ -143,12 +143,9 @@ def parts(args: argparse.Namespace, common: dict[str, Any]) -> list[dict[str, An
         loss, natural, adversarial = state["losses"]
         step.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward()
 
-    def prepare(name: str) -> None:
-        if name == "two forward passes":
-            step.optimizer.zero_grad()
-        elif name == "one backward pass (TRADES)":
-            plain.sgd.zero_grad()
-            state["plain"] = plain.losses(state["x_adv"])[0]
+    def plain_losses() -> None:
+        plain.sgd.zero_grad()
+        state["plain"] = plain.losses(state["x_adv"])[0]
 
     calls: dict[str, Callable[[], object]] = {
         "attack": lambda: state.update(x_adv=step.attack(step.x)),
@@ -158,7 +155,9 @@ def parts(args: argparse.Namespace, common: dict[str, Any]) -> list[dict[str, An
         "one backward pass (TRADES)": lambda: state.pop("plain").backward(),
         "the plain SGD's step": plain.sgd.step,
     }
-    times = measure.interleaved(calls, args.rounds + 1, torch.device(args.device), prepare)
+    before = {"two forward passes": step.optimizer.zero_grad}
+    before["one backward pass (TRADES)"] = plain_losses
+    times = measure.interleaved(calls, args.rounds + 1, torch.device(args.device), before)
     found = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
     found["selection"] = found["the wrapper's step"] - found["the plain SGD's step"]
     common = common | {"benchmark": "part", "repeats": args.rounds}
