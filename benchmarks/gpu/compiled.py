@@ -55,14 +55,10 @@ def compile_kernel(name: str, constants: dict[str, int]) -> bytes:
         arg: "constexpr" if arg in constants else POINTERS.get(arg, "*i64")
         for arg in kernel.arg_names
     }
-    number = {arg: i for i, arg in enumerate(signature)}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(number[arg],): value for arg, value in constants.items()},
-        # What the allocator returns begins at a multiple of 16.
-        attrs={(number[a],): [["tt.divisibility", 16]] for a, k in signature.items() if "*" in k},
-    )
+    pointers = (i for i, kind in enumerate(signature.values()) if "*" in kind)
+    # What the allocator returns begins at a multiple of 16.
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     target, options = GPUTarget("cuda", ARCH, 32), dict(_triton.OPTIONS)
     code = triton.compile(source, target=target, options=options)
     return bytes(code.asm["cubin"])

@@ -93,7 +93,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model, dtype in product(args.models, args.dtypes):
         shapes = selection.MODELS[model]()
-        case = selection.Case.draw(shapes, dtype, args.keep, "tensor", torch.device(args.device))
+        gradients = selection.heavy(shapes, dtype, torch.device(args.device))
+        case = selection.Case(*gradients, args.keep, "tensor")
         note = selection.check(case)
         for _ in range(3 if case.on_gpu else 1):
             a_step(case)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ import measure
 
 BLOCK = 2048
 CHUNK = 16 * BLOCK  # weights per program, as in the library
-BYTES = {"read": 8, "mask": 12, "copy": 8}  # per weight
 
 
 @triton.jit
@@ -52,24 +52,18 @@ def _score(a, b, sums, n, WRITE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.co
         tl.store(sums + program, tl.max(most))
 
 
-class Roofs:
-    """The ways, on arrays of n weights drawn at random."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.n = n
-        draw = torch.Generator(device).manual_seed(0)
-        self.a, self.b = (torch.randn(n, generator=draw, device=device) for _ in range(2))
-        self.sums = torch.empty(-(-n // CHUNK), device=device)
-
-    def read(self, write: bool = False) -> None:
-        size = dict(BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
-        _score[(len(self.sums),)](self.a, self.b, self.sums, self.n, WRITE=write, **size)
-
-    def mask(self) -> None:
-        self.read(write=True)
-
-    def copy(self) -> None:
-        self.b.copy_(self.a)
+def ways(n: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Return what is timed, on arrays of n weights, by name with its bytes per weight."""
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, generator=draw, device=device) for _ in range(2))
+    sums = torch.empty(-(-n // CHUNK), device=device)
+    size = dict(BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
+    score = partial(_score[(len(sums),)], a, b, sums, n, **size)
+    return {
+        "read": (8, partial(score, WRITE=False)),
+        "mask": (12, partial(score, WRITE=True)),
+        "copy": (8, partial(b.copy_, a)),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -80,21 +74,18 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     device = measure.device_of(args, parser)
     on_gpu = device.type == "cuda"
     n = args.weights or (100_000_000 if on_gpu else 100_000)
-    roofs, calls = Roofs(n, device), {}
-    for name in BYTES:
-        call = getattr(roofs, name)
+    timed = ways(n, device)
+    calls = {}
+    for name, (_, call) in timed.items():
         call()
         calls[name] = measure.captured(call) if on_gpu else call
     flush: Tensor = torch.zeros(1 << (26 if on_gpu else 10), device=device)
     times = measure.interleaved(calls, args.rounds, device, dict.fromkeys(calls, flush.sum))
     rows = []
-    for name, size in BYTES.items():
-        row = measure.timing(times[name]) | {
-            "benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32",
-            "provider": name, "floor_bytes": size * n,
-        }  # fmt: skip
-        row["gb_per_s"] = f"{size * n / float(row['p50_ms']) / 1e6:.4g}"
-        rows.append(row)
+    for name, (size, _) in timed.items():
+        row = {"benchmark": "roof", "model": "arrays", "weights": n, "dtype": "float32"}
+        row |= {"provider": name, "floor_bytes": size * n, **measure.timing(times[name])}
+        rows.append(row | {"gb_per_s": f"{size * n / float(row['p50_ms']) / 1e6:.4g}"})
     measure.show(f"{n:,} weights", rows, "copy")
     return measure.keep(args.csv, device, rows)
 

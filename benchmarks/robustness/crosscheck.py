@@ -81,10 +81,11 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, flo
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a row for each network."""
-    names = [f"{row['method']}, seed {row['seed']}" for row in rows]
-    cells = [[f"{row[c]:.1f}" for c in COLUMNS] for row in rows]
-    lines = ([name, *each] for name, each in zip(names, cells, strict=True))
-    return summary.markdown([["network", *COLUMNS.values()], *lines])
+    lines = [["network", *COLUMNS.values()]]
+    for row in rows:
+        name = f"{row['method']}, seed {row['seed']}"
+        lines.append([name, *(f"{row[c]:.1f}" for c in COLUMNS)])
+    return summary.markdown(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

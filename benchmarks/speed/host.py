@@ -59,7 +59,7 @@ class Loop:
         else:
             shapes = selection.MODELS[model]()
             self.model, options = Given(shapes).to(device), {"weight_decay": 5e-4, "fused": True}
-            self.inputs = selection.heavy(shapes, 2, torch.float32, device)
+            self.inputs = selection.heavy(shapes, "float32", device)
         how = {"lr": 0.01, "momentum": 0.9, **options}
         opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **how)
         self.opt = RGPSelectiveOptimizer(opt, update_fraction=0.7) if scored else opt

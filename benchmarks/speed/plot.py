@@ -97,7 +97,7 @@ def draw_bars(axes: plt.Axes, rows: Sequence[Row], title: str) -> None:
     """Draw one bar for each row."""
     rows = sorted(rows, key=lambda row: float(row["p50_ms"]))
     low, times, high = ([float(r[c]) for r in rows] for c in ("p20_ms", "p50_ms", "p80_ms"))
-    spread = np.array([np.subtract(times, low), np.subtract(high, times)])
+    spread = np.subtract([times, high], [low, times])
     names, colours = zip(*(PROVIDERS[row["provider"]] for row in rows), strict=True)
     axes.barh(names, times, xerr=spread, color=colours, ecolor="#444444", height=0.6)
     reference = next((t for t, r in zip(times, rows, strict=True) if r["provider"] == "ours"), None)
