@@ -71,9 +71,8 @@ def optimizers(module: str) -> dict[type, str]:
 def maker(cls: type) -> Make:
     """The optimizer with its defaults, and values for options that have none."""
     known = inspect.signature(cls).parameters
-    options = {name: value for name, value in REQUIRED.items() if name in known}
     empty = (inspect.Parameter.empty, None)
-    options = {n: v for n, v in options.items() if known[n].default in empty}
+    options = {n: v for n, v in REQUIRED.items() if n in known and known[n].default in empty}
 
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         try:
@@ -208,8 +207,7 @@ def resumes(make: Make, kind: str, fraction: float | None) -> bool:
     return first.train(range(3, 6)).same(restored.train(range(3, 6)).params)
 
 
-CHECKS = {"all": check_all, "none": check_none, "half": check_half, "bits": check_bits}
-CHECKS["resume"] = check_resume
+CHECKS = check_all, check_none, check_half, check_bits, check_resume
 
 
 def one_line(error: BaseException) -> str:
@@ -228,7 +226,7 @@ def row(make: Make, kind: str) -> dict[str, str]:
     except Exception as error:
         return dict.fromkeys(COLUMNS, f"{stage}: {one_line(error)}")
     answers = {}
-    for column, check in CHECKS.items():
+    for column, check in zip(COLUMNS, CHECKS, strict=True):
         try:
             answers[column] = check(make, kind)
         except Exception as error:

@@ -84,7 +84,7 @@ exact() {
   command -v compute-sanitizer >/dev/null || { echo "FAILED: compute-sanitizer of the CUDA toolkit is not here"; return; }
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 90 compute-sanitizer --tool $tool --error-exitcode 1 \
-      "$python" benchmarks/gpu/exact.py --small --repeats 2
+      "$python" benchmarks/gpu/exact.py --small
   done
 }
 

@@ -38,7 +38,7 @@ class Checks:
         self.device, self.small = args.device, args.small
         self.where = "cpu" if args.small else args.device  # for what is not the library's
         self.big = 60_000 if args.small else 100_000_000
-        self.repeats = args.repeats or (2 if args.small else 10_000)
+        self.repeats = 2 if args.small else 10_000
 
     # Gradients.
 
@@ -179,7 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="60,000 values")
-    parser.add_argument("--repeats", type=int, help="of the same selection (10000; small: 2)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is available here; --device cpu --small rehearses in the interpreter")

@@ -9,6 +9,7 @@ the runs' JSON files.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -163,16 +164,13 @@ def draw_perturbations(
 
     The first images that all these networks take for what they are.
     """
-    columns = 8
     one = Trainer(methods[0], seed, preset, place)
     models = {name: one.other(name) for name in methods}
-    test = one.test[:IMAGES]
-    right = torch.ones_like(test.labels, dtype=torch.bool)
-    for model in models.values():
-        right &= model(test.floats()).argmax(1) == test.labels
-    test = test[right][:columns]
+    some = one.test[:IMAGES]
+    right = [model(some.floats()).argmax(1) == some.labels for model in models.values()]
+    test = some[torch.stack(right).all(0)][:8]
     x, y = test.floats(), test.labels
-    axes = figure.subplots(1 + 2 * len(methods), columns)
+    axes = figure.subplots(1 + 2 * len(methods), 8)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (name, model) in enumerate(models.items()):
@@ -183,8 +181,8 @@ def draw_perturbations(
             for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
                 picture = image.permute(1, 2, 0).clamp(0, 1)
                 axes[row, j].imshow(picture.squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-            found = bool(torch.isfinite(radius[j]))
-            title = f"{float(radius[j]):.3f}" if found else f"> {4 * preset.eps:.3f}"
+            far = float(radius[j])
+            title = f"{far:.3f}" if math.isfinite(far) else f"> {4 * preset.eps:.3f}"
             axes[1 + 2 * i, j].set_title(title, fontsize=8)
         first = axes[1 + 2 * i, 0]
         where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}

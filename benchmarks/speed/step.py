@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import captured
@@ -219,14 +219,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def operations(step: Step, calls: int = 3) -> str:
     """Return the operations of a step, the longest first."""
-    on_gpu = step.x.is_cuda
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with profile(activities=activities) as profiler:
+    with profile() as profiler:  # of the host and, where there is one, the GPU
         for _ in range(calls):
             step()
-        if on_gpu:
+        if step.x.is_cuda:
             torch.cuda.synchronize()
-    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    by = "self_cuda_time_total" if step.x.is_cuda else "self_cpu_time_total"
     found: str = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60)
     return found
 
