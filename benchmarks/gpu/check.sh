@@ -95,7 +95,8 @@ speed() {
   kernels 60 --models 1b --rounds 10 --dtypes float32,bfloat16 --providers ours,ours-graph,topk-graph
   kernels 90 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
   kernels 60 --models resnet18,vit-b --rounds 10 --scopes global --providers ours,ours-graph,topk
-  run 60 "$python" benchmarks/speed/host.py --device cuda --models resnet18,wrn34-10,vit-b --repeats 20 --csv "$out/speed.csv"
+  run 60 "$python" benchmarks/speed/host.py --device cuda --models resnet18,wrn34-10,vit-b --keep 0.5 --repeats 20 \
+    --csv "$out/speed.csv"
   run 90 "$python" benchmarks/gpu/kernels.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
 }
 

@@ -49,9 +49,9 @@ class Given(nn.Module):
 
 
 class Loop:
-    """One way to train, split into its backward passes and its step."""
+    """One way to train, split into its backward passes and its step; plain where keep is None."""
 
-    def __init__(self, scored: bool, model: str, device: torch.device) -> None:
+    def __init__(self, keep: float | None, model: str, device: torch.device) -> None:
         torch.manual_seed(0)
         if model == TINY:
             self.model, x = Tiny().to(device), torch.randn(4, 4).to(device)
@@ -62,7 +62,7 @@ class Loop:
             self.inputs = selection.heavy(shapes, "float32", device)
         how = {"lr": 0.01, "momentum": 0.9, **options}
         opt: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **how)
-        self.opt = RGPSelectiveOptimizer(opt, update_fraction=0.7) if scored else opt
+        self.opt = opt if keep is None else RGPSelectiveOptimizer(opt, update_fraction=keep)
 
     def forward(self) -> None:
         self.opt.zero_grad()
@@ -82,18 +82,19 @@ class Loop:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--models", type=selection.names_of(*selection.MODELS), default=[TINY])
+    parser.add_argument("--keep", type=float, default=0.7, help="share that is updated")
     parser.add_argument("--repeats", type=measure.positive, default=300)
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     for model in args.models:
-        loops = {"wrapped": Loop(True, model, device), "plain": Loop(False, model, device)}
+        loops = {"wrapped": Loop(args.keep, model, device), "plain": Loop(None, model, device)}
         calls: dict[str, Callable[[], object]] = {}
         for name, loop in loops.items():
             calls |= {f"passes {name}": loop.backward, f"step {name}": loop.opt.step}
         before = {f"passes {name}": loop.forward for name, loop in loops.items()}
         head_start = 50 * measure.HEAD_START  # the host launches a step in milliseconds
         times = measure.interleaved(calls, args.repeats + WARM_UP, device, before, head_start)
-        common: dict[str, Any] = {"dtype": "float32", "scope": "tensor", "keep": 0.7}
+        common: dict[str, Any] = {"dtype": "float32", "scope": "tensor", "keep": args.keep}
         weights = sum(p.numel() for p in loops["plain"].model.parameters())
         common |= {"model": model, "weights": weights}
         for what in ("passes", "step"):

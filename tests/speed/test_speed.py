@@ -119,8 +119,8 @@ def test_host_times_the_step_of_the_optimizer(tmp_path, capsys):
 
 def test_the_steps_that_are_timed_do_what_they_say():
     moved = []
-    for scored in (False, True):
-        loop = host.Loop(scored, "tiny", torch.device("cpu"))
+    for keep in (None, 0.7):
+        loop = host.Loop(keep, "tiny", torch.device("cpu"))
         for call in (loop.forward, loop.backward, loop.opt.step):
             call()
         moved.append([int(p.count_nonzero()) for p in loop.model.parameters()])
