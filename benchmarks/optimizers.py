@@ -33,18 +33,18 @@ from torch import Tensor, nn
 
 from rgp_optim import RGPSelectiveOptimizer
 
-PACKAGES = {  # distribution: modules with optimizers
-    "torch": ["torch.optim"],
-    "pytorch_optimizer": ["pytorch_optimizer"],
-    "schedulefree": ["schedulefree"],
-    "prodigyopt": ["prodigyopt"],
-    "lion-pytorch": ["lion_pytorch"],
-    "bitsandbytes": ["bitsandbytes.optim"],
-    "torch-optimi": ["optimi"],
-    "came-pytorch": ["came_pytorch"],
-    "adabelief-pytorch": ["adabelief_pytorch"],
-    "torchao": ["torchao.optim"],  # these two compile, which takes minutes
-    "heavyball": ["heavyball"],
+PACKAGES = {  # distribution: module with optimizers
+    "torch": "torch.optim",
+    "pytorch_optimizer": "pytorch_optimizer",
+    "schedulefree": "schedulefree",
+    "prodigyopt": "prodigyopt",
+    "lion-pytorch": "lion_pytorch",
+    "bitsandbytes": "bitsandbytes.optim",
+    "torch-optimi": "optimi",
+    "came-pytorch": "came_pytorch",
+    "adabelief-pytorch": "adabelief_pytorch",
+    "torchao": "torchao.optim",  # these two compile, which takes minutes
+    "heavyball": "heavyball",
 }
 KINDS = {"torch": ["float32", "channels_last"], "bitsandbytes": ["float32", "channels_last"]}
 KINDS["adabelief-pytorch"] = ["float32", "half"]  # of the weights
@@ -53,26 +53,26 @@ FIELDS = ["package", "version", "optimizer", "weights", *COLUMNS, "torch", "comm
 KEY = ("package", "optimizer", "weights")
 RESULT = Path(__file__).with_suffix(".csv")
 REQUIRED = {"lr": 1e-3, "num_iterations": 10, "num_data": 10, "base_optimizer": torch.optim.SGD}
+SECOND_ORDER = {"AdaHessian", "SophiaH"}
+WITH_CLOSURE = {"AliG", "Momo", "MomoAdam"}  # and those whose step has no default for it
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def optimizers(modules: list[str]) -> Iterator[tuple[str, type]]:
-    seen = set()
-    for module in map(importlib.import_module, modules):
-        for name, cls in sorted(vars(module).items()):
-            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
-                continue
-            if cls not in seen and not name.startswith("_") and cls is not torch.optim.Optimizer:
-                seen.add(cls)
-                yield name, cls
+def optimizers(module: str) -> dict[type, str]:
+    """The optimizer classes of a module, each with the first of its names."""
+    base, found = torch.optim.Optimizer, {}
+    for name, cls in sorted(vars(importlib.import_module(module)).items()):
+        if isinstance(cls, type) and issubclass(cls, base) and cls is not base:
+            if not name.startswith("_"):
+                found.setdefault(cls, name)
+    return found
 
 
 def maker(cls: type) -> Make:
     """The optimizer with its defaults, and values for options that have none."""
     known = inspect.signature(cls).parameters
-    options = {name: value for name, value in REQUIRED.items() if name in known}
     empty = (inspect.Parameter.empty, None)
-    options = {n: v for n, v in options.items() if known[n].default in empty}
+    options = {n: v for n, v in REQUIRED.items() if n in known and known[n].default in empty}
 
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         try:
@@ -104,104 +104,89 @@ def weights(kind: str) -> list[nn.Parameter]:
     return [nn.Parameter(each) for each in drawn]
 
 
-def losses(params: list[nn.Parameter], seed: int) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(100 + seed)
-    both = []
-    for _ in range(2):
-        targets = [torch.randn(p.shape, generator=draw) for p in params]
-        terms = [((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True)]
-        both.append(torch.stack(terms).sum())
-    return both[0], both[1]
+def loss_of(params: list[nn.Parameter], draw: torch.Generator) -> Tensor:
+    """The squared distance to targets that are drawn."""
+    targets = [torch.randn(p.shape, generator=draw) for p in params]
+    return sum(((p - t) ** 2).sum() for p, t in zip(params, targets, strict=True))
 
 
 def step(opt: torch.optim.Optimizer, params: list[nn.Parameter], seed: int) -> None:
     """One step; optimizers that draw numbers draw the same ones."""
     torch.manual_seed(seed)
+    inner = opt.inner if isinstance(opt, RGPSelectiveOptimizer) else opt
+    name, option = type(inner).__name__, inspect.signature(inner.step).parameters.get("closure")
 
     @torch.enable_grad()
     def closure() -> Tensor:
-        nat, adv = losses(params, seed)
+        draw = torch.Generator().manual_seed(100 + seed)
+        nat, adv = loss_of(params, draw), loss_of(params, draw)
         loss = nat + 0.5 * adv
         if isinstance(opt, RGPSelectiveOptimizer):
             loss = opt.scored(loss, natural=nat, adversarial=adv)
         opt.zero_grad()
-        loss.backward(create_graph=needs_graph(opt))
+        loss.backward(create_graph=name in SECOND_ORDER)
         return loss
 
-    if needs_closure(opt):
+    if name in WITH_CLOSURE or (option is not None and option.default is option.empty):
         opt.step(closure)
     else:
         closure()
         opt.step()
 
 
-def inner(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return opt.inner if isinstance(opt, RGPSelectiveOptimizer) else opt
+class Trained:
+    """An optimizer with its weights: wrapped, or plain where ``fraction`` is None."""
 
+    def __init__(self, make: Make, kind: str, fraction: float | None, steps: int = 0) -> None:
+        self.params = weights(kind)
+        torch.manual_seed(0)
+        self.opt: Any = make(self.params)
+        if fraction is not None:
+            self.opt = RGPSelectiveOptimizer(self.opt, update_fraction=fraction)
+        self.train(range(steps))
 
-def needs_graph(opt: torch.optim.Optimizer) -> bool:
-    """Of those that take second derivatives."""
-    return type(inner(opt)).__name__ in {"AdaHessian", "SophiaH"}
+    def train(self, seeds: range) -> Trained:
+        for seed in seeds:
+            step(self.opt, self.params, seed)
+        return self
 
-
-def needs_closure(opt: torch.optim.Optimizer) -> bool:
-    option = inspect.signature(inner(opt).step).parameters.get("closure")
-    needed = option is not None and option.default is option.empty
-    return needed or type(inner(opt)).__name__ in {"AliG", "Momo", "MomoAdam"}
-
-
-def wrap(make: Make, kind: str, fraction: float | None) -> tuple[Any, list[Any]]:
-    """The optimizer with its weights: wrapped, or plain where ``fraction`` is None."""
-    params = weights(kind)
-    torch.manual_seed(0)
-    opt = make(params)
-    if fraction is not None:
-        opt = RGPSelectiveOptimizer(opt, update_fraction=fraction)
-    return opt, params
-
-
-def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
-    for seed in seeds:
-        step(opt, params, seed)
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(torch.equal(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
+    def same(self, others: list[nn.Parameter]) -> bool:
+        return all(torch.equal(p, q) for p, q in zip(self.params, others, strict=True))
 
 
 def check_all(make: Make, kind: str) -> str:
-    (opt, params), (plain, others) = wrap(make, kind, 1.0), wrap(make, kind, None)
-    for each in ((opt, params), (plain, others)):
-        train(*each, range(12))  # some warm up
-    if same(others, weights(kind)):
+    wrapped, plain = (Trained(make, kind, fraction, 12) for fraction in (1.0, None))  # some warm up
+    if plain.same(weights(kind)):
         return "no: the plain optimizer moved nothing"
-    return "yes" if same(params, others) else "no: weights differ"
+    return "yes" if plain.same(wrapped.params) else "no: weights differ"
 
 
 def check_none(make: Make, kind: str) -> str:
-    opt, params = wrap(make, kind, 0.0)
-    train(opt, params, range(3))
-    return "yes" if same(params, weights(kind)) else "no: weights moved"
+    return "yes" if Trained(make, kind, 0.0, 3).same(weights(kind)) else "no: weights moved"
+
+
+def steps(make: Make, kind: str) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Each weight after some steps, as it was before, and its mask."""
+    one = Trained(make, kind, 0.5)
+    for seed in range(4):
+        before = [p.detach().clone() for p in one.params]
+        one.train(range(seed, seed + 1))
+        masks = (one.opt.masks()[p] for p in one.params)
+        yield [*zip((p.detach() for p in one.params), before, masks, strict=True)]
 
 
 def check_half(make: Make, kind: str) -> str:
-    opt, params = wrap(make, kind, 0.5)
-    for seed in range(3):
-        step(opt, params, seed)
-        counts = [int(opt.masks()[p].sum()) for p in params]
-        if counts != [p.numel() // 2 for p in params]:
+    for found in steps(make, kind):
+        counts = [int(mask.sum()) for _, _, mask in found]
+        if counts != [mask.numel() // 2 for _, _, mask in found]:
             return f"no: counts {counts}"
     return "yes"
 
 
 def check_bits(make: Make, kind: str) -> str:
-    opt, params = wrap(make, kind, 0.5)
-    for seed in range(4):
-        before = [p.detach().clone() for p in params]
-        step(opt, params, seed)
-        for p, old in zip(params, before, strict=True):
-            left = ~opt.masks()[p]
-            if moved := int((p.detach()[left] != old[left]).sum()):
+    for found in steps(make, kind):
+        for now, before, mask in found:
+            if moved := int((now != before)[~mask].sum()):
                 return f"no: {moved} conserved weights moved"
     return "yes"
 
@@ -214,19 +199,15 @@ def check_resume(make: Make, kind: str) -> str:
 
 def resumes(make: Make, kind: str, fraction: float | None) -> bool:
     """Whether a new optimizer that loads the checkpoint goes on bit for bit."""
-    (opt, params), (restored, others) = (wrap(make, kind, fraction) for _ in range(2))
-    train(opt, params, range(3))
+    first, restored = Trained(make, kind, fraction, 3), Trained(make, kind, fraction)
     with torch.no_grad():
-        for p, q in zip(others, params, strict=True):
+        for p, q in zip(restored.params, first.params, strict=True):
             p.copy_(q)
-    restored.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for each in ((opt, params), (restored, others)):
-        train(*each, range(3, 6))
-    return same(params, others)
+    restored.opt.load_state_dict(copy.deepcopy(first.opt.state_dict()))
+    return first.train(range(3, 6)).same(restored.train(range(3, 6)).params)
 
 
-CHECKS = {"all": check_all, "none": check_none, "half": check_half, "bits": check_bits}
-CHECKS["resume"] = check_resume
+CHECKS = check_all, check_none, check_half, check_bits, check_resume
 
 
 def one_line(error: BaseException) -> str:
@@ -237,15 +218,15 @@ def row(make: Make, kind: str) -> dict[str, str]:
     """The answers of one optimizer."""
     stage = "not made"
     try:
-        opt, _ = wrap(make, kind, None)
+        opt = Trained(make, kind, None).opt
         stage = "refused"
         RGPSelectiveOptimizer(opt)
         stage = "plain fails"
-        step(*wrap(make, kind, None), 0)
+        Trained(make, kind, None, 1)
     except Exception as error:
         return dict.fromkeys(COLUMNS, f"{stage}: {one_line(error)}")
     answers = {}
-    for column, check in CHECKS.items():
+    for column, check in zip(COLUMNS, CHECKS, strict=True):
         try:
             answers[column] = check(make, kind)
         except Exception as error:
@@ -261,14 +242,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[dict[str, str]] = []
     head = {"torch": torch.__version__, "commit": measure.git("rev-parse", "--short", "HEAD")}
-    for package, modules in PACKAGES.items():
+    for package, module in PACKAGES.items():
         try:
-            found = list(optimizers(modules))
+            found = optimizers(module)
         except Exception as error:
             print(f"{package}: left out ({one_line(error)})")
             continue
         version = importlib.metadata.version(package)
-        for name, cls in found:
+        for cls, name in found.items():
             if only not in (None, package, name):
                 continue
             for kind in KINDS.get(package, ["float32"]):

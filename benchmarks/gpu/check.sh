@@ -84,7 +84,7 @@ exact() {
   command -v compute-sanitizer >/dev/null || { echo "FAILED: compute-sanitizer of the CUDA toolkit is not here"; return; }
   for tool in memcheck racecheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run 90 compute-sanitizer --tool $tool --error-exitcode 1 \
-      "$python" benchmarks/gpu/exact.py --small --repeats 2
+      "$python" benchmarks/gpu/exact.py --small
   done
 }
 
@@ -95,7 +95,8 @@ speed() {
   kernels 60 --models 1b --rounds 10 --dtypes float32,bfloat16 --providers ours,ours-graph,topk-graph
   kernels 90 --models resnet18 --rounds 3 --providers ours,ours-graph,kthvalue,percentile,topk-compile
   kernels 60 --models resnet18,vit-b --rounds 10 --scopes global --providers ours,ours-graph,topk
-  kernels 60 --models resnet18,wrn34-10,vit-b --rounds 20 --update
+  run 60 "$python" benchmarks/speed/host.py --device cuda --models resnet18,wrn34-10,vit-b --keep 0.5 --repeats 20 \
+    --csv "$out/speed.csv"
   run 90 "$python" benchmarks/gpu/kernels.py --models resnet18,wrn34-10,vit-b --dtypes float32,bfloat16 --csv "$out/speed.csv"
 }
 
@@ -128,7 +129,7 @@ rehearse() {
   run 600 "$python" benchmarks/gpu/exact.py --device cpu --small
   run 120 "$python" benchmarks/gpu/roofs.py --device cpu --rounds 1 --weights 40000 --csv "$out/speed.csv"
   run 120 "$python" benchmarks/speed/selection.py --rounds 2 --models tiny --csv "$out/speed.csv"
-  run 120 "$python" benchmarks/speed/selection.py --rounds 2 --models tiny --update --csv "$out/speed.csv"
+  run 120 "$python" benchmarks/speed/host.py --repeats 2 --models tiny --csv "$out/speed.csv"
   run 120 "$python" benchmarks/gpu/kernels.py --device cpu --models tiny --calls 1 --csv "$out/speed.csv"
   run 120 "$python" benchmarks/speed/step.py --rounds 1 --steps 1 --batch-sizes 4 --csv "$out/speed.csv" \
     --profile "$out/profile.txt"

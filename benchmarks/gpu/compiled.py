@@ -1,7 +1,6 @@
 """What the compiler makes of the kernels, for a GPU that need not be here.
 
-    python benchmarks/gpu/compiled.py                 # sm_90: H100, H200
-    python benchmarks/gpu/compiled.py --arch 80       # A100
+    python benchmarks/gpu/compiled.py     # sm_90: H100, H200
 
 Prints registers, stack and instructions of each kernel and, for each loop over blocks, its fast
 paths: global loads and stores with their widths in bits, and instructions per weight. Exits with 1
@@ -10,7 +9,6 @@ if registers are spilled in a loop.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -28,6 +26,7 @@ from triton.compiler import ASTSource
 
 from rgp_optim import _triton
 
+ARCH = 90
 POINTERS = {"keys": "*i32", "ties": "*i32", "rooms": "*i32"}  # others are tables of int64
 STATE = _triton.COUNTS.value + (1 << max(_triton.DIGITS))
 SIZES = {name: getattr(_triton, name) for name in ("CHUNK", "BLOCK", "PIECE")}
@@ -48,7 +47,7 @@ def cases() -> dict[str, tuple[str, dict[str, int]]]:
     return found
 
 
-def compile_kernel(name: str, constants: dict[str, int], arch: int) -> bytes:
+def compile_kernel(name: str, constants: dict[str, int]) -> bytes:
     """Return the machine code of a kernel."""
     kernel = getattr(_triton, name)
     constants = {**constants, **{n: v for n, v in SIZES.items() if n in kernel.arg_names}}
@@ -56,16 +55,12 @@ def compile_kernel(name: str, constants: dict[str, int], arch: int) -> bytes:
         arg: "constexpr" if arg in constants else POINTERS.get(arg, "*i64")
         for arg in kernel.arg_names
     }
-    number = {arg: i for i, arg in enumerate(signature)}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(number[arg],): value for arg, value in constants.items()},
-        # What the allocator returns begins at a multiple of 16.
-        attrs={(number[a],): [["tt.divisibility", 16]] for a, k in signature.items() if "*" in k},
-    )
-    options = dict(_triton.OPTIONS)
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    pointers = (i for i, kind in enumerate(signature.values()) if "*" in kind)
+    # What the allocator returns begins at a multiple of 16.
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    target, options = GPUTarget("cuda", ARCH, 32), dict(_triton.OPTIONS)
+    code = triton.compile(source, target=target, options=options)
     return bytes(code.asm["cubin"])
 
 
@@ -93,21 +88,16 @@ class Instruction(NamedTuple):
 
 def instructions(sass: str) -> list[Instruction]:
     found = []
-    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", match[2])
-        found.append(
-            Instruction(int(match[1], 16), match[2], int(branch[1], 16) if branch else None)
-        )
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        found.append(Instruction(int(address, 16), text, int(branch[1], 16) if branch else None))
     return found
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """Return the bodies of all loops."""
-    bodies = []
-    for each in code:
-        if each.target is not None and each.target < each.address:
-            bodies.append([i for i in code if each.target <= i.address <= each.address])
-    return bodies
+    ends = [each for each in code if each.target is not None and each.target < each.address]
+    return [[i for i in code if end.target <= i.address <= end.address] for end in ends]
 
 
 Access = tuple[tuple[str, int], ...]  # kinds of access, "LDG.128" say, with their numbers
@@ -119,17 +109,14 @@ def paths(body: list[Instruction]) -> dict[Access, int]:
     ways: list[dict[Access, int]] = [{} for _ in range(len(body) + 1)]
     ways[0][()] = 0
     for i, each in enumerate(body):
-        access = MEMORY.search(each.text)
-        following = [i + 1]
-        if each.target is not None:
-            if "@" not in each.text:
-                following = []
-            if each.target in index and each.target > each.address:
-                following.append(index[each.target])
-            elif i + 1 == len(body):
-                following = [i + 1]
-        elif re.search(r"\b(EXIT|RET)\b", each.text) and "@" not in each.text:
-            following = []
+        access, always = MEMORY.search(each.text), "@" not in each.text
+        jumps = each.target is not None
+        leaves = always and (jumps or re.search(r"\b(EXIT|RET)\b", each.text))
+        following = [] if leaves else [i + 1]
+        if jumps and each.target > each.address and each.target in index:
+            following.append(index[each.target])
+        elif jumps and i + 1 == len(body):
+            following = [i + 1]
         for accesses, length in ways[i].items():
             now = Counter(dict(accesses))
             if access:
@@ -140,19 +127,14 @@ def paths(body: list[Instruction]) -> dict[Access, int]:
     return ways[len(body)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot")
-    args = parser.parse_args(argv)
+def main() -> int:
     per_thread = SIZES["BLOCK"] // (32 * _triton.OPTIONS["num_warps"])
-    print(f"triton {triton.__version__}, sm_{args.arch}, {per_thread} weights per thread and block")
+    print(f"triton {triton.__version__}, sm_{ARCH}, {per_thread} weights per thread and block")
     spilled = 0
     for label, (kernel, constants) in cases().items():
-        usage, sass = disassemble(compile_kernel(kernel, constants, args.arch))
+        usage, sass = disassemble(compile_kernel(kernel, constants))
         code = instructions(sass)
-        bodies = loops(code)
+        bodies, rows = loops(code), {}
         spills = sum(bool(re.search(r"\b(LDL|STL)\b", i.text)) for body in bodies for i in body)
         spilled += spills
         resources = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", usage))
@@ -160,7 +142,6 @@ def main(argv: list[str] | None = None) -> int:
             f"{label}: {resources['REG']} registers, {resources['STACK']} B stack, "
             f"{resources['SHARED']} B shared, {len(code)} instructions, {spills} spills in loops"
         )
-        rows = {}
         for body in bodies:
             for accesses, length in paths(body).items():
                 if any(".128" in kind for kind, _ in accesses):

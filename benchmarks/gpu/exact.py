@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 if "--device" in sys.argv and "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -26,6 +28,7 @@ from rgp_optim import functional
 
 Pair = tuple[Tensor, Tensor]
 ALPHA = 0.1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checks:
@@ -33,109 +36,86 @@ class Checks:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.small = args.device, args.small
+        self.where = "cpu" if args.small else args.device  # for what is not the library's
         self.big = 60_000 if args.small else 100_000_000
-        self.repeats = args.repeats or (2 if args.small else 10_000)
+        self.repeats = 2 if args.small else 10_000
 
     # Gradients.
 
     def pair(self, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pair:
-        """Return two heavy-tailed gradients of n weights; drawn on the CPU if small."""
-        where = "cpu" if self.small else self.device
-        draw = torch.Generator(where).manual_seed(seed)
+        """Return two heavy-tailed gradients of n weights."""
+        draw = torch.Generator(self.where).manual_seed(seed)
         found = []
         for _ in range(2):
-            g = torch.randn(n, generator=draw, device=where)
-            g *= torch.randn(n, generator=draw, device=where).exp_()
+            g = torch.randn(n, generator=draw, device=self.where)
+            g *= torch.randn(n, generator=draw, device=self.where).exp_()
             found.append(g.to(dtype).to(self.device))
         return found[0], found[1]
 
-    def ties(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
-        g = self.pair(n, dtype)[0].round()
-        return g, g
+    def single(self, n: int, dtype: torch.dtype) -> list[Pair]:
+        return [self.pair(n, dtype)]
 
-    def special(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
+    def ties(self, n: int, dtype: torch.dtype) -> list[Pair]:
+        return [(self.pair(n, dtype)[0].round(),) * 2]
+
+    def special(self, n: int, dtype: torch.dtype) -> list[Pair]:
         g, other = self.pair(n, dtype)
         g[::7], g[1::11], other[2::5], other[3::5] = float("nan"), float("inf"), 0.0, -0.0
         g[2::5] = 0.0
-        return g, other
+        return [(g, other)]
 
-    def misaligned(self, n: int, dtype: torch.dtype = torch.float32) -> Pair:
+    def misaligned(self, n: int, dtype: torch.dtype) -> list[Pair]:
         a, b = self.pair(n + 3, dtype)
-        return a[3:], b[3:]
+        return [(a[3:], b[3:])]
+
+    def equal(self, n: int, dtype: torch.dtype) -> list[Pair]:
+        return [(torch.ones(n, dtype=dtype, device=self.device),) * 2]
 
     def layers(self, total: int, dtype: torch.dtype = torch.float32) -> list[Pair]:
         """Return gradients of tensors of very different sizes."""
         sizes = [1, 7, 512, total // 1000, total // 30, total // 10, total // 3, total // 2]
         return [self.pair(max(1, n), dtype, i) for i, n in enumerate(sizes)]
 
-    def mixed(self, total: int) -> list[Pair]:
-        types = (torch.float32, torch.bfloat16, torch.float16)
-        return [self.pair(total // 3, dtype, i) for i, dtype in enumerate(types)]
+    def mixed(self) -> list[Pair]:
+        return [self.pair(self.big // 3, dtype, i) for i, dtype in enumerate(DTYPES)]
 
     # Ways to look at a mask.
 
-    def masks(self, pairs: Sequence[Pair], keep: float, scope: str, backend: str) -> list[Tensor]:
+    def masks(
+        self, pairs: Sequence[Pair], keep: float, scope: str = "tensor", backend: str = "triton"
+    ) -> list[Tensor]:
         g_nats, g_advs = zip(*pairs, strict=True)
         return functional.rgp_topk_masks(
             g_nats, g_advs, alpha=ALPHA, update_fraction=keep, scope=scope, backend=backend
         )  # type: ignore[arg-type]
 
-    def sort(self, pairs: Sequence[Pair], keep: float, scope: str = "tensor") -> bool:
+    def sort(self, draw: Callable[[], list[Pair]], keep: float, scope: str = "tensor") -> bool:
         """Compare with a stable sort."""
-        got = self.masks(pairs, keep, scope, "triton")
-        if self.small:
-            pairs = [(a.cpu(), b.cpu()) for a, b in pairs]
+        pairs = draw()
+        got = self.masks(pairs, keep, scope)
+        pairs = [(a.to(self.where), b.to(self.where)) for a, b in pairs]
         want = self.masks(pairs, keep, scope, "torch")
-        return all(torch.equal(a.to(b.device), b) for a, b in zip(got, want, strict=True))
+        return all(torch.equal(a.to(self.where), b) for a, b in zip(got, want, strict=True))
 
-    def topk(self, pair: Pair, keep: float) -> bool:
+    def topk(self, keep: float) -> bool:
         """Compare with torch.topk, which shares nothing with this library; no scores tie."""
-        (mask,) = self.masks([pair], keep, "tensor", "triton")
-        if self.small:
-            mask, pair = mask.cpu(), (pair[0].cpu(), pair[1].cpu())
+        pair = self.pair(self.big)
+        mask, *pair = (t.to(self.where) for t in (*self.masks([pair], keep), *pair))
         score = pair[0].abs().float() * ALPHA + pair[1].abs().float() * (1 - ALPHA)
         k = max(1, round(keep * score.numel()))
         least = torch.topk(score, k, sorted=False).values.min()
         return bool((mask.sum() == k) & mask[score > least].all() & ~mask[score < least].any())
 
-    def properties(self, pair: Pair, keep: float) -> bool:
-        """Check piece by piece, without ranking: k are selected, the highest, the first of ties."""
-        n = pair[0].numel()
-        (mask,) = self.masks([pair], keep, "tensor", "triton")
-        inside, outside, count = float("inf"), -float("inf"), 0
-        for _, score, chosen in self._pieces(pair, mask):
-            count += int(chosen.sum())
-            inside = min(inside, float(score.masked_fill(~chosen, float("inf")).min()))
-            outside = max(outside, float(score.masked_fill(chosen, -float("inf")).max()))
-        if count != max(1, round(keep * n)) or inside < outside:
-            return False
-        last_in, first_out = -1, n
-        for start, score, chosen in self._pieces(pair, mask):
-            tied = score == inside
-            at = torch.arange(len(score), device=score.device)
-            last_in = max(last_in, start + int(at.masked_fill(~(tied & chosen), -n).max()))
-            first_out = min(first_out, start + int(at.masked_fill(~tied | chosen, n).min()))
-        return last_in < first_out
-
-    def _pieces(self, pair: Pair, mask: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        size = 1 << 26
-        for start in range(0, mask.numel(), size):
-            a, b = (g[start : start + size].abs().float() for g in pair)
-            yield start, a * ALPHA + b * (1 - ALPHA), mask[start : start + size]
-
-    def steps(self, dtype: torch.dtype, total: int) -> bool:
+    def steps(self, dtype: torch.dtype) -> bool:
         """Mask, save and restore, as a step does."""
-        pairs = self.layers(total, dtype)
-        count = len(pairs)
-        wanted = self.masks(pairs, 0.5, "tensor", "triton")
-        g_advs = [b.clone() for _, b in pairs]
-        weights = [self.pair(b.numel(), dtype, 50 + i)[0] for i, (_, b) in enumerate(pairs)]
+        g_nats, targets = zip(*self.layers(self.big, dtype), strict=True)
+        count = len(targets)
+        wanted = self.masks([*zip(g_nats, targets, strict=True)], 0.5)
+        g_advs = [b.clone() for b in targets]
+        weights = [self.pair(b.numel(), dtype, 50 + i)[0] for i, b in enumerate(targets)]
         before = [w.clone() for w in weights]
-        g_nats, targets = [a for a, _ in pairs], [b for _, b in pairs]
-        pools = list(range(count))
-        chosen = functional.select(
-            g_nats, targets, [ALPHA] * count, [0.5] * count, pools, backend="triton"
-        )
+        settings = [ALPHA] * count, [0.5] * count, list(range(count))
+        chosen = functional.select(g_nats, targets, *settings, backend="triton")
         saved = functional.zero_and_save_(chosen, targets, weights, backend="triton")
         for w in weights:
             w.mul_(1.5).add_(1.0)
@@ -149,22 +129,21 @@ class Checks:
     def again(self) -> bool:
         """Select again and again; a race would change a bit."""
         pairs = [*self.layers(300_000 if not self.small else 3000), self.pair(self.big // 20)]
-        first = self.masks(pairs, 0.5, "tensor", "triton")
+        first = self.masks(pairs, 0.5)
         same = torch.ones((), dtype=torch.bool, device=first[0].device)
         for _ in range(self.repeats):
-            found = self.masks(pairs, 0.5, "tensor", "triton")
-            for mask, repeated in zip(first, found, strict=True):
+            for mask, repeated in zip(first, self.masks(pairs, 0.5), strict=True):
                 same &= (mask == repeated).all()
         return bool(same)
 
     def beyond(self) -> bool:
-        """Select in a tensor whose indices need 64 bits; ranks are known by construction."""
-        n = 2**31 + 4096
+        """Select where indices need 64 bits; ranks are known by construction, with ties."""
+        n = 60_000 if self.small else 2**31 + 4096
         g = torch.zeros(n, dtype=torch.bfloat16, device=self.device)
         g[-3000:] = 1.0
         g[: n // 4] = 2.0
         k = n // 4 + 1000
-        (mask,) = self.masks([(g, g)], k / n, "tensor", "triton")
+        (mask,) = self.masks([(g, g)], k / n)
         return bool(mask[: n // 4].all() & mask[-3000:-2000].all()) and int(mask.sum()) == k
 
     # The list.
@@ -173,46 +152,33 @@ class Checks:
         n = self.big
         size = f"{n:.0e} values"
         for keep in (0.5, 0.1, 0.999, 1e-6):
-            yield f"{size}, update {keep}: torch.topk", lambda k=keep: self.topk(self.pair(n), k)  # type: ignore[misc]
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield f"{size}, update {keep}: torch.topk", partial(self.topk, keep)
+        cases: dict[str, tuple[Any, ...]] = {
+            "": (self.single, 0.5),
+            ", with ties": (self.ties, 0.3),
+            ", with NaN, infinity and zeros": (self.special, 0.3),
+            ", not aligned": (self.misaligned, 0.5),
+            ", all equal": (self.equal, 0.5),
+            " of layers, by tensor": (self.layers, 0.5),
+            " of layers, all together": (self.layers, 0.5, "global"),
+        }
+        for dtype in DTYPES:
             name = f"{size} in {str(dtype).removeprefix('torch.')}"
-            cases: dict[str, Callable[[torch.dtype], bool]] = {
-                "": lambda d: self.sort([self.pair(n, d)], 0.5),
-                ", with ties": lambda d: self.sort([self.ties(n, d)], 0.3),
-                ", with NaN, infinity and zeros": lambda d: self.sort([self.special(n, d)], 0.3),
-                ", not aligned": lambda d: self.sort([self.misaligned(n, d)], 0.5),
-                ", all equal": lambda d: self.sort(
-                    [(torch.ones(n, dtype=d, device=self.device),) * 2], 0.5
-                ),
-                " of layers, by tensor": lambda d: self.sort(self.layers(n, d), 0.5),
-                " of layers, all together": lambda d: self.sort(self.layers(n, d), 0.5, "global"),
-                ": masked, saved and put back": lambda d: self.steps(d, n),
-            }
-            for what, check in cases.items():
-                yield name + what, lambda c=check, d=dtype: c(d)  # type: ignore[misc]
-        three = f"{size} of three dtypes, all together"
-        yield three, lambda: self.sort(self.mixed(n), 0.5, "global")
+            for what, (draw, *how) in cases.items():
+                yield name + what, partial(self.sort, partial(draw, n, dtype), *how)
+            yield f"{name}: masked, saved and put back", partial(self.steps, dtype)
+        yield f"{size} of three dtypes, all together", partial(self.sort, self.mixed, 0.5, "global")
         yield f"{self.repeats} repeats give the same masks", self.again
-        yield f"{size}, by its properties", lambda: self.properties(self.pair(n), 0.3)
-        if not self.small:
-            huge = "more than 2^31 values in bfloat16"
-            yield f"{huge}, two of them", self.beyond
-            yield f"{huge}, at random", lambda: self.properties(self.chunked(2**31 + 4096), 0.3)
-
-    def chunked(self, n: int) -> Pair:
-        """Return bfloat16 gradients drawn in pieces: float32 of all would take the memory."""
-        pair = tuple(torch.empty(n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
-        for start in range(0, n, 1 << 28):
-            for g, part in zip(pair, self.pair(min(1 << 28, n - start), seed=start), strict=True):
-                g[start : start + (1 << 28)] = part
-        return pair[0], pair[1]
+        yield (
+            f"{'few' if self.small else 'more than 2^31'} values in bfloat16, two of them",
+            self.beyond,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="60,000 values")
-    parser.add_argument("--repeats", type=int, help="of the same selection (10000; small: 2)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is available here; --device cpu --small rehearses in the interpreter")

@@ -14,10 +14,11 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def apply(changes: dict[str, Any]) -> None:
     """Change constants and options before anything is compiled."""
     for name, value in changes.items():
-        if name in _triton.OPTIONS:
-            _triton.OPTIONS[name] = value
-        else:
-            assert hasattr(_triton, name), name
-            setattr(_triton, name, value)
+        place = _triton.OPTIONS if name in _triton.OPTIONS else vars(_triton)
+        assert name in place
+        place[name] = value
 
 
 def a_step(case: selection.Case) -> None:
     """Select, zero and save, restore."""
     count = len(case.g_advs)
-    settings = [case.alpha] * count, [case.keep] * count, list(range(count))
+    settings = [selection.ALPHA] * count, [case.keep] * count, list(range(count))
     masks = functional.select(case.g_nats, case.g_advs, *settings, backend="triton")
     saved = functional.zero_and_save_(masks, case.g_advs, case.g_nats, backend="triton")
     functional.restore_(masks, case.g_nats, saved, backend="triton")
@@ -73,7 +72,7 @@ def kernel_times(case: selection.Case, calls: int) -> dict[str, float]:
     """Return milliseconds per step of each kernel, summed over its launches; medians of calls."""
     originals = [g.clone() for g in case.g_advs]
     flush = torch.zeros(1 << 26, device="cuda")
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float]] = {name: [] for name in KERNELS}
     for _ in range(calls):
         for g, original in zip(case.g_advs, originals, strict=True):
             g.copy_(original)
@@ -81,64 +80,58 @@ def kernel_times(case: selection.Case, calls: int) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
             a_step(case)
             torch.cuda.synchronize()
-        for name in KERNELS:
+        for name, times in found.items():
             events = [e for e in profiler.events() if e.name == name]
             on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-            found[name].append(sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3)
-    return {name: measure.quantiles(times)[1] for name, times in found.items()}
+            times.append(sum(e.time_range.elapsed_us() for e in on_gpu) / 1e3)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one variant on all models, in this process."""
     apply(VARIANTS[args.only])
-    device = torch.device(args.device)
     rows = []
-    for model in args.models:
-        for dtype in args.dtypes:
-            shapes = selection.MODELS[model]()
-            case = selection.Case.draw(shapes, dtype, args.keep, "tensor", device)
-            note = selection.check(case)
-            for _ in range(3 if case.on_gpu else 1):
-                a_step(case)
-            times = kernel_times(case, args.calls) if case.on_gpu else {}
-            for kernel in KERNELS:
-                rows.append({
-                    "benchmark": "kernel", "model": model, "dtype": dtype, "scope": "tensor",
-                    "weights": sum(map(math.prod, shapes)), "keep": args.keep,
-                    "provider": f"{kernel}: {args.only}", "repeats": args.calls, "note": note,
-                    "p50_ms": f"{times.get(kernel, float('nan')):.4g}",
-                })  # fmt: skip
+    for model, dtype in product(args.models, args.dtypes):
+        shapes = selection.MODELS[model]()
+        gradients = selection.heavy(shapes, dtype, torch.device(args.device))
+        case = selection.Case(*gradients, args.keep, "tensor")
+        note = selection.check(case)
+        for _ in range(3 if case.on_gpu else 1):
+            a_step(case)
+        times = kernel_times(case, args.calls) if case.on_gpu else {}
+        rows += [
+            {
+                "benchmark": "kernel", "model": model, "dtype": dtype, "scope": "tensor",
+                "weights": sum(map(math.prod, shapes)), "keep": args.keep,
+                "provider": f"{kernel}: {args.only}", "repeats": args.calls, "note": note,
+                "p50_ms": f"{times.get(kernel, math.nan):.4g}",
+            }
+            for kernel in KERNELS
+        ]  # fmt: skip
     return rows
 
 
-def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one variant in its own process; a failure is a row, too."""
-    command = [sys.executable, __file__, "--only", name, "--device", args.device]
-    command += ["--models", ",".join(args.models), "--dtypes", ",".join(args.dtypes)]
-    command += ["--keep", str(args.keep), "--calls", str(args.calls)]
+def in_a_process(name: str, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure one variant in its own process; one that fails is named."""
+    command = [sys.executable, __file__, *argv, "--only", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         print(f"{name}: FAILED: {why}", flush=True)
-        return [
-            {"benchmark": "kernel", "provider": f"{k}: {name}", "note": f"failed: {why}"[:200]}
-            for k in KERNELS
-        ]
+        return []
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def main(argv: Sequence[str]) -> list[dict[str, Any]]:
     parser = measure.parser(__doc__, "cuda")
-    names = selection.names_of
-    parser.add_argument("--models", type=names(list(selection.MODELS)), default=["resnet18"])
-    parser.add_argument("--dtypes", type=names(list(selection.DTYPES)), default=["float32"])
-    parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--calls", type=int, default=30)
-    parser.add_argument(
-        "--variants", type=names(["all", *VARIANTS]), default=["as it is"], help="all, or some"
-    )
-    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    add, names = parser.add_argument, selection.names_of
+    add("--models", type=names(*selection.MODELS), default=["resnet18"])
+    add("--dtypes", type=names(*selection.DTYPES), default=["float32"])
+    add("--keep", type=float, default=0.5)
+    add("--calls", type=measure.positive, default=30)
+    add("--variants", type=names("all", *VARIANTS), default=["as it is"], help="all, or some")
+    add("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     if args.only:
@@ -146,15 +139,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return []
     rows = []
     for name in VARIANTS if args.variants == ["all"] else args.variants:
-        found = measure.keep(args.csv, device, in_a_process(name, args))
+        found = measure.keep(args.csv, device, in_a_process(name, argv))
         rows += found
         for i in range(0, len(found), len(KERNELS)):
             part = found[i : i + len(KERNELS)]
-            if "p50_ms" in part[0]:
-                each = [float(row["p50_ms"]) * 1e3 for row in part]
-                shown = "  ".join(f"{k} {t:8.1f}" for k, t in zip(KERNELS, each, strict=True))
-                what = f"{part[0]['model']}, {part[0]['dtype']}"
-                print(f"{name:<24} {what:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
+            each = [float(row["p50_ms"]) * 1e3 for row in part]
+            shown = "  ".join(f"{k} {t:8.1f}" for k, t in zip(KERNELS, each, strict=True))
+            what = f"{part[0]['model']}, {part[0]['dtype']}"
+            print(f"{name:<24} {what:<20} {shown}  sum {sum(each):8.1f} us", flush=True)
     return rows
 
 

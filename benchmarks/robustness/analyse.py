@@ -9,6 +9,7 @@ the runs' JSON files.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from training import columns, pgd20
 from rgp_optim import pgd_attack
 
 IMAGES = 256  # for what costs many passes
+PICTURES = ("at", "trades-pre", "cure-no-revision", "cure")  # whose perturbations are drawn
 ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
 
 
@@ -60,8 +62,7 @@ def collect(
             "updated": layers.updated_early_and_late(runs[name][seed]["history"]),
         }
         print(f"{name} looked at", flush=True)
-    if study:
-        found["blocks"] = block_study(seed, preset, place, study)
+    found["blocks"] = block_study(seed, preset, place, study)
     return found
 
 
@@ -163,16 +164,13 @@ def draw_perturbations(
 
     The first images that all these networks take for what they are.
     """
-    columns = 8
     one = Trainer(methods[0], seed, preset, place)
     models = {name: one.other(name) for name in methods}
-    test = one.test[:IMAGES]
-    right = torch.ones_like(test.labels, dtype=torch.bool)
-    for model in models.values():
-        right &= model(test.floats()).argmax(1) == test.labels
-    test = test[right][:columns]
+    some = one.test[:IMAGES]
+    right = [model(some.floats()).argmax(1) == some.labels for model in models.values()]
+    test = some[torch.stack(right).all(0)][:8]
     x, y = test.floats(), test.labels
-    axes = figure.subplots(1 + 2 * len(methods), columns)
+    axes = figure.subplots(1 + 2 * len(methods), 8)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, (name, model) in enumerate(models.items()):
@@ -183,8 +181,8 @@ def draw_perturbations(
             for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
                 picture = image.permute(1, 2, 0).clamp(0, 1)
                 axes[row, j].imshow(picture.squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-            found = bool(torch.isfinite(radius[j]))
-            title = f"{float(radius[j]):.3f}" if found else f"> {4 * preset.eps:.3f}"
+            far = float(radius[j])
+            title = f"{far:.3f}" if math.isfinite(far) else f"> {4 * preset.eps:.3f}"
             axes[1 + 2 * i, j].set_title(title, fontsize=8)
         first = axes[1 + 2 * i, 0]
         where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}
@@ -195,34 +193,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
-    add("--pictures", default="at,trades-pre,cure-no-revision,cure", help="of their perturbations")
     add("--seed", type=int, default=0)
-    add("--blocks", type=int, default=8, help="epochs of the block study, 0 for none (8)")
+    add("--blocks", type=int, default=8, help="epochs of the block study (8)")
     args = parser.parse_args(argv)
     place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
     methods, out = args.methods.split(","), place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
     write_json(out / "analysis.json", json.loads(json.dumps(found)))
-    figures: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
-        "corruptions": (draw_corruptions, (13, 5.5)),
-        "smallest": (draw_smallest, (6, 4)),
-        "layers": (draw_layers, (11, 4)),
-        "updated": (draw_updated, (8, 4.5)),
-        **({"blocks": (draw_blocks, (6, 4.5))} if args.blocks else {}),
+    runs = summary.read(place.results)
+    curves = {name: of[args.seed] for name, of in runs.items() if name in methods}
+    pictures = [name for name in PICTURES if name in methods]
+    shown = {"methods": pictures, "seed": args.seed, "preset": preset, "place": place}
+    figures: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
+        "corruptions": (partial(draw_corruptions, found=found), (13, 5.5)),
+        "smallest": (partial(draw_smallest, found=found), (6, 4)),
+        "layers": (partial(draw_layers, found=found), (11, 4)),
+        "updated": (partial(draw_updated, found=found), (8, 4.5)),
+        "blocks": (partial(draw_blocks, found=found), (6, 4.5)),
+        "curves": (partial(draw_curves, runs=curves), (12, 4)),
+        "perturbations": (partial(draw_perturbations, **shown), (8, 1 + 2 * len(pictures))),
     }
     for name, (draw, size) in figures.items():
-        save(out / f"{name}.png", lambda figure, draw=draw: draw(figure, found), size)
-    one = {
-        name: of[args.seed] for name, of in summary.read(place.results).items() if name in methods
-    }
-    save(out / "curves.png", lambda figure: draw_curves(figure, one), (12, 4))
-    some = [name for name in args.pictures.split(",") if name in methods]
-    save(
-        out / "perturbations.png",
-        lambda figure: draw_perturbations(figure, some, args.seed, preset, place),
-        (8, 1 + 2 * len(some)),
-    )
+        save(out / f"{name}.png", draw, size)
     print(f"figures and analysis.json are in {out}")
 
 

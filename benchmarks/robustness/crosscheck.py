@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import evaluation
 import foolbox
+import summary
 import torch
 import trainer
 from foolbox.attacks import LinfProjectedGradientDescentAttack
@@ -80,12 +81,11 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, flo
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: a row for each network."""
-    head = ["network", *COLUMNS.values()]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines = [["network", *COLUMNS.values()]]
     for row in rows:
         name = f"{row['method']}, seed {row['seed']}"
-        lines.append(f"| {' | '.join([name, *(f'{row[c]:.1f}' for c in COLUMNS)])} |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{row[c]:.1f}" for c in COLUMNS)])
+    return summary.markdown(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

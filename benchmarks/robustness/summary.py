@@ -50,8 +50,7 @@ def spread(values: Sequence[float]) -> str:
 
 def table(runs: Runs, network: str, which: str = "last") -> str:
     """Return Markdown: a row for each method, with the published result below its mean."""
-    head = ["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    rows = [["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]]
     with PUBLISHED.open(newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file) if row["network"] == network}
     for method in runs:
@@ -61,9 +60,14 @@ def table(runs: Runs, network: str, which: str = "last") -> str:
         said = " / ".join(f"{float(v):.1f}" if v else "-" for v in found)
         start = "natural" if kind.warm else "scratch"
         title = kind.title if method in TABLE else f"*{kind.title}*"
-        row = [title, start, *cells, str(len(runs[method])), said]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        rows.append([title, start, *cells, str(len(runs[method])), said])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose head is the first row."""
+    head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *lines])
 
 
 def report(runs: Runs) -> str:

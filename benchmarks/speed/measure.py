@@ -7,19 +7,20 @@ import csv
 import datetime
 import gc
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "speed" / "results.csv"
 COLUMNS = (
     "commit", "date", "device", "torch", "triton", "numpy", "python", "threads", "benchmark",
     "model", "weights", "dtype", "scope", "keep", "provider", "p20_ms", "p50_ms", "p80_ms",
@@ -58,12 +59,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU and its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", file.read_text() if file.exists() else "", re.M)
+    name = named[1].strip() if named else platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
 
 
@@ -78,12 +76,13 @@ def interleaved(
     providers: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    prepare: Callable[[], object] = lambda: None,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    head_start: int = HEAD_START,
 ) -> dict[str, list[float]]:
     """Time each provider once a round, one after another, so that all see the same machine.
 
-    Returns seconds by name, one for each round; providers have been warmed up. On a GPU the time is
-    the GPU's, between two events of its stream. ``prepare`` is called before each, not timed.
+    Returns seconds by name, one for each round; providers have been warmed up. What ``before`` has
+    for a name is called first, not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
     was_enabled = gc.isenabled()
@@ -92,8 +91,9 @@ def interleaved(
     try:
         for _ in range(rounds):
             for name, provider in providers.items():
-                prepare()
-                times[name].append(once(provider, device))
+                if before and name in before:
+                    before[name]()
+                times[name].append(once(provider, device, head_start))
     finally:
         if was_enabled:
             gc.enable()
@@ -103,7 +103,7 @@ def interleaved(
 def once(
     provider: Callable[[], object], device: torch.device, head_start: int = HEAD_START
 ) -> float:
-    """Return the seconds of one call.
+    """Return the seconds of one call; on a GPU the GPU's, between two events of its stream.
 
     A GPU is kept busy for ``head_start`` cycles first, while the host launches: otherwise a short
     call would be as long as its launches take the host, which a training loop does not wait for.
@@ -122,44 +122,19 @@ def once(
     return first.elapsed_time(last) / 1000
 
 
-def host_seconds(provider: Callable[[], object], rounds: int = 20) -> float:
-    """Return the median time that the host takes to launch a call on a GPU; it does not wait."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        provider()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return sorted(times)[rounds // 2]
-
-
-def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """Return the 20th, 50th and 80th percentile."""
-    ranked = torch.tensor(sorted(times), dtype=torch.float64)
-    p20, p50, p80 = torch.quantile(ranked, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    return float(p20), float(p50), float(p80)
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of a call, warmed up before, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def timing(times: Sequence[float]) -> dict[str, Any]:
-    """Return the columns of seconds that were measured."""
-    names = ("p20_ms", "p50_ms", "p80_ms")
-    found = {n: f"{1e3 * t:.4g}" for n, t in zip(names, quantiles(times), strict=True)}
-    return found | {"repeats": len(times)}
-
-
-def shown(row: Mapping[str, Any], base: float | None) -> list[str]:
-    """Return the cells of a printed table: provider, median, spread, ratio to ``base`` ms."""
-    ratio = f"{float(row['p50_ms']) / base:.2f} x" if base else "-"
-    return [row["provider"], row["p50_ms"], f"{row['p20_ms']} - {row['p80_ms']}", ratio]
-
-
-def keep(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> Any:
-    """Append rows to a CSV at once, as a limit of time may come; return them."""
-    if path is not None:
-        where = environment(device)
-        append_rows(path, [{**where, **row} for row in rows])
-    return rows
+    """Return the columns of seconds that were measured: 20th, 50th and 80th percentile."""
+    names, found = ("p20_ms", "p50_ms", "p80_ms"), np.quantile(times, (0.2, 0.5, 0.8))
+    row = {name: f"{1e3 * t:.4g}" for name, t in zip(names, found, strict=True)}
+    return row | {"repeats": len(times)}
 
 
 def parser(text: str | None, device: str) -> argparse.ArgumentParser:
@@ -172,53 +147,48 @@ def parser(text: str | None, device: str) -> argparse.ArgumentParser:
     return found
 
 
+def positive(text: str) -> int:
+    """Parse a number of rounds, steps, images."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("it should be at least 1")
+    return int(text)
+
+
 def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
-    """Return the device that was asked for; a CPU gets one thread."""
+    """Return the device that was asked for, and print what it is; a CPU gets one thread."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is available here; --device cpu rehearses")
     torch.set_num_threads(1)
-    return torch.device(args.device)
+    device = torch.device(args.device)
+    where = environment(device)
+    versions = ", ".join(f"{name} {where[name] or '-'}" for name in ("torch", "triton", "numpy"))
+    print(f"{where['device']}, {where['threads'] or 'no'} CPU threads, {versions}")
+    return device
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to the CSV; it gets its header first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows({column: row.get(column, "") for column in COLUMNS} for row in rows)
+def keep(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> Any:
+    """Append rows to a CSV at once, as a limit of time may come; return them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh, where = not path.exists(), environment(device)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerows(where | row for row in rows)
+    return rows
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows under a header, the first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return "\n".join(lines)
-
-
-def count_launches(call: Callable[[], object]) -> int:
-    """Return the kernels that one call launches on a GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum("LaunchKernel" in event.name for event in profiler.events())
-
-
-def count_syncs(call: Callable[[], object]) -> int:
-    """Return how often one call makes the host wait for the GPU."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+def show(title: str, rows: Sequence[Mapping[str, Any]], base: str) -> None:
+    """Print rows as a table, with each time as a multiple of the provider's named ``base``."""
+    reference = next((float(r["p50_ms"]) for r in rows if r["provider"] == base), math.nan)
+    lines = [(title, "median ms", "p20 - p80", f"against {base}", "ns/weight", "GB/s")]
+    for row in rows:
+        ms, spread = float(row["p50_ms"]), f"{row.get('p20_ms', '')} - {row.get('p80_ms', '')}"
+        per_weight = f"{ms * 1e6 / row['weights']:.3g}"
+        ratio, rate = f"{ms / reference:.3g} x", row.get("gb_per_s", "")
+        lines.append((row["provider"], row["p50_ms"], spread, ratio, per_weight, rate))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())

@@ -21,30 +21,25 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 Row = dict[str, str]
 KEY = ("device", "threads", "benchmark", "model", "weights", "dtype", "scope", "keep", "provider")
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {
-    "ours": "#0072B2", "cure": "#0072B2", "ours-graph": "#56B4E9", "cure-update": "#56B4E9",
-    "sort": "#999999", "standard": "#999999", "topk": "#E69F00",
-    "trades": "#E69F00", "topk-graph": "#F0E442", "topk-compile": "#009E73",
-    "kthvalue": "#D55E00", "percentile": "#CC79A7", "authors": "#CC79A7",
-}  # fmt: skip
-NAMES = {
-    "ours": "this library",
-    "ours-graph": "this library, CUDA graph",
-    "sort": "stable sort",
-    "topk": "torch.topk",
-    "topk-graph": "torch.topk, CUDA graph",
-    "topk-compile": "torch.topk, compiled",
-    "kthvalue": "torch.kthvalue",
-    "percentile": "np.percentile",
-    "cure": "CURE",
-    "cure-update": "CURE without reviser",
-    "authors": "CURE, authors' implementation",
-    "trades": "TRADES",
-    "standard": "standard",
+SETTINGS = ("model", "dtype", "scope", "keep")
+# Names, and Okabe and Ito's colours, which the colour-blind can tell apart.
+PROVIDERS = {
+    "ours": ("this library", "#0072B2"),
+    "ours-graph": ("this library, CUDA graph", "#56B4E9"),
+    "topk": ("torch.topk", "#E69F00"),
+    "topk-graph": ("torch.topk, CUDA graph", "#F0E442"),
+    "topk-compile": ("torch.topk, compiled", "#009E73"),
+    "kthvalue": ("torch.kthvalue", "#D55E00"),
+    "percentile": ("np.percentile", "#CC79A7"),
+    "cure": ("CURE", "#0072B2"),
+    "cure-update": ("CURE without reviser", "#56B4E9"),
+    "authors": ("CURE, authors' implementation", "#CC79A7"),
+    "trades": ("TRADES", "#E69F00"),
+    "standard": ("standard", "#999999"),
 }
 
 
@@ -53,6 +48,14 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return list({tuple(row[k] for k in KEY): row for row in rows}.values())
+
+
+def grouped(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Return the rows by what they have in some columns."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return found
 
 
 def label(ms: float) -> str:
@@ -64,51 +67,46 @@ def label(ms: float) -> str:
 
 def about(rows: Sequence[Row]) -> str:
     """Return where rows come from, for a caption."""
-    first = rows[-1]
+    last = rows[-1]
     least = min(int(row["repeats"]) for row in rows)
-    threads = f", {first['threads']} thread(s)" if first["threads"] else ""
+    threads = f", {last['threads']} thread(s)" if last["threads"] else ""
     return (
-        f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}, "
-        f"{first['date']}.\nMedians of at least {least} interleaved runs; bars span 20 % to 80 %."
+        f"{last['device']}{threads}; torch {last['torch']}; commit {last['commit']}, "
+        f"{last['date']}.\nMedians of at least {least} interleaved runs; bars span 20 % to 80 %."
     )
 
 
 def markdown(rows: Sequence[Row], first: str) -> str:
     """Return a table: settings by row, providers by column."""
-    settings = ("model", "dtype", "scope", "keep")
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    times: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        found = times.setdefault(tuple(row[c] for c in settings), {})
-        found[row["provider"]] = label(float(row["p50_ms"]))
-    lines = [[first, "dtype", "update", *(NAMES.get(p, p) for p in providers)]]
+    lines = [[first, "dtype", "update", *(PROVIDERS[p][0] for p in providers)]]
     lines.append(["---"] * len(lines[0]))
-    for (model, dtype, scope, keep), found in times.items():
+    for (model, dtype, scope, keep), some in grouped(rows, *SETTINGS).items():
+        found = {row["provider"]: label(float(row["p50_ms"])) for row in some}
         share = f"{keep} of each tensor" if scope == "tensor" else f"{keep} of all"
         lines.append([model, dtype, share, *(found.get(p, "") for p in providers)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def floor(row: Row) -> float:
+    """Return the milliseconds of the byte floor."""
+    return float(row["floor_share"]) * float(row["p50_ms"])
+
+
 def draw_bars(axes: plt.Axes, rows: Sequence[Row], title: str) -> None:
     """Draw one bar for each row."""
     rows = sorted(rows, key=lambda row: float(row["p50_ms"]))
-    times = [float(row["p50_ms"]) for row in rows]
-    spread = [
-        [t - float(row["p20_ms"]) for t, row in zip(times, rows, strict=True)],
-        [float(row["p80_ms"]) - t for t, row in zip(times, rows, strict=True)],
-    ]
-    names = [NAMES.get(row["provider"], row["provider"]) for row in rows]
-    colours = [COLOURS.get(row["provider"], "#000000") for row in rows]
+    low, times, high = ([float(r[c]) for r in rows] for c in ("p20_ms", "p50_ms", "p80_ms"))
+    spread = np.subtract([times, high], [low, times])
+    names, colours = zip(*(PROVIDERS[row["provider"]] for row in rows), strict=True)
     axes.barh(names, times, xerr=spread, color=colours, ecolor="#444444", height=0.6)
     reference = next((t for t, r in zip(times, rows, strict=True) if r["provider"] == "ours"), None)
     for i, t in enumerate(times):
         ratio = f"  ({t / reference:.1f} x)" if reference and t != reference else ""
-        axes.annotate(
-            label(t) + ratio, (float(rows[i]["p80_ms"]), i), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=8,
-        )  # fmt: skip
+        how = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(label(t) + ratio, (high[i], i), **how)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(float(row["p80_ms"]) for row in rows) * 1.3)
+    axes.set_xlim(0, max(high) * 1.3)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("milliseconds", fontsize=8)
     axes.tick_params(labelsize=8)
@@ -117,47 +115,39 @@ def draw_bars(axes: plt.Axes, rows: Sequence[Row], title: str) -> None:
 
 def select(rows: Sequence[Row], out: Path) -> None:
     """Draw score, selection and masking: a panel for each model and setting."""
-    settings = ("model", "dtype", "scope", "keep")
-    panels: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        panels.setdefault(tuple(row[c] for c in settings), []).append(row)
-    height = sum(0.28 * len(p) + 1.0 for p in panels.values())
+    panels = grouped(rows, *SETTINGS)
+    heights = [0.28 * len(p) + 1.0 for p in panels.values()]
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, height + 0.8), squeeze=False, layout="constrained",
-        height_ratios=[0.28 * len(p) + 1.0 for p in panels.values()],
+        len(panels), 1, figsize=(8, sum(heights) + 0.8), squeeze=False, layout="constrained",
+        height_ratios=heights,
     )  # fmt: skip
-    for (setting, mine), ax in zip(panels.items(), axes[:, 0], strict=True):
-        model, dtype, scope, keep = setting
+    for ((model, dtype, scope, keep), mine), ax in zip(panels.items(), axes[:, 0], strict=True):
         million = int(mine[0]["weights"]) / 1e6
         scope = "each tensor" if scope == "tensor" else "all together"
         title = f"{model}: {million:.1f} million {dtype}, update {keep} of {scope}"
-        draw_bars(ax, mine, title)
-        shares = [float(r["floor_share"]) * float(r["p50_ms"]) for r in mine if r["floor_share"]]
-        if shares:
-            ax.axvline(shares[0], color="#000000", linestyle=":", linewidth=1)
-            ax.set_title(f"{title}; dotted: byte floor {label(shares[0])}", loc="left", fontsize=10)
+        draw_bars(ax, mine, f"{title}; dotted: byte floor {label(floor(mine[0]))}")
+        ax.axvline(floor(mine[0]), color="#000000", linestyle=":", linewidth=1)
     finish(figure, "Score, exact selection and mask", rows, out)
 
 
 def size(rows: Sequence[Row], out: Path) -> None:
     """Draw time against the number of weights of one tensor."""
-    keeps = sorted({row["keep"] for row in rows}, reverse=True)
+    keeps = sorted(grouped(rows, "keep").items(), reverse=True)
     figure, axes = plt.subplots(
         1, len(keeps), figsize=(5 * len(keeps), 4.4), squeeze=False, sharey=True,
         layout="constrained",
     )  # fmt: skip
-    for keep, ax in zip(keeps, axes[0], strict=True):
-        for provider in dict.fromkeys(row["provider"] for row in rows):
-            mine = [r for r in rows if (r["keep"], r["provider"]) == (keep, provider)]
+    for ((keep,), panel), ax in zip(keeps, axes[0], strict=True):
+        floors: tuple[list[int], list[float]] = [], []
+        for (provider,), mine in grouped(panel, "provider").items():
             mine.sort(key=lambda row: int(row["weights"]))
-            ax.plot(
-                [int(r["weights"]) for r in mine], [float(r["p50_ms"]) for r in mine], marker="o",
-                markersize=3, color=COLOURS.get(provider, "#000000"),
-                label=NAMES.get(provider, provider),
-            )  # fmt: skip
-        floor = sorted({(int(r["weights"]), float(r["floor_share"]) * float(r["p50_ms"])) for r in
-                        rows if r["keep"] == keep and r["provider"] == "ours"})  # fmt: skip
-        ax.plot(*zip(*floor, strict=True), color="#000000", linestyle=":", label="byte floor")
+            weights = [int(row["weights"]) for row in mine]
+            name, colour = PROVIDERS[provider]
+            times = [float(row["p50_ms"]) for row in mine]
+            ax.plot(weights, times, marker="o", markersize=3, color=colour, label=name)
+            if provider == "ours":
+                floors = weights, [floor(row) for row in mine]
+        ax.plot(*floors, color="#000000", linestyle=":", label="byte floor")
         ax.set(xscale="log", yscale="log", xlabel="weights of the tensor")
         ax.set_title(f"update {keep}", loc="left", fontsize=10)
         ax.grid(alpha=0.3)
@@ -191,9 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.csv.is_file():
         parser.error(f"{args.csv}: there is no such file; selection.py --csv writes it")
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in read(args.csv):
-        groups.setdefault((row["benchmark"], row["device"]), []).append(row)
+    groups = grouped(read(args.csv), "benchmark", "device")
     if args.table:
         headers = {"select": "score, selection, mask", "step": "a training step"}
         for (benchmark, _), rows in groups.items():

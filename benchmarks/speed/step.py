@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import captured
@@ -85,19 +87,15 @@ class Step:
         if self.name == "standard":
             with self.autocast():
                 loss = F.cross_entropy(self.model(self.x), self.y)
-            loss.backward()
-            self.optimizer.step()
-            return
-        loss, natural, adversarial = self.losses(self.attack(self.x))
+        else:
+            loss, natural, adversarial = self.losses(self.attack(self.x))
         if self.name == "authors":
             authors_update(self.model, self.sgd, loss, natural, adversarial)
             average(self.average, self.model)
             return
-        if self.name == "trades":
-            loss.backward()
-        else:
+        if isinstance(self.optimizer, RGPSelectiveOptimizer):
             loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
-            loss.backward()
+        loss.backward()
         self.optimizer.step()
         if self.reviser is not None:
             self.reviser.update()
@@ -136,61 +134,60 @@ def average(copied: nn.Module, model: nn.Module, decay: float = 0.999) -> None:
         old.mul_(decay).add_(new, alpha=1 - decay)
 
 
-def parts(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Time the parts of a step by themselves; seconds."""
-    device = torch.device(args.device)
+def parts(args: argparse.Namespace, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time the parts of a step by themselves."""
     step, plain = Step("cure-update", args), Step("trades", args)
-    times: dict[str, list[float]] = {}
+    state: dict[str, Any] = {}
 
-    def timed(name: str, call: Callable[[], Any]) -> Any:
-        found: list[Any] = []
-        times.setdefault(name, []).append(measure.once(lambda: found.append(call()), device))
-        return found[0]
+    def backward() -> None:
+        loss, natural, adversarial = state["losses"]
+        step.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward()
 
-    for _ in range(args.rounds + 1):
-        x_adv = timed("attack", lambda: step.attack(step.x))
-        step.optimizer.zero_grad()
-        loss, natural, adversarial = timed("two forward passes", lambda: step.losses(x_adv))  # noqa: B023
-        timed(
-            "three backward passes",
-            step.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward,
-        )
-        timed("the wrapper's step", step.optimizer.step)
+    def plain_losses() -> None:
         plain.sgd.zero_grad()
-        loss = plain.losses(x_adv)[0]
-        timed("one backward pass (TRADES)", lambda: loss.backward())  # noqa: B023
-        timed("the plain SGD's step", plain.sgd.step)
-    return {name: seconds[1:] for name, seconds in times.items()}
+        state["plain"] = plain.losses(state["x_adv"])[0]
+
+    calls: dict[str, Callable[[], object]] = {
+        "attack": lambda: state.update(x_adv=step.attack(step.x)),
+        "two forward passes": lambda: state.update(losses=step.losses(state["x_adv"])),
+        "three backward passes": backward,
+        "the wrapper's step": step.optimizer.step,
+        "one backward pass (TRADES)": lambda: state.pop("plain").backward(),
+        "the plain SGD's step": plain.sgd.step,
+    }
+    before = {"two forward passes": step.optimizer.zero_grad}
+    before["one backward pass (TRADES)"] = plain_losses
+    times = measure.interleaved(calls, args.rounds + 1, torch.device(args.device), before)
+    found = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
+    found["selection"] = found["the wrapper's step"] - found["the plain SGD's step"]
+    common = common | {"benchmark": "part", "repeats": args.rounds}
+    return [{**common, "provider": name, "p50_ms": f"{ms:.4g}"} for name, ms in found.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = measure.parser(__doc__, "cpu")
-    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet8")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128])
-    parser.add_argument("--steps", type=int, default=10, help="of the attack")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--attack", choices=captured.WAYS, default="eager")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    parser.add_argument("--profile", type=Path, help="write the operations of a step to this file")
+    add = parser.add_argument
+    add("--network", choices=tuple(NETWORKS), default="resnet8")
+    add("--batch-sizes", type=measure.positive, nargs="+", default=[128])
+    add("--steps", type=measure.positive, default=10, help="of the attack")
+    add("--rounds", type=measure.positive, default=9)
+    add("--amp", action="store_true", help="bfloat16 autocast")
+    add("--channels-last", action="store_true")
+    add("--attack", choices=captured.WAYS, default="eager")
+    add("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    add("--profile", type=Path, help="write the operations of a step to this file")
     args = parser.parse_args(argv)
-    device = measure.device_of(args, parser)
-    for name in ("batch_sizes", "steps", "rounds"):
-        given = getattr(args, name)
-        if min(given if isinstance(given, list) else [given]) < 1:
-            parser.error(f"--{name.replace('_', '-')}: it should be at least 1")
     if "graph" in args.attack and args.device == "cpu":
         parser.error(f"--attack {args.attack}: a CPU has no CUDA graphs")
-    where = measure.environment(device)
+    device = measure.device_of(args, parser)
     rows = []
     for batch_size in args.batch_sizes:
         args.batch_size = batch_size
-        rows += measure.keep(args.csv, device, run(args, where))
+        rows += measure.keep(args.csv, device, run(args))
     return rows
 
 
-def run(args: argparse.Namespace, where: dict[str, str]) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all providers with one batch size, and print the tables."""
     device = torch.device(args.device)
     torch._dynamo.reset()  # or a second batch size is compiled for any
@@ -200,57 +197,36 @@ def run(args: argparse.Namespace, where: dict[str, str]) -> list[dict[str, Any]]
             step()
     times = measure.interleaved(steps, args.rounds, device)
     weights = sum(p.numel() for p in next(iter(steps.values())).model.parameters())
-    precision = "bfloat16 autocast" if args.amp else "float32"
-    print(
-        f"{where['device']}, {where['threads'] or 'no'} CPU threads, torch {where['torch']}: "
-        f"{args.network}, batch {args.batch_size}, {precision}, {args.attack} attack of "
-        f"{args.steps} steps\n"
-    )
     way = "" if args.attack == "eager" else f", {args.attack}"
-    common = {"benchmark": "step", "scope": "tensor", "keep": KEEP, "dtype": precision}
+    common = {"benchmark": "step", "scope": "tensor", "keep": KEEP}
+    common |= {"dtype": "bfloat16 autocast" if args.amp else "float32"}
     common |= {"model": args.network, "weights": weights}
     common |= {"note": f"batch {args.batch_size}, PGD-{args.steps}{way}"}
     rows = [{**common, "provider": name, **measure.timing(times[name])} for name in steps]
-    base = next((float(row["p50_ms"]) for row in rows if row["provider"] == "trades"), None)
-    lines = [measure.shown(row, base) for row in rows]
-    print(measure.table(["a training step", "median ms", "p20 - p80", "against trades"], lines))
+    print(f"\n{args.network}, {common['dtype']}, {common['note']}")
+    measure.show("a training step", rows, "trades")
     if "cure-update" in steps:
-        rows += show_parts(args, rows)
+        found = parts(args, common)
+        print()
+        whole = [row for row in rows if row["provider"] == "cure-update"]
+        measure.show("its parts", whole + found, "cure-update")
+        rows += found
     if args.profile and "cure" in steps:
         with args.profile.open("a") as file:
             file.write(f"batch {args.batch_size}, {args.attack}\n{operations(steps['cure'])}\n")
-    print()
     return rows
 
 
 def operations(step: Step, calls: int = 3) -> str:
     """Return the operations of a step, the longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = step.x.is_cuda
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with profile(activities=activities) as profiler:
+    with profile() as profiler:  # of the host and, where there is one, the GPU
         for _ in range(calls):
             step()
-        if on_gpu:
+        if step.x.is_cuda:
             torch.cuda.synchronize()
-    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    by = "self_cuda_time_total" if step.x.is_cuda else "self_cpu_time_total"
     found: str = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60)
     return found
-
-
-def show_parts(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Print and return where a step spends its time."""
-    found = {name: 1e3 * measure.quantiles(t)[1] for name, t in parts(args).items()}
-    found["selection"] = found["the wrapper's step"] - found["the plain SGD's step"]
-    whole = next(float(row["p50_ms"]) for row in rows if row["provider"] == "cure-update")
-    lines = [[name, f"{ms:.4g}", f"{ms / whole:.1%}"] for name, ms in found.items()]
-    print("\n" + measure.table(["part of cure-update", "median ms", "of the step"], lines))
-    common = {k: v for k, v in rows[0].items() if not k.startswith("p")}
-    return [
-        {**common, "benchmark": "part", "provider": name, "p50_ms": f"{ms:.4g}"}
-        for name, ms in found.items()
-    ]
 
 
 if __name__ == "__main__":

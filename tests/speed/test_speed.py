@@ -1,6 +1,5 @@
 """The benchmarks run, say what they measured, and compare ways that do the same. No times."""
 
-import argparse
 import csv
 import functools
 import math
@@ -17,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "speed")]
 
+import host  # noqa: E402
 import measure  # noqa: E402
 import selection  # noqa: E402
 import step  # noqa: E402
@@ -63,12 +63,8 @@ def test_models_have_their_weights(model, weights):
 def test_all_ways_select_the_same(name, scope):
     """Without ties; np.percentile's rank may differ by one."""
     shapes, cpu = [(30, 40), (7, 9, 3, 3), (2, 1)], torch.device("cpu")
-    g_nats, g_advs = (
-        [selection.heavy(s, 2 * i + j, torch.float32, cpu) for i, s in enumerate(shapes)]
-        for j in (0, 1)
-    )
-    case = selection.Case(g_nats, g_advs, alpha=0.1, keep=0.5, scope=scope)
-    got, want = selection.PROVIDERS[name](case), selection.sort(case)
+    case = selection.Case(*selection.heavy(shapes, "float32", cpu), keep=0.5, scope=scope)
+    got, want = selection.PROVIDERS[name](case), selection.library_masks(case, "torch")
     assert [m.shape for m in got] == [m.shape for m in want]
     different = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
     assert different <= (len(shapes) if name == "percentile" else 0)
@@ -77,8 +73,9 @@ def test_all_ways_select_the_same(name, scope):
 def test_the_authors_mask_is_the_librarys_but_for_one():
     g_nat, g_adv = torch.randn(2, 50, 40)
     got = step.authors_mask(g_nat, g_adv, 0.1, 0.7)
-    case = selection.Case([g_nat], [g_adv], alpha=0.1, keep=0.7, scope="tensor")
-    assert int((got.bool() != selection.sort(case)[0]).sum()) <= 1
+    case = selection.Case([g_nat], [g_adv], keep=0.7, scope="tensor")
+    (want,) = selection.library_masks(case, "torch")
+    assert int((got.bool() != want).sum()) <= 1
     assert np.isin(got.numpy(), [0, 1]).all()
 
 
@@ -108,24 +105,26 @@ def test_step_writes_rows(tmp_path, capsys):
     assert "against trades" in capsys.readouterr().out
 
 
-def test_selection_times_the_step_of_the_optimizer(tmp_path, capsys):
+def test_host_times_the_step_of_the_optimizer(tmp_path, capsys):
     path = tmp_path / "speed.csv"
-    selection.main(["--update", "--models", "tiny", "--rounds", "2", "--csv", str(path)])
+    host.main(["--repeats", "1", "--csv", str(path)])
+    host.main(["--repeats", "1", "--csv", str(path), "--models", "tiny"])
     rows = rows_of(path)
-    assert [r["provider"] for r in rows] == list(selection.UPDATES)
-    assert {r["benchmark"] for r in rows} == {"update"}
-    assert "against sgd" in capsys.readouterr().out
+    assert [r["provider"] for r in rows] == ["wrapped", "plain"] * 4
+    benchmarks = [r["benchmark"] for r in rows[::2]]
+    assert benchmarks == ["host passes", "host step", "update passes", "update step"]
+    assert (rows[0]["weights"], rows[-1]["weights"]) == ("500", "1417")
+    assert "against plain" in capsys.readouterr().out
 
 
 def test_the_steps_that_are_timed_do_what_they_say():
-    args, moved = argparse.Namespace(device="cpu", keep=[0.5], alpha=0.1), {}
-    for name in selection.UPDATES:
-        update = selection.Update(name, [(40, 30), (8, 3, 3, 3)], torch.float32, args)
-        update.prepare()
-        update.optimizer.step()
-        moved[name] = [int(p.count_nonzero()) for p in update.params]
-    assert moved["sgd"] == [1200, 216]
-    assert moved["ours"] == moved["ours-gradients"] == [600, 108]
+    moved = []
+    for keep in (None, 0.7):
+        loop = host.Loop(keep, "tiny", torch.device("cpu"))
+        for call in (loop.forward, loop.backward, loop.opt.step):
+            call()
+        moved.append([int(p.count_nonzero()) for p in loop.model.parameters()])
+    assert moved == [[216, 1200, 1], [151, 840, 1]]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +152,8 @@ def test_figures_are_drawn_from_the_rows(tmp_path):
         for benchmark, weights in (("select", 10), ("size", 10), ("size", 1000), ("step", 10))
         for provider in ("ours", "topk")
     ]
-    measure.append_rows(path, rows)
-    measure.append_rows(path, [{**rows[0], "p50_ms": 2.5}])
+    for some in (rows, [{**rows[0], "p50_ms": 2.5}]):
+        measure.keep(path, torch.device("cpu"), some)
     assert float(plot.read(path)[0]["p50_ms"]) == 2.5
     plot.main([str(path), "--out", str(tmp_path)])
     found = {p.name: p.read_bytes()[:4] for p in tmp_path.glob("*.png")}
@@ -181,13 +180,14 @@ def test_bad_flags_get_a_sentence(main, arguments, message, capsys):
 def test_interleaved_takes_turns():
     seen, cpu = [], torch.device("cpu")
     calls = {name: functools.partial(seen.append, name) for name in "ab"}
-    times = measure.interleaved(calls, 3, cpu, lambda: seen.append("-"))
-    assert "".join(seen) == "-a-b" * 3
+    times = measure.interleaved(calls, 3, cpu, {"b": lambda: seen.append("-")})
+    assert "".join(seen) == "a-b" * 3
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
 
 
-def test_quantiles():
-    assert measure.quantiles([5, 1, 2, 3, 4, 0]) == pytest.approx((1.0, 2.5, 4.0))
+def test_timing():
+    row = {"p20_ms": "1000", "p50_ms": "2500", "p80_ms": "4000", "repeats": 6}
+    assert measure.timing([5, 1, 2, 3, 4, 0]) == row
 
 
 def test_kernels_compile_for_a_gpu_without_spills(tmp_path):

@@ -27,13 +27,6 @@ def prepare(model: nn.Module, blocks: dict[str, nn.Module], learn: Sequence[str]
         blocks[name].requires_grad_(True)
 
 
-def set_modes(model: nn.Module, blocks: dict[str, nn.Module], learn: Sequence[str]) -> None:
-    """Put what learns into train mode, and the rest, statistics included, into eval mode."""
-    model.eval()
-    for name in learn:
-        blocks[name].train()
-
-
 def train(
     model: nn.Module,
     blocks: dict[str, nn.Module],
@@ -52,7 +45,9 @@ def train(
     for _ in range(epochs):
         for x, y in batches():
             x_adv: Tensor = pgd_attack(model, x, y, **attack)
-            set_modes(model, blocks, learn)
+            model.eval()  # statistics of what is frozen, too
+            for name in learn:
+                blocks[name].train()
             loss = F.cross_entropy(model(x_adv), y)
             optimizer.zero_grad()
             loss.backward()

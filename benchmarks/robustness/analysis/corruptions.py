@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -135,20 +135,11 @@ def corrupt(x: Tensor, name: str, severity: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def accuracies(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    names: Iterable[str] = tuple(CORRUPTIONS),
-    severities: Iterable[int] = (1, 2, 3, 4, 5),
-) -> dict[str, list[float]]:
+def accuracies(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[float]]:
     """Return the accuracy in percent for each corruption, one number for each severity."""
     model.eval()
-    severities = list(severities)
-    return {
-        name: [
-            100 * float((model(corrupt(x, name, s)).argmax(1) == y).float().mean())
-            for s in severities
-        ]
-        for name in names
-    }
+
+    def accuracy(name: str, severity: int) -> float:
+        return 100 * float((model(corrupt(x, name, severity)).argmax(1) == y).float().mean())
+
+    return {name: [accuracy(name, severity) for severity in range(1, 6)] for name in CORRUPTIONS}

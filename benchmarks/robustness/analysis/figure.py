@@ -108,18 +108,13 @@ def draw_curves(figure: Any, runs: dict[str, dict[str, Any]]) -> None:
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
         for i, (name, run) in enumerate(runs.items()):
             values = [row[key] for row in run["history"]]
-            style = "-" if i < len(COLORS) else "--"
-            color = COLORS[i % len(COLORS)]
-            axis.plot(
-                range(1, len(values) + 1), values, style, color=color, label=METHODS[name].title
-            )
+            how = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
+            axis.plot(range(1, len(values) + 1), values, label=METHODS[name].title, **how)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
     some = next(iter(runs.values()))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    images = f"{some['images']['val']} validation images"
-    figure.suptitle(
-        f"{some['data']}, {some['preset']['network']}, seed {some['seed']}, {images}", fontsize=10
-    )
+    title = f"{some['data']}, {some['preset']['network']}, seed {some['seed']}"
+    figure.suptitle(f"{title}, {some['images']['val']} validation images", fontsize=10)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,26 +45,6 @@ def updated_early_and_late(
     }
 
 
-@contextmanager
-def _features(model: nn.Module, names: Iterable[str]) -> Any:
-    """Collect the outputs of modules by name, [batch, features]."""
-    kept: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
-            kept[name] = out.detach().flatten(1).double()
-
-        return hook
-
-    hooks = [modules[name].register_forward_hook(keep(name)) for name in names]
-    try:
-        yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def hsic(k: Tensor, m: Tensor) -> Tensor:
     """Return the unbiased estimate of HSIC from two Gram matrices of a minibatch, n > 3.
 
@@ -81,7 +62,15 @@ def cka(
 ) -> dict[str, float]:
     """Return the linear CKA of modules' features, of natural and attacked images in batches."""
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
-    with evaluating(model), _features(model, names) as kept:
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
+        kept[name] = out.detach().flatten(1).double()
+
+    with evaluating(model), ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(partial(keep, name))
+            hooks.enter_context(hook)
         for x, x_adv in batches:
             model(x)
             natural = dict(kept)
