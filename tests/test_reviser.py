@@ -70,7 +70,7 @@ def test_the_average_is_a_plain_loops(rate, decay, least, most, tolerance):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("converted", [False, True], ids=["model", "copy only"])
 def test_a_constant_target_has_a_closed_form(dtype, converted):
     """In bfloat16 itself, steps of 0.001 of the difference would round away."""
@@ -83,8 +83,7 @@ def test_a_constant_target_has_a_closed_form(dtype, converted):
     assert reviser.model.weight.dtype == dtype
     target = model.weight.detach().to(dtype).double()
     want, eps = target + 0.999**200 * (start - target), torch.finfo(dtype).eps
-    atol = eps if dtype != torch.float64 else 1e-12
-    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=atol)
+    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,39 +101,29 @@ def test_weights_loaded_into_the_copy_are_averaged_on(dtype):
     assert same(reviser.model, fresh.model)
 
 
-def test_buffers_that_are_no_statistics_are_copied():
-    """The ends of a range, an entry of a 0/1 mask and one of a -inf mask."""
-    model = nn.Linear(4, 4)
-    model.register_buffer("buffer", torch.tensor([math.inf, -math.inf, 1.0, -math.inf]))
-    reviser, start = started(model, rate=1.0, decay=0.9), copy.deepcopy(model)
-    disturb(model)
-    model.buffer.copy_(torch.tensor([-1.0, 2.0, 0.0, -math.inf]))
-    reviser.update()
-    assert torch.equal(reviser.model.buffer, model.buffer)
-    torch.testing.assert_close(reviser.model.weight, 0.9 * start.weight + 0.1 * model.weight)
-
-
 class OwnNorm(nn.Module):
-    """A normalisation layer that is not derived from torch's."""
+    """A normalisation layer that is not derived from torch's, and a mask of another layer."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(4))
         self.register_buffer("running_var", torch.ones(4))
         self.register_buffer("phase", torch.zeros(4))
+        self.drop = nn.Dropout()
+        self.drop.register_buffer("mask", torch.tensor([0.0, 1.0, -math.inf, math.inf]))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), OwnNorm()])
-def test_running_statistics_are_averaged(norm):
+def test_running_statistics_are_averaged_and_other_buffers_copied(norm):
     reviser = started(norm, rate=1.0, decay=0.75)
     for buffer in norm.buffers():
-        buffer.add_(4)
+        buffer.copy_(buffer.nan_to_num(posinf=0, neginf=0) + 4)
     reviser.update()
     got, now = dict(reviser.model.named_buffers()), dict(norm.named_buffers())
     assert torch.equal(got.pop("running_mean"), torch.ones(4))
     assert torch.equal(got.pop("running_var"), torch.full((4,), 2.0))
-    ((other, copied),) = got.items()
-    assert torch.equal(copied, now[other])
+    assert got
+    assert all(torch.equal(copied, now[other]) for other, copied in got.items())
 
 
 REPARAMETRISED = {
@@ -357,6 +346,7 @@ def test_horizon_is_the_time_constant_as_a_fraction_of_the_run(options, decay):
 
 
 def test_the_loss_is_the_consistency_loss_of_the_copys_logits():
+    """In eval mode, whatever a trainer does to every module that it finds."""
     model = trained_net(dtype=torch.float64)
     reviser = started(model, rate=0.0)
     disturb(model)
@@ -364,8 +354,11 @@ def test_the_loss_is_the_consistency_loss_of_the_copys_logits():
     logits, logits_adv = model(x), model(x_adv)
     with torch.no_grad():
         want = consistency_loss(reviser.model(x), reviser.model(x_adv), logits, logits_adv)
+    before = copy.deepcopy(reviser.model)
+    reviser.model.train()
     loss = reviser(x.requires_grad_(), x_adv, logits, logits_adv)
     assert loss.item() == want.item() > 0
+    assert same(reviser.model, before)  # statistics, too
     loss.backward()
     assert x.grad is None
     assert all(p.grad is not None for p in model.parameters())
@@ -380,15 +373,6 @@ def test_the_two_batches_do_not_mix():
     x_adv = x_adv + 3.0
     loss = ConsistencyReviser(model)(x, x_adv, model(x), model(x_adv))
     assert loss.item() == pytest.approx(0, abs=1e-12)
-
-
-def test_a_loss_changes_no_statistic_of_the_copy():
-    model, (x, x_adv, _) = trained_net().train(), make_batch()
-    reviser = started(model)
-    before = copy.deepcopy(reviser.model)
-    reviser.model.train()  # as a trainer does to every module that it finds
-    reviser(x, x_adv, model(x), model(x_adv))
-    assert same(reviser.model, before)
 
 
 def test_compiled_and_parallel_models_are_unwrapped():
