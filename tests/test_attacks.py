@@ -60,7 +60,7 @@ def test_inside_the_ball_in_16_bits_and_up_to_its_border(attack, dtype, eps, bou
     assert bounds is None or low <= x_adv.min() <= x_adv.max() <= high
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [*ATTACKS, "from x"])
 @pytest.mark.parametrize(
     ("bounds", "eps", "step_size", "steps"),
     [
@@ -74,12 +74,13 @@ def test_inside_the_ball_in_16_bits_and_up_to_its_border(attack, dtype, eps, bou
 def test_an_attack_is_a_plain_loop(name, bounds, eps, step_size, steps):
     """Every image that the model sees, from draws of a generator or a seed, not torch's own."""
     model, seen = make_net(dtype=torch.float64).eval(), []
+    attack = {**ATTACKS, "from x": partial(pgd, random_start=False)}[name]
     x, low, high = make_batch(dtype=torch.float64)[0], *(bounds or (-9.0, 9.0))
     x[0], x[1] = max(low, 0), min(high, 1)  # clipping would remove half of the noise
     before, g = rng_states(), seeded(0)
     hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     options = dict(bounds=bounds, eps=eps, step_size=step_size, steps=steps)
-    found = ATTACKS[name](model, x, generator=0 if steps == 2 else seeded(0), **options)
+    found = attack(model, x, generator=0 if steps == 2 else seeded(0), **options)
     assert all(map(torch.equal, before, rng_states()))
     hook.remove()
 
@@ -98,38 +99,15 @@ def test_an_attack_is_a_plain_loop(name, bounds, eps, step_size, steps):
     if name == "kl":
         x_adv, step = x + 0.001 * torch.randn(x.shape, generator=g, dtype=x.dtype), eps / 4
     else:
-        x_adv = clip(x + eps * (2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1))
-        step = 0.003 * eps / (8 / 255)
+        draw = 2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1
+        x_adv, step = clip(x + eps * draw) if name != "from x" else x, 0.003 * eps / (8 / 255)
     visited = [x] if name == "kl" else []
     for _ in range(steps):
         visited.append(x_adv.detach().requires_grad_())
         (gradient,) = torch.autograd.grad(goal(visited[-1]), visited[-1])
         x_adv = clip(x_adv + (step if step_size is None else step_size) * gradient.sign())
     torch.testing.assert_close([*seen, found], [*visited, clip(x_adv)], rtol=0, atol=1e-12)
-    assert ATTACKS[name](model, x[:0]).shape == (0, 2, 5, 5)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
-@pytest.mark.parametrize(
-    ("shift", "bounds", "eps", "step_size", "steps", "length"),
-    [
-        (0.0, (0.0, 1.0), 0.1, 0.03, 2, 0.06),  # as far as the steps reach
-        (0.0, (0.0, 1.0), 0.1, 0.03, 9, 0.1),  # to the ball's border
-        (0.0, (0.0, 1.0), 0.9, 0.5, 3, 0.5),  # to the walls
-        (-4.0, None, 5, 2, 9, 5.0),
-    ],
-)
-def test_a_linear_model_has_a_closed_form(loss, shift, bounds, eps, step_size, steps, length):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False)).double()
-    model[1].weight.data.copy_(torch.tensor([[1.0, -2.0, 0.0], [0.0, 1.0, 0.0]]))
-    x = torch.full((2, 1, 3), 0.5 + shift, dtype=torch.float64)
-    sign = torch.tensor([[[-1.0, 1.0, 0.0]], [[1.0, -1.0, 0.0]]], dtype=torch.float64)
-    options = dict(bounds=bounds, eps=eps, step_size=step_size, steps=steps)
-    x_adv = pgd_attack(model, x, Y[:2], loss=loss, random_start=False, **options)
-    torch.testing.assert_close(x_adv, x + length * sign)
-    if length == eps:
-        moved = (kl_attack(model, x, **options) - x).abs()
-        torch.testing.assert_close(moved[..., :2], torch.full((2, 1, 2), eps).double())
+    assert attack(model, x[:0]).shape == (0, 2, 5, 5)
 
 
 class Widen(nn.Module):

@@ -102,19 +102,6 @@ def test_trades_of_the_comparison_is_the_plain_loop(tmp_path):
     assert [{k: v for k, v in row.items() if k != "updated"} for row in cure] == trades
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, in place of those that are closed."""
-    import matplotlib.pyplot as plt
-
-    kept = []
-    with monkeypatch.context() as patch:
-        patch.setattr(plt, "close", kept.append)
-        yield kept
-    for figure in kept:
-        plt.close(figure)
-
-
 @pytest.mark.parametrize(
     ("updated", "panels"),
     [
@@ -123,8 +110,10 @@ def figures(monkeypatch):
         ([{"conv.weight": 0.7, "fc.weight": 0.9}, {"conv.weight": 0.7, "fc.weight": 0.5}], 2),
     ],
 )
-def test_figure(updated, panels, figures, tmp_path):
+def test_figure(updated, panels, monkeypatch, tmp_path):
     """Both curves of both methods; shares of layers where they differ."""
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     warm = [dict(natural=90, robust=0)]
     trades = [dict(natural=80, robust=50), dict(natural=85, robust=55)]
     cure = [

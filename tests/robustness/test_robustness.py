@@ -195,7 +195,6 @@ def test_the_reward_of_las_at():
 @pytest.mark.parametrize("tau", [0, 1, 2])
 def test_fat_stops_some_steps_after_the_first_mistake(tau):
     """One weight: each step moves by the step size, and the class changes at a known place."""
-
     x = torch.tensor([[0.42], [0.1]], dtype=torch.float64)
     y = torch.tensor([0, 0])
     out = friendly_pgd(Line(), x, y, x.clone(), 0.3, 0.05, 10, tau)
@@ -555,9 +554,3 @@ def test_paired_test_is_exact():
     assert summary.paired([1, 2, 3], [0, 0, 0]) == 0.25
     assert summary.paired([1, -1], [0, 0]) == 1.0
     assert summary.paired([5, 4, 3, 2, 1], [0] * 5) == 2 / 32
-
-
-def test_spread():
-    assert summary.spread([]) == "-"
-    assert summary.spread([1.0]) == "1.0"
-    assert summary.spread([1.0, 3.0]) == "2.0 ± 1.4"
