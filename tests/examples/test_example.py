@@ -14,8 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import cifar10_cure as example  # noqa: E402
 import report  # noqa: E402
@@ -178,14 +177,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(phase, epoch, tmp_path, monk
 
 
 def test_command_line_in_a_fresh_process(tmp_path):
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-W",
-        "ignore:BatchNorm",
-        EXAMPLES / "cifar10_cure.py",
-    ]
+    command = [sys.executable, "-W", "error", "-W", "ignore:BatchNorm", example.__file__]
     command += [*SMALL, "--out", tmp_path / "run", "--bf16", "--channels-last", "--scope", "global"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "cure 3/3" in done.stdout
