@@ -16,10 +16,10 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import cifar10_cure as example  # noqa: E402
-import report  # noqa: E402
-import training  # noqa: E402
-import updates  # noqa: E402
+import cifar10_cure as example
+import report
+import training
+import updates
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--test-size", "40", "--batch-size", "16"]
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
