@@ -234,6 +234,14 @@ def numpy_masks(scores, fractions, pools):
     return [masks[i] for i in range(len(scores))]
 
 
+class Line(nn.Module):
+    """Class 1 if an image is brighter than a half: what fools it is known."""
+
+    def forward(self, x):
+        x = x.flatten(1).mean(1, keepdim=True)
+        return torch.cat([0.5 - x, x - 0.5], 1)
+
+
 class LowRank(nn.Linear):
     """Adds a product of low rank to its weight in eval mode, as layers for adaptation do."""
 

@@ -1,7 +1,7 @@
 """kl_adv_loss and consistency_loss against hand-computed values and numpy."""
 
 import math
-from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,23 +27,10 @@ def numpy_kl(z, z_adv):
     return (p * np.log(p / q)).sum(1).mean()
 
 
-def test_a_value_computed_by_hand():
-    """p = (3/4, 1/4), q = (1/2, 1/2), y = 0: CE = ln(4/3), KL = 3/4 ln(3/2) + 1/4 ln(1/2)."""
-    z = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
-    z_adv, y = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0])
-    natural, kl = math.log(4 / 3), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_adv_loss(z, z_adv, y).item() == pytest.approx(natural + kl, rel=1e-14)
-    for beta in (0, 6, Fraction(13, 2)):
-        want = pytest.approx(natural + float(beta) * kl, rel=1e-14)
-        assert kl_adv_loss(z, z_adv, y, beta=beta).item() == want
-    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    assert kl_divergence(z_adv, z).item() == pytest.approx(reverse, rel=1e-14)
-
-
-@given(LOGITS, LOGITS, st.floats(0, 10))
+@given(LOGITS, LOGITS, st.floats(0, 10) | st.fractions(0, 10) | st.integers(0, 10))
 def test_the_loss_is_numpys(z, z_adv, beta):
     y = np.array([0, 3, 1])
-    want = numpy_kl(z, z_adv) * beta - np.log(softmax(z)[np.arange(3), y]).mean()
+    want = numpy_kl(z, z_adv) * float(beta) - np.log(softmax(z)[np.arange(3), y]).mean()
     got = kl_adv_loss(*map(from_numpy, (z, z_adv, y)), beta=beta).item()
     assert got == pytest.approx(want, rel=1e-9, abs=1e-9)
 
@@ -85,8 +72,6 @@ def test_gradients_flow_into_both_arguments():
     z, z_adv = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y = torch.tensor([0, 1, 2, 0])
     assert torch.autograd.gradcheck(lambda a, b: kl_adv_loss(a, b, y, beta=2.0), (z, z_adv))
-    kl_divergence(z, z_adv).backward()
-    assert all(each.grad.abs().sum() > 0 for each in (z, z_adv))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -132,35 +117,28 @@ def test_labels_without_a_class_are_refused(y):
         kl_adv_loss(Z, Z, torch.tensor(y))
 
 
-@pytest.mark.parametrize(
-    ("args", "beta", "error", "message"),
-    [
-        ((Z[0], Z[0], Y), 1.0, ValueError, r"`logits` should be real and \[batch, classes\]"),
-        ((Z, Z[:, :2], Y), 1.0, ValueError, "`logits_adv` should match `logits`"),
-        ((Z, Z.half(), Y), 1.0, ValueError, f"torch.float16 on {Z.device} against"),
-        ((Z.long(), Z, Y), 1.0, TypeError, "`logits` should have a floating dtype"),
-        ((Z, Z, Y.int()), 1.0, ValueError, r"indices, int64, \[2\].* Write target.long\(\)"),
-        ((Z, Z, Y[:1]), 1.0, ValueError, r"or class probabilities, \[2, 3\]. Found `\(1,\)"),
-        ((Z, Z, [0, 1]), 1.0, TypeError, "`target` should be a tensor"),
-        ((Z, Z, Y), -1.0, ValueError, "`beta` should be finite and >= 0. Found `beta = -1.0`"),
-        ((Z, Z, Y), "6", TypeError, "`beta` should be a number >= 0"),
-    ],
-)
-def test_refusals(args, beta, error, message):
-    with pytest.raises(error, match=message):
-        kl_adv_loss(*args, beta=beta)
+T, V = TypeError, ValueError
 
 
 @pytest.mark.parametrize(
-    ("args", "error", "message"),
+    ("loss", "args", "error", "message"),
     [
-        ((Z[:1], Z, Z, Z), ValueError, "`revised_adv` should match `revised`"),
-        ((Z, Z[:, :2], Z, Z), ValueError, "`revised_adv` should match `revised`"),
-        ((Z, Z, (Z, Z), Z), TypeError, "`logits` should be a tensor"),
-        ((Z, Z, Z, Z.double()), ValueError, "`logits_adv` should match `logits`"),
-        ((Z[:1], Z[:1], Z, Z), ValueError, "`revised` should match `logits`"),
+        (kl_adv_loss, (Z[0], Z[0], Y), V, r"`logits` should be real and \[batch, classes\]"),
+        (kl_adv_loss, (Z, Z[:, :2], Y), V, "`logits_adv` should match `logits`"),
+        (kl_adv_loss, (Z, Z.half(), Y), V, f"torch.float16 on {Z.device} against"),
+        (kl_adv_loss, (Z.long(), Z, Y), T, "`logits` should have a floating dtype"),
+        (kl_adv_loss, (Z, Z, Y.int()), V, r"indices, int64, \[2\].* Write target.long\(\)"),
+        (kl_adv_loss, (Z, Z, Y[:1]), V, r"or class probabilities, \[2, 3\]. Found `\(1,\)"),
+        (kl_adv_loss, (Z, Z, [0, 1]), T, "`target` should be a tensor"),
+        (partial(kl_adv_loss, beta=-1.0), (Z, Z, Y), V, "`beta` should .* >= 0. Found `beta = -1"),
+        (partial(kl_adv_loss, beta="6"), (Z, Z, Y), T, "`beta` should be a number >= 0"),
+        (consistency_loss, (Z[:1], Z, Z, Z), V, "`revised_adv` should match `revised`"),
+        (consistency_loss, (Z, Z[:, :2], Z, Z), V, "`revised_adv` should match `revised`"),
+        (consistency_loss, (Z, Z, (Z, Z), Z), T, "`logits` should be a tensor"),
+        (consistency_loss, (Z, Z, Z, Z.double()), V, "`logits_adv` should match `logits`"),
+        (consistency_loss, (Z[:1], Z[:1], Z, Z), V, "`revised` should match `logits`"),
     ],
 )
-def test_refusals_of_the_consistency_loss(args, error, message):
+def test_refusals(loss, args, error, message):
     with pytest.raises(error, match=message):
-        consistency_loss(*args)
+        loss(*args)

@@ -70,7 +70,7 @@ def test_the_average_is_a_plain_loops(rate, decay, least, most, tolerance):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("converted", [False, True], ids=["model", "copy only"])
 def test_a_constant_target_has_a_closed_form(dtype, converted):
     """In bfloat16 itself, steps of 0.001 of the difference would round away."""
@@ -83,8 +83,7 @@ def test_a_constant_target_has_a_closed_form(dtype, converted):
     assert reviser.model.weight.dtype == dtype
     target = model.weight.detach().to(dtype).double()
     want, eps = target + 0.999**200 * (start - target), torch.finfo(dtype).eps
-    atol = eps if dtype != torch.float64 else 1e-12
-    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=atol)
+    torch.testing.assert_close(reviser.model.weight.double(), want, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -102,39 +101,29 @@ def test_weights_loaded_into_the_copy_are_averaged_on(dtype):
     assert same(reviser.model, fresh.model)
 
 
-def test_buffers_that_are_no_statistics_are_copied():
-    """The ends of a range, an entry of a 0/1 mask and one of a -inf mask."""
-    model = nn.Linear(4, 4)
-    model.register_buffer("buffer", torch.tensor([math.inf, -math.inf, 1.0, -math.inf]))
-    reviser, start = started(model, rate=1.0, decay=0.9), copy.deepcopy(model)
-    disturb(model)
-    model.buffer.copy_(torch.tensor([-1.0, 2.0, 0.0, -math.inf]))
-    reviser.update()
-    assert torch.equal(reviser.model.buffer, model.buffer)
-    torch.testing.assert_close(reviser.model.weight, 0.9 * start.weight + 0.1 * model.weight)
-
-
 class OwnNorm(nn.Module):
-    """A normalisation layer that is not derived from torch's."""
+    """A normalisation layer that is not derived from torch's, and a mask of another layer."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(4))
         self.register_buffer("running_var", torch.ones(4))
         self.register_buffer("phase", torch.zeros(4))
+        self.drop = nn.Dropout()
+        self.drop.register_buffer("mask", torch.tensor([0.0, 1.0, -math.inf, math.inf]))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), OwnNorm()])
-def test_running_statistics_are_averaged(norm):
+def test_running_statistics_are_averaged_and_other_buffers_copied(norm):
     reviser = started(norm, rate=1.0, decay=0.75)
     for buffer in norm.buffers():
-        buffer.add_(4)
+        buffer.copy_(buffer.nan_to_num(posinf=0, neginf=0) + 4)
     reviser.update()
     got, now = dict(reviser.model.named_buffers()), dict(norm.named_buffers())
     assert torch.equal(got.pop("running_mean"), torch.ones(4))
     assert torch.equal(got.pop("running_var"), torch.full((4,), 2.0))
-    ((other, copied),) = got.items()
-    assert torch.equal(copied, now[other])
+    assert got
+    assert all(torch.equal(copied, now[other]) for other, copied in got.items())
 
 
 REPARAMETRISED = {
@@ -356,39 +345,28 @@ def test_horizon_is_the_time_constant_as_a_fraction_of_the_run(options, decay):
 # The loss.
 
 
-def test_the_loss_is_the_consistency_loss_of_the_copys_logits():
+@pytest.mark.parametrize("statistics", [True, False])
+def test_the_loss_is_the_consistency_loss_of_the_copys_logits(statistics):
+    """In eval mode, whatever a trainer does, and batch by batch: without statistics they'd mix."""
     model = trained_net(dtype=torch.float64)
+    if not statistics:
+        model.norm = nn.BatchNorm2d(4, track_running_stats=False).double()
     reviser = started(model, rate=0.0)
     disturb(model)
     x, x_adv, _ = make_batch(dtype=torch.float64)
+    x_adv = x_adv + 3.0
     logits, logits_adv = model(x), model(x_adv)
     with torch.no_grad():
         want = consistency_loss(reviser.model(x), reviser.model(x_adv), logits, logits_adv)
+    before = copy.deepcopy(reviser.model)
+    reviser.model.train()
     loss = reviser(x.requires_grad_(), x_adv, logits, logits_adv)
     assert loss.item() == want.item() > 0
+    assert same(reviser.model, before)  # statistics, too
     loss.backward()
     assert x.grad is None
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in reviser.model.parameters())
-
-
-def test_the_two_batches_do_not_mix():
-    """BatchNorm without running statistics normalises each batch by itself, in eval mode too."""
-    model = make_net(dtype=torch.float64)
-    model.norm = nn.BatchNorm2d(4, track_running_stats=False).double()
-    x, x_adv, _ = make_batch(dtype=torch.float64)
-    x_adv = x_adv + 3.0
-    loss = ConsistencyReviser(model)(x, x_adv, model(x), model(x_adv))
-    assert loss.item() == pytest.approx(0, abs=1e-12)
-
-
-def test_a_loss_changes_no_statistic_of_the_copy():
-    model, (x, x_adv, _) = trained_net().train(), make_batch()
-    reviser = started(model)
-    before = copy.deepcopy(reviser.model)
-    reviser.model.train()  # as a trainer does to every module that it finds
-    reviser(x, x_adv, model(x), model(x_adv))
-    assert same(reviser.model, before)
 
 
 def test_compiled_and_parallel_models_are_unwrapped():
@@ -437,37 +415,37 @@ def test_a_sharded_model_is_averaged_as_a_whole_one(two):
 # Checkpoints and copies.
 
 
+def resumed(pair):
+    """Through a file, into a reviser with other settings and another model."""
+    model, reviser = pair
+    again = make_net(seed=1, dtype=model.conv.weight.dtype)
+    twin = ConsistencyReviser(again, rate=0.4, decay=0.5, seed=6)
+    twin.load_state_dict(disk(reviser.state_dict()))
+    again.load_state_dict(model.state_dict())
+    return again, twin
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_is_bit_exact(dtype):
-    """A loaded reviser draws as the saved one and does not follow the model again."""
-    model, again = make_net(dtype=dtype), make_net(seed=1, dtype=dtype)
+@pytest.mark.parametrize(
+    "copied", [resumed, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+)
+def test_resumed_and_copied_revisers_go_on_bit_for_bit(copied, dtype):
+    """They draw as the first, follow their own model, and do not begin by copying it again."""
+    model = make_net(dtype=dtype)
     reviser = ConsistencyReviser(model, rate=0.4, decay=0.9, seed=5)
     for t in range(10):
         disturb(model, seed=t)
         reviser.update()
-    resumed = ConsistencyReviser(again, rate=0.4, decay=0.5, seed=6)
-    resumed.load_state_dict(disk(reviser.state_dict()))
-    again.load_state_dict(model.state_dict())
+    again, twin = copied((model, reviser))
     draws = set()
     for t in range(10, 30):
         disturb(model, again, seed=t)
-        draws.add((reviser.update(), resumed.update()))
+        draws.add((reviser.update(), twin.update()))
     assert draws == {(True, True), (False, False)}
-    assert same(reviser.model, resumed.model)
-    assert reviser.steps == resumed.steps == 30
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_follow_their_own_model(copied):
-    model = make_net()
-    reviser = started(model, rate=0.5, seed=3)
-    twin_model, twin = copied((model, reviser))
-    for t in range(6):
-        disturb(model, twin_model, seed=t)
-        assert reviser.update() == twin.update()
     assert same(reviser.model, twin.model)
+    assert reviser.steps == twin.steps == 30
     before = copy.deepcopy(reviser.model)
-    disturb(twin_model)
+    disturb(again)
     assert 20 > sum(twin.update() for _ in range(20)) > 0
     assert same(reviser.model, before)
 
@@ -534,10 +512,9 @@ def test_refusals(model, options, error, message):
         ConsistencyReviser(model, **options)
 
 
-@pytest.mark.parametrize("pack", [lambda z: (z, z), lambda z: {"logits": z}], ids=["tuple", "dict"])
-def test_models_that_return_no_tensor_are_refused(pack):
+def test_models_that_return_no_tensor_are_refused():
     model, x, z = nn.Linear(4, 3), torch.rand(2, 4), torch.rand(2, 3)
-    model.register_forward_hook(lambda module, args, logits: pack(logits))
+    model.register_forward_hook(lambda module, args, logits: (logits, logits))
     message = r"`model\(x\)` should be a tensor of logits.* pass logits to `consistency_loss`"
     with pytest.raises(TypeError, match=message):
         ConsistencyReviser(model)(x, x, z, z)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,15 +115,10 @@ def test_blur_is_a_convolution_with_a_gaussian():
 
 
 def test_accuracies_of_a_network_that_sees_brightness_only():
-    class Mean(nn.Module):
-        def forward(self, x):
-            m = x.mean((1, 2, 3))[:, None]
-            return torch.cat([0.5 - m, m - 0.5], 1)
-
     x = torch.stack([torch.full((3, 8, 8), v) for v in (0.1, 0.45, 0.9)])
     y = torch.tensor([0, 0, 1])
     pytest.importorskip("PIL")
-    out = corruptions.accuracies(Mean(), x, y)
+    out = corruptions.accuracies(Line(), x, y)
     assert list(out) == list(corruptions.CORRUPTIONS)
     assert out["contrast"] == [100.0] * 5
     other = pytest.approx(200 / 3)  # 0.45 + 0.1 is the other class
@@ -130,12 +126,6 @@ def test_accuracies_of_a_network_that_sees_brightness_only():
 
 
 # The smallest perturbation.
-
-
-class Line(nn.Module):
-    def forward(self, x):
-        m = x.flatten(1).mean(1, keepdim=True)
-        return torch.cat([0.5 - m, m - 0.5], 1) * 10
 
 
 def test_smallest_radius_is_the_distance_to_the_line():
@@ -157,43 +147,31 @@ def test_smallest_radius_is_the_distance_to_the_line():
 # Layers.
 
 
-def test_cka_of_the_same_of_turned_and_of_unrelated_features():
-    g = torch.Generator().manual_seed(0)
-    f = torch.randn(64, 10, generator=g, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(10, 10, generator=g, dtype=torch.float64))
-    other = torch.randn(64, 10, generator=g, dtype=torch.float64)
-
-    def cka(a, b):
-        k, m = a @ a.T, b @ b.T
-        return float(layers.hsic(k, m) / (layers.hsic(k, k) * layers.hsic(m, m)).sqrt())
-
-    assert math.isclose(cka(f, f), 1)
-    assert math.isclose(cka(f, 3 * f @ turn), 1)
-    assert abs(cka(f, other)) < 0.1  # unbiased: near 0, and may be below
-
-
-def test_hsic_is_the_sum_over_distinct_indices():
-    """The estimator's definition, by a loop over quadruples."""
-    g = torch.Generator().manual_seed(1)
-    a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
-    k, m = (a @ a.T).numpy(), (b @ b.T).numpy()
-    terms = [
-        k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in permutations(range(6), 4)
-    ]
-    assert math.isclose(float(layers.hsic(a @ a.T, b @ b.T)), np.mean(terms), rel_tol=1e-9)
-
-
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def test_cka_by_layer():
-    x = images(8, 3, 2)
-    out = layers.cka(network(), [(x, x)], ["1", "3"])
-    assert all(math.isclose(value, 1) for value in out.values())
-    moved = layers.cka(network(), [(x, x.flip(0))], ["1", "3"])
-    assert all(value < 0.9 for value in moved.values())
+def test_cka_of_layers_over_batches():
+    """The estimator's definition, a loop over distinct indices, summed over the batches."""
+    model, names = network(), ["1", "3"]
+    batches = [(x, x.flip(1) ** 2) for x in images(12, 3, 2).split(6)]
+
+    def hsic(k, m):
+        quadruples = permutations(range(6), 4)
+        return np.mean([k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples])
+
+    found = layers.cka(model, batches, names)
+    for name, end in zip(names, (2, 4), strict=True):
+        features = [[model[:end](x).detach().double() for x in pair] for pair in batches]
+        grams = [[(f @ f.T).numpy() for f in pair] for pair in features]
+        both, first, second = (
+            sum(hsic(pair[i], pair[j]) for pair in grams) for i, j in ((0, 1), (0, 0), (1, 1))
+        )
+        assert math.isclose(found[name], both / math.sqrt(first * second), rel_tol=1e-6)
+    assert layers.cka(model, [(x, x) for x, _ in batches], names) == pytest.approx(
+        dict.fromkeys(names, 1.0)
+    )
 
 
 def test_gradient_sizes():
@@ -224,6 +202,8 @@ def test_only_the_blocks_that_learn_change():
     parts = blocks.blocks_of(model)
     inside = {id(p) for part in parts.values() for p in part.parameters()}
     assert inside == {id(p) for p in model.parameters()}
+    with torch.no_grad():
+        parts["stage 2"][0].norm1.weight.fill_(3)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     g = torch.Generator().manual_seed(0)
     data = [(torch.rand(8, 1, 8, 8, generator=g), torch.arange(8)) for _ in range(2)]
@@ -233,17 +213,7 @@ def test_only_the_blocks_that_learn_change():
         same = torch.equal(before[name], now)
         assert same != name.startswith("stages.1."), name
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_learning_blocks_begin_anew():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with torch.no_grad():
-        model[1].weight.fill_(3)
-    before = model[0].weight.clone()
-    blocks.prepare(model, {"a": model[0], "b": model[1]}, ["b"])
-    assert bool((model[1].weight == 1).all())
-    assert torch.equal(model[0].weight, before)
-    assert not model[0].weight.requires_grad
+    assert parts["stage 2"][0].norm1.weight.max() < 2  # it began anew
 
 
 def test_analyse_draws_what_was_run(tmp_path, monkeypatch):

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import Line
 from torch import nn
-
-import rgp_optim
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
@@ -56,6 +55,10 @@ def kl(a, b):
 
 def ce(z):
     return -np.log(p(z)[np.arange(4), Y])
+
+
+def clip(ahead, x, eps):
+    return torch.min(torch.max(ahead, x - eps), x + eps).clamp(0, 1)
 
 
 def close(a, b):
@@ -106,46 +109,41 @@ def test_iad():
 
 
 def test_st_at():
-    three = [logits(seed) for seed in range(3)]
-    expected = 0.0
-    for i in range(4):
-        predictions = [p(z)[i] for z in three]
-        low = min(predictions, key=lambda each: each[Y[i]])
-        high = max(predictions, key=lambda each: each[Y[i]])
-        there, back = (float((a * np.log(a / b)).sum()) for a, b in ((high, low), (low, high)))
-        expected += (there + back) / 2 / 4
+    """Half of the distance of the extremes' predictions, pushing both together."""
+    three, rows = [logits(seed) for seed in range(3)], np.arange(4)
+    predictions = np.stack([p(z) for z in three])
+    true = predictions[:, rows, Y]
+    lowest, highest = true.argmin(0), true.argmax(0)
+    low, high = predictions[lowest, rows], predictions[highest, rows]
+    expected = (kl(high, low) + kl(low, high)).mean() / 2
     close(gap(three, Y), expected)
     close(squeeze_loss(three, Y, 6.0), ce(three[0]).mean() + 6 * expected)
-    for z in three:
-        z.requires_grad_()
-    found = torch.autograd.grad(gap(three, Y), three)
-    for i in range(4):  # half of the distance of the predictions, pushing both together
-        order = sorted(range(3), key=lambda j: p(three[j].detach())[i, Y[i]])
-        low, high = (p(three[j].detach())[i] for j in (order[0], order[2]))
-        for j, expected in zip(order, ((low - high) / 8, 0 * low, (high - low) / 8), strict=True):
-            np.testing.assert_allclose(found[j][i].numpy(), expected, atol=1e-12)
+    pushes = np.zeros_like(predictions)
+    pushes[lowest, rows], pushes[highest, rows] = (low - high) / 8, (high - low) / 8
+    found = torch.autograd.grad(gap([z.requires_grad_() for z in three], Y), three)
+    np.testing.assert_allclose(np.stack(found), pushes, atol=1e-12)
 
 
 def test_st_at_goes_on_from_the_extremes():
     """Each of the two images steps from whichever of the three is the extreme now."""
-    model, s = setting(attack_steps=1)
-    method = METHODS["st-at"](model, s)
+    model, s = setting(eps=0.05)
+    method = METHODS["st-at"](model.train(), s)
     x, y = data()
-    x_adv, x_col = method.extremes(x, y)
-    g = torch.Generator().manual_seed(0)
-    three = [x, *(x + 0.001 * torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(2))]
-    for i in range(len(x)):
-        images = [each[i : i + 1].clone().requires_grad_() for each in three]
-        z = [model(each) for each in images]
-        true = [F.softmax(each, 1)[0, y[i]].item() for each in z]
-        low, high = true.index(min(true)), true.index(max(true))
-        logs = [F.log_softmax(z[j], 1)[0] for j in (low, high)]
-        sum_ = sum((a.exp().detach() * (a.detach() - b)).sum() for a, b in (logs, logs[::-1]))
-        sum_.backward()
-        for j, moved in ((low, x_adv), (high, x_col)):
-            ahead = images[j].detach() + 0.04 * images[j].grad.sign()
-            ahead = torch.min(torch.max(ahead, x[i] - 0.1), x[i] + 0.1).clamp(0, 1)
-            torch.testing.assert_close(moved[i], ahead[0], rtol=0, atol=1e-12)
+    g, rows = torch.Generator().manual_seed(0), torch.arange(12)
+    found = method.extremes(x, y)
+    assert model.training
+    two = [x + 0.001 * torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(2)]
+    for _ in range(3):
+        images = torch.stack([x, *two]).requires_grad_()
+        z = F.log_softmax(model(images.flatten(0, 1)), 1).view(3, 12, 3)
+        ends = z[:, rows, y].argmin(0), z[:, rows, y].argmax(0)
+        low, high = (z[end, rows] for end in ends)
+        pairs = (low, high), (high, low)
+        goal = sum((a.exp().detach() * (a.detach() - b)).sum() for a, b in pairs)
+        (gradient,) = torch.autograd.grad(goal, images)
+        ahead = clip(images.detach() + 0.04 * gradient.sign(), x, 0.05)
+        two = [ahead[end, rows] for end in ends]
+    torch.testing.assert_close(list(found), two, rtol=0, atol=1e-12)
 
 
 def test_las_at():
@@ -197,17 +195,13 @@ def test_the_reward_of_las_at():
 @pytest.mark.parametrize("tau", [0, 1, 2])
 def test_fat_stops_some_steps_after_the_first_mistake(tau):
     """One weight: each step moves by the step size, and the class changes at a known place."""
-
-    def model(x):  # class 0 up to 0.5, class 1 beyond
-        return torch.cat([0.5 - x, x - 0.5], 1) * 10
-
     x = torch.tensor([[0.42], [0.1]], dtype=torch.float64)
     y = torch.tensor([0, 0])
-    out = friendly_pgd(model, x, y, x.clone(), 0.3, 0.05, 10, tau)
+    out = friendly_pgd(Line(), x, y, x.clone(), 0.3, 0.05, 10, tau)
     close(out[0], min(0.42 + 0.05 * (2 + tau), 0.72))  # wrong after two steps
     close(out[1], 0.4)  # never wrong: to the end of the ball
     g, again = (torch.Generator().manual_seed(0) for _ in range(2))
-    noisy = friendly_pgd(model, x[:1], y[:1], x[:1].clone(), 0.3, 0.05, 1, tau, 0.001, g)
+    noisy = friendly_pgd(Line(), x[:1], y[:1], x[:1].clone(), 0.3, 0.05, 1, tau, 0.001, g)
     draw = torch.randn(1, 1, generator=again, dtype=torch.float64)
     close(noisy, 0.42 + 0.05 + 0.001 * draw)
 
@@ -232,8 +226,7 @@ def test_attacks_pixel_for_pixel(name, saturated):
             q = F.softmax(method.natural(x), 1).detach()
             goal = 0.1 * nll.mean() + 0.9 * (q * (q.log() - z)).sum()
         (gradient,) = torch.autograd.grad(goal, x_adv)
-        ahead = x_adv.detach() + 0.04 * gradient.sign()
-        x_adv = torch.min(torch.max(ahead, x - 0.1), x + 0.1).clamp(0, 1)
+        x_adv = clip(x_adv.detach() + 0.04 * gradient.sign(), x, 0.1)
     torch.testing.assert_close(method.perturb(x, y), x_adv, rtol=0, atol=1e-12)
 
 
@@ -270,30 +263,29 @@ def test_every_method_learns_and_stays_in_the_ball(name):
         assert not x_adv.requires_grad
     losses = [float(method.step(x, y)["loss"]) for _ in range(60)]
     assert np.mean(losses[-5:]) < losses[0]
-    assert set(method.official) >= set(method.options)
 
 
-def test_attacks_of_single_methods():
+def test_every_image_of_las_at_has_its_own_attack():
+    """Radius, steps and length by the strategy's draws; plain PGD of each image by itself."""
+    model, s = setting()
+    method = METHODS["las-at"](model.train(), s)
     x, y = data()
-    for name in ("st-at", "las-at"):
-        model, s = setting()
-        method = METHODS[name](model, s)
-        model.train()
-        if name == "st-at":
-            images, radius = method.extremes(x, y), 0.1
-        else:
-            choice, log_p = method.strategy.double().sample(x, s.generator)
-            assert log_p.shape == (12,)
-            for column, allowed in zip(choice.T, (RADII, STEPS, LENGTHS), strict=True):
-                assert set(column.tolist()) <= set(allowed)
-            images = [method.attack(x, y, choice)]
-            radius = choice[:, 0] / 255 * s.scale
-        assert model.training
-        for each in images:
-            far = (each - x).abs().flatten(1).amax(1)
-            assert bool((far <= radius + 1e-12).all())
-    natural = F.cross_entropy(model(x), y)
-    assert F.cross_entropy(model(images[0]), y).item() > natural.item()
+    choice, log_p = method.strategy.sample(x, s.generator)
+    assert log_p.shape == (12,)
+    for column, allowed in zip(choice.T, (RADII, STEPS, LENGTHS), strict=True):
+        assert len(set(column.tolist())) > 1
+        assert set(column.tolist()) <= set(allowed)
+    draw = 2 * torch.rand(x.shape, generator=s.generator.clone_state(), dtype=x.dtype) - 1
+    found = method.attack(x, y, choice)
+    assert model.training
+    for i, (radius, steps, length) in enumerate(choice.tolist()):
+        image, ahead = x[i : i + 1], (x + 0.1 * draw).clamp(0, 1)[i : i + 1]
+        for _ in range(max(1, round(0.3 * steps))):  # three steps, where the paper has ten
+            ahead.requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(ahead), y[i : i + 1]), ahead)
+            ahead = ahead.detach() + length / 8 * 0.1 * gradient.sign()
+            ahead = clip(ahead, image, radius / 8 * 0.1)
+        torch.testing.assert_close(found[i], ahead[0], rtol=0, atol=1e-6)
 
 
 def test_controls_differ_from_cure_in_one_thing():
@@ -377,18 +369,6 @@ def test_an_unknown_option_is_refused():
 # Evaluation.
 
 
-class Line(nn.Module):
-    """Class 1 right of a half: what fools it is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        x = x.flatten(1).mean(1, keepdim=True) * self.w
-        return torch.cat([0.5 - x, x - 0.5], 1)
-
-
 def test_accuracy_under_attack_is_that_of_the_margin():
     x = torch.linspace(0.05, 0.95, 19).view(-1, 1, 1, 1)
     y = (x.flatten() > 0.5).long()
@@ -419,33 +399,6 @@ def test_auto_attack_leaves_the_network_as_it_was():
     pgd = training.accuracy(model, lambda: [(x.float(), y)], **training.pgd20(0.05))
     assert 0 <= got <= pgd  # two of its attacks cannot be weaker than one of them
     assert all(q.requires_grad and q.grad is None for q in model.parameters())
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
-@pytest.mark.parametrize("steps", [1, 7, 20])
-def test_pgd_is_that_of_foolbox(loss, steps):
-    """The same start, radius and steps: the same images, pixel by pixel."""
-    foolbox = pytest.importorskip("foolbox")
-    eagerpy = pytest.importorskip("eagerpy")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
-    model = model.double().eval()
-    x, y = data(40)
-
-    def margin(images):
-        z, true = peer(images).raw, F.one_hot(y, 3).bool()
-        return eagerpy.astensor((z.masked_fill(true, -math.inf).amax(1) - z[true]).sum())
-
-    peer = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    pgd = foolbox.attacks.LinfProjectedGradientDescentAttack
-    attack = pgd(abs_stepsize=0.02, steps=steps, random_start=False)
-    if loss == "margin":
-        attack.get_loss_fn = lambda *_: margin
-    theirs = attack.run(peer, x, y, epsilon=0.1)
-    how = dict(eps=0.1, step_size=0.02, steps=steps, random_start=False)
-    ours = rgp_optim.pgd_attack(model, x, y, loss=loss, **how)
-    assert float((ours - x).abs().max()) >= 0.02 - 1e-12
-    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 # The runner.
@@ -600,9 +553,3 @@ def test_paired_test_is_exact():
     assert summary.paired([1, 2, 3], [0, 0, 0]) == 0.25
     assert summary.paired([1, -1], [0, 0]) == 1.0
     assert summary.paired([5, 4, 3, 2, 1], [0] * 5) == 2 / 32
-
-
-def test_spread():
-    assert summary.spread([]) == "-"
-    assert summary.spread([1.0]) == "1.0"
-    assert summary.spread([1.0, 3.0]) == "2.0 ± 1.4"
