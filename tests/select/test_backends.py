@@ -1,4 +1,4 @@
-"""Every fast backend against the reference: equal masks, bit for bit."""
+"""Every fast backend against the reference: equal masks, bit for bit; the kernels' launches."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ FRACTIONS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]
 # Small inputs in several chunks, a bracket around each threshold.
 PATCHES = {
     "cpu": {"SMALL": 16, "CHUNK": 40},
-    "triton": {"CHUNK": 64, "BLOCK": 32, "PIECE": 16} if INTERPRETED else {},
+    "triton": {"CHUNK": 64, "BLOCK": 32, "PIECE": 16},
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCOPES = pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -36,10 +36,11 @@ class Setup(NamedTuple):
     dtypes: list[torch.dtype]
 
 
-def load(name, patch, n=None):
-    """Return a backend with small constants, or skip; ``n`` leaves its constants as they are."""
+def load(name, patch, n=None, **constants):
+    """Return a backend with small constants, or skip; ``n`` leaves all but the given ones."""
     module = _cpu if name == "cpu" else pytest.importorskip("rgp_optim._triton")
-    for constant, value in {} if n else PATCHES[name].items():
+    constants = constants or ({} if n else PATCHES[name])
+    for constant, value in constants.items() if name == "cpu" or INTERPRETED else ():
         patch.setattr(module, constant, value)
     if name == "cpu":
         return Setup(module, "cpu", n or 300, False, DTYPES)
@@ -150,13 +151,13 @@ CASES = {  # n: about the number of elements
 ONE_TERM = ("0-d", "empty", "several tensors", "mixed dtypes", "special values", "one is None")
 
 
-def check(setup, pairs, alphas, fractions, pools, default="cpu"):
-    """Compare the masks with the reference's; the gradients are left as they are."""
+def check(setup, pairs, alphas, fractions, pools):
+    """Compare the masks with the reference's; gradients and default device change nothing."""
     g_nats, g_advs = zip(*pairs, strict=True)
     want = _reference.select(g_nats, g_advs, alphas, fractions, pools)
     g_nats, g_advs = ([on(setup.device, g) for g in column] for column in (g_nats, g_advs))
     before = [None if g is None else g.clone() for g in (*g_nats, *g_advs)]
-    with torch.device(default), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
+    with torch.device("meta"), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
         got = setup.module.select(g_nats, g_advs, alphas, fractions, pools)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
@@ -212,12 +213,6 @@ def test_given_scores(dtype, sign, scope, backend):
         placed = [on(backend.device, score) for score in scores]
         got = backend.module.topk_masks(placed, [fraction] * 4, pools)
         assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.35])
-def test_the_default_device_changes_nothing(fraction, backend):
-    pairs = CASES["several tensors"](backend.n)
-    check(backend, pairs, [0.3] * 3, [fraction] * 3, [0, 0, 0], default="meta")
 
 
 # Any input.
@@ -327,8 +322,7 @@ def test_the_bracket_seldom_misses_where_scales_follow_the_channels(ranked_whole
 
 
 def test_several_threads_at_once(monkeypatch):
-    monkeypatch.setattr(_cpu, "CHUNK", 4096)
-    setup = load("cpu", monkeypatch, n=30_000)
+    setup = load("cpu", monkeypatch, CHUNK=4096)
 
     def one(seed):
         pairs = [(heavy(3000, 10, seed=seed + i), heavy(3000, 10, seed=-seed)) for i in range(3)]
@@ -336,3 +330,79 @@ def test_several_threads_at_once(monkeypatch):
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(one, range(16)))
+
+
+# Large tensors and many chunks; the launches of the kernels.
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "values", "fraction", "constants"),
+    [
+        ("cpu", 2**24 + 5, 1000003, 0.3, {"CHUNK": _cpu.CHUNK}),
+        ("triton", 2**24 + 5, 1000003, 0.3, {"BLOCK": 1 << 18, "CHUNK": 1 << 22}),  # fast
+        # Ties are counted 1,024 chunks at a time; all 3s and 95 % of the 2s are selected.
+        ("triton", 1100, 3, 0.65, {"CHUNK": 2, "BLOCK": 2, "PIECE": 2, "DIGITS": (8, 8, 8, 8)}),
+    ],
+)
+def test_large_tensors(name, n, values, fraction, constants, monkeypatch):
+    setup = load(name, monkeypatch, **constants)
+    n *= setup.module.CHUNK if n == 1100 else 1
+    score = (torch.arange(n) * 48271 % values + 1).float()
+    (mask,) = setup.module.topk_masks([on(setup.device, score)], [fraction], [0])
+    mask = mask.cpu()
+    assert int(mask.sum()) == round(fraction * n)
+    lowest = score[mask].min()
+    assert score[~mask].max() <= lowest
+    tied = mask[score == lowest]
+    assert torch.equal(tied, tied.sort(descending=True).values)  # the first of the ties
+
+
+class Launches:
+    """Stands in for a kernel and logs its launches."""
+
+    def __init__(self, kernel, log):
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid):
+        self.log.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_has_at_most_eight_launches(dtype, monkeypatch):
+    """One selection with zeroing, saving and restoring, of one tensor or of 21."""
+    kernels, device, *_ = load("triton", monkeypatch)
+    log, counts = [], []
+    for name in ("_count", "_mask", "_merge"):
+        monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), log))
+    for count in (1, 21):
+        g, w = ([heavy(30 + i, 7, dtype=dtype).to(device) for i in range(count)] for _ in range(2))
+        log.clear()
+        masks = kernels.select(g, g, [0.3] * count, [0.5] * count, list(range(count)))
+        kernels.restore_(masks, w, kernels.zero_and_save_(masks, g, w))
+        counts.append(len(log))
+    assert counts[0] == counts[1] <= 8
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter's grid is permuted")
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_the_order_of_programs_changes_nothing(order, monkeypatch):
+    """Any program may finish last and pick the digit."""
+    setup = load("triton", monkeypatch)
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    draw = torch.Generator().manual_seed(1)
+    set_index, permuted = builder.set_grid_idx, {}
+
+    def permute(x, y, z):
+        n = int(builder.grid_dim[0])
+        if n not in permuted:
+            places = torch.randperm(n, generator=draw, device="cpu").tolist()
+            permuted[n] = places if order == "shuffled" else list(range(n))[::-1]
+        set_index(permuted[n][x], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", permute)
+    for pools in ([0, 0], [0, 1]):
+        check(setup, [two(100, 5), two(40, 9)], [0.3] * 2, [0.4] * 2, pools)
+    assert permuted
