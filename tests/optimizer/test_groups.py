@@ -6,7 +6,6 @@ from common import make_net
 from torch import nn
 
 from rgp_optim import rgp_param_groups
-from rgp_optim.groups import Settings
 
 
 class Transformer(nn.Module):
@@ -102,24 +101,3 @@ PARAMS = NET.parameters()
 def test_refusals(model, options, error, message):
     with pytest.raises(error, match=message):
         rgp_param_groups(model, **options)
-
-
-GROUP = {"rgp_update_fraction": 0.7, "rgp_alpha": 0.1, "rgp_select": None}
-
-
-@pytest.mark.parametrize(
-    ("select", "shape", "dtype", "selected"),
-    [
-        (None, (2, 2), torch.float32, True),
-        (None, (4,), torch.float32, False),
-        (None, (), torch.float32, False),
-        (True, (4,), torch.bfloat16, True),
-        (False, (2, 2), torch.float32, False),
-        (None, (2, 2), torch.complex64, False),
-        (True, (2, 2), torch.complex64, False),
-        (True, (2, 2), torch.int8, False),
-    ],
-)
-def test_which_parameters_a_group_selects(select, shape, dtype, selected):
-    settings = Settings.of({**GROUP, "rgp_select": select, "lr": 0.1})
-    assert settings.selects(torch.zeros(shape, dtype=dtype)) is selected
