@@ -261,17 +261,21 @@ class Tagged(torch.Tensor):
 )
 @pytest.mark.parametrize("select", [None, True])
 def test_kinds_of_parameters(make, select):
-    """Next to a complex one, always updated, and one that is frozen, which stays."""
+    """Next to those always updated, complex or with sparse gradients; and a frozen one."""
     w, complex_ = nn.Parameter(make()), nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    table = nn.Parameter(torch.ones(3, 2))
     groups = [{"params": [w, complex_, frozen], "rgp_select": select}]
+    groups += [{"params": [table], "rgp_select": False}]
     opt = wrap(groups, sgd(), update_fraction=0.5)
+    nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum().backward()
     complex_.grad = torch.ones_like(complex_)
     step_on(opt, (w * torch.arange(4.0, device=w.device).view(2, 2)).sum())
     assert list(opt.masks()) == [w]
     if w.device.type != "meta":
         assert (w != 1).tolist() == [[False, False], [True, True]]
     assert (complex_ == 0).all()
+    assert table[:, 0].tolist() == [1.0, 0.0, 1.0]
     assert (frozen == 1).all()
 
 
