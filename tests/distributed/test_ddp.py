@@ -1,10 +1,10 @@
 """DistributedDataParallel: the weights of one process on the joined batch, on every rank."""
 
 import copy
-import itertools
 import pickle
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import parallel
 import pytest
@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rgp_optim import RGPSelectiveOptimizer
 from rgp_optim import _distributed as distributed
 
 KINDS = ("ddp", "fsdp")
@@ -204,9 +203,7 @@ def train_two_optimizers(kind, other):
     return values(model)
 
 
-ACCUMULATED = itertools.product(
-    ["loss", "sum"], ["no_sync", "synced"], ["plain", "buckets", "unused"]
-)
+ACCUMULATED = product(["loss", "sum"], ["no_sync", "synced"], ["plain", "buckets", "unused"])
 
 
 @pytest.mark.parametrize(
@@ -214,17 +211,14 @@ ACCUMULATED = itertools.product(
     [
         *((parallel.accumulate, ("ddp", *args, DDP[ddp])) for *args, ddp in ACCUMULATED),
         (train_two_passes, (True,)),
-        *(
-            (train_compiled, each)
-            for each in itertools.product(COMPILED, ["loss", "sum", "in turn"])
-        ),
+        *((train_compiled, each) for each in product(COMPILED, ["loss", "sum", "in turn"])),
         *((train, (kind, "loss", 3, partial(Small, reentrant=False))) for kind in KINDS),
         (train_special, ("branches", "unused")),
         (train_special, ("hooks", "plain")),
         (train_special, ("hooks", "static")),
         (train_special, ("outputs", "unused")),
         (train_special, ("nothing selected", "plain")),
-        *((train_two_optimizers, each) for each in itertools.product(KINDS, ["plain", "wrapped"])),
+        *((train_two_optimizers, each) for each in product(KINDS, ["plain", "wrapped"])),
     ],
 )
 def test_every_loop_is_one_process_on_the_joined_batch(two, program, args):
@@ -240,11 +234,6 @@ def refused(what):
             opt.add_param_group({"params": sharded.parameters()})
         assert len(opt.param_groups) == 1
         make_opt(sharded)
-    elif what == "zero":
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
-
-        params = linear.parameters()
-        RGPSelectiveOptimizer(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1))
     else:
         make_opt(linear, process_group=dist.new_group([0]))
 
@@ -262,7 +251,6 @@ REENTRANT = partial(Small, reentrant=True)
         (train_two_passes, (False,), DIFFERS.format("the gradient of"), 2),
         *((train, (kind, "loss", 3, REENTRANT), "Set `use_reentrant=False`", 2) for kind in KINDS),
         (refused, ("fsdp1",), r"RuntimeError: .*`torch.distributed.fsdp.fully_shard` \(FSDP2\)", 2),
-        (refused, ("zero",), "TypeError: .*use `torch.distributed.fsdp.fully_shard`", 2),
         (refused, ("group of rank 0",), "TypeError: .*Group that this process belongs to", 1),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,38 +153,46 @@ ONE_TERM = ("0-d", "empty", "several tensors", "mixed dtypes", "special values",
 
 
 def check(setup, pairs, alphas, fractions, pools):
-    """Compare the masks with the reference's; gradients and default device change nothing."""
-    g_nats, g_advs = zip(*pairs, strict=True)
-    want = _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    g_nats, g_advs = ([on(setup.device, g) for g in column] for column in (g_nats, g_advs))
-    before = [None if g is None else g.clone() for g in (*g_nats, *g_advs)]
+    """Compare the masks with the reference's; gradients and default device change nothing.
+
+    Without alphas the first of each pair are scores, as of a custom rule: of any sign.
+    """
+    if alphas is None:
+        name, columns = "topk_masks", [[a if b is None else b for b, a in pairs]]
+        rest = fractions, pools
+    else:
+        name, columns, rest = "select", [*zip(*pairs, strict=True)], (alphas, fractions, pools)
+    want = getattr(_reference, name)(*columns, *rest)
+    columns = [[on(setup.device, g) for g in column] for column in columns]
+    before = [[None if g is None else g.clone() for g in column] for column in columns]
     with torch.device("meta"), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
-        got = setup.module.select(g_nats, g_advs, alphas, fractions, pools)
+        got = getattr(setup.module, name)(*columns, *rest)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.shape, g.device.type) == (torch.bool, w.shape, setup.device)
         assert g.is_contiguous()
         assert torch.equal(g.cpu(), w)
-    for g, old in zip((*g_nats, *g_advs), before, strict=True):
+    for g, old in zip(chain(*columns), chain(*before), strict=True):
         assert g is None or same_bits(g, old)
 
 
 @SCOPES
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0, None])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_equal_the_reference(name, alpha, scope, backend):
     if "float64" in name and torch.float64 not in backend.dtypes:
         return
     fractions = FRACTIONS
     if backend.slow:
-        if alpha != 0.1 and (scope == "global" or name not in ONE_TERM):
+        if alpha != 0.1 and (name not in ONE_TERM or (scope == "global" and alpha is not None)):
             return
         fractions = [0.5] if alpha != 0.1 else [0.9, 1.0] if scope == "global" else [0.0, 1e-6, 0.4]
     pairs = CASES[name](backend.n)
     count = len(pairs)
     pools = [0] * count if scope == "global" else list(range(count))
+    alphas = None if alpha is None else [alpha] * count
     for fraction in fractions:
-        check(backend, pairs, [alpha] * count, [fraction] * count, pools)
+        check(backend, pairs, alphas, [fraction] * count, pools)
 
 
 def test_pools_and_shares_apart(backend):
@@ -194,25 +203,6 @@ def test_pools_and_shares_apart(backend):
     alphas, pools = [0.0, 0.2, 0.3, 0.4, 1, 0.7, np.float64(0.1)], [7, 1, 7, 3, 1, 0, 8]
     check(backend, pairs, alphas, fractions, pools)
     assert backend.module.select([], [], [], [], []) == []
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sign", [1, -1])
-@SCOPES
-def test_given_scores(dtype, sign, scope, backend):
-    """Scores of a custom rule may be negative; -0 is 0, and NaN of both signs is highest."""
-    if dtype not in backend.dtypes:
-        return
-    n = backend.n
-    strided = heavy(5, n // 20, seed=2, dtype=dtype).t()
-    scores = [sign * heavy(n // 8, 8, dtype=dtype), sign * special(n).abs().to(dtype)]
-    scores += [strided.abs() if sign > 0 else strided, torch.tensor(-0.0, dtype=dtype)]
-    pools = [0] * 4 if scope == "global" else list(range(4))
-    for fraction in [0.3] if backend.slow else FRACTIONS:
-        want = _reference.topk_masks(scores, [fraction] * 4, pools)
-        placed = [on(backend.device, score) for score in scores]
-        got = backend.module.topk_masks(placed, [fraction] * 4, pools)
-        assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
 
 
 # Any input.
