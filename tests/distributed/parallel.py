@@ -4,6 +4,7 @@ A program is a function that returns weights. In a process without a group it is
 joined batches, since `wrap` and `share` then return what they are given.
 """
 
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import backward
+from ranks import RankFailed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -129,10 +131,10 @@ def train(kind, order="loss", steps=3, make=Small, dtype=torch.float64, wrapping
     return fit(called, make_opt(model, **options), order, range(steps))
 
 
-def accumulate(kind, order, window="synced", wrapping=None):
+def accumulate(kind, order, window="synced", wrapping=None, **options):
     """Two micro-batches per step; with ``no_sync`` only the second is reduced."""
     model = small()
-    called, opt = wrap(kind, model, **(wrapping or {})), make_opt(model)
+    called, opt = wrap(kind, model, **(wrapping or {})), make_opt(model, **options)
     for step in range(3):
         opt.zero_grad()
         for micro in range(2):
@@ -156,6 +158,14 @@ def run(ranks, program, *args, **options):
 
 def _run(rank, program, args, options):
     return program(*args, **options)
+
+
+def assert_refused(ranks, message, program, *args, by=None):
+    """The message, on all ranks or on some."""
+    with pytest.raises(RankFailed) as failed:
+        run(ranks, program, *args)
+    texts = re.split(r"^rank \d: ", str(failed.value), flags=re.MULTILINE)
+    assert sum(bool(re.search(message, text)) for text in texts) == (by or ranks.size)
 
 
 def assert_joined(ranks, program, *args, want=None, **options):

@@ -2,9 +2,9 @@
 
 import copy
 import pickle
-import re
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import parallel
 import pytest
@@ -12,14 +12,13 @@ import torch
 import torch._functorch.config as functorch
 import torch.distributed as dist
 from parallel import Small, assert_joined, batch, fit, make_opt, share, small, train, values, wrap
-from ranks import RankFailed
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rgp_optim import RGPSelectiveOptimizer
 from rgp_optim import _distributed as distributed
 
+KINDS = ("ddp", "fsdp")
 DDP = {
     "plain": {"bucket_cap_mb": 25},
     "unused": {"find_unused_parameters": True},
@@ -43,15 +42,9 @@ def test_replicas_are_bit_identical_after_50_steps(two, four, scope):
         parallel.assert_same_bits(parallel.run(ranks, train, "ddp", **options))
 
 
-@pytest.mark.parametrize("ddp", ["plain", "buckets", "unused"])
-@pytest.mark.parametrize("window", ["no_sync", "synced"])
-def test_micro_batches(two, window, ddp):
-    for order in ("loss", "sum"):
-        assert_joined(two, parallel.accumulate, "ddp", order, window, DDP[ddp])
-
-
 def train_two_passes(by_hand):
     """Both forward passes, then one backward pass per role: DDP reduces in the first only."""
+    by_hand &= dist.is_initialized()
     model = small()
     ddp, opt = wrap("ddp", model), make_opt(model)
     for step in range(3):
@@ -64,13 +57,6 @@ def train_two_passes(by_hand):
             dist.all_reduce(p.grad.div_(2))
         opt.step()
     return values(model)
-
-
-def test_two_backward_passes_after_two_forward_passes(two):
-    """Right where the training gradient is reduced by hand; else refused at the first step."""
-    assert_joined(two, train_two_passes, True, want=train_two_passes(False))
-    with pytest.raises(RankFailed, match=r"the ranks differ in the gradient of .*Nothing was ch"):
-        parallel.run(two, train_two_passes, False)
 
 
 def half_means():
@@ -126,27 +112,16 @@ COMPILED = {
 
 
 def train_compiled(how, order):
+    if not dist.is_initialized():
+        return train("ddp", order)
     torch._dynamo.reset()
     model = small()
     with functorch.patch(donated_buffer=False):
         return fit(COMPILED[how](model), make_opt(model), order)
 
 
-@pytest.mark.parametrize("how", COMPILED)
-def test_compiled_models(two, how):
-    for order in ("loss", "sum", "in turn"):
-        assert_joined(two, train_compiled, how, order, want=train("ddp", order))
-
-
-@parallel.DDP_AND_FSDP2
-def test_checkpointed_activations(two, kind):
-    assert_joined(two, train, kind, make=partial(Small, reentrant=False), want=train(kind))
-    with pytest.raises(RankFailed, match="Set `use_reentrant=False`"):
-        parallel.run(two, train, kind, make=partial(Small, reentrant=True))
-
-
 def differ(how):
-    """The refusal of the first step, before anything has changed."""
+    """The first step is refused, before anything has changed."""
     model, rank = small(), dist.get_rank()
     ddp, opt = wrap("ddp", model), make_opt(model)
     if how == "weights" and rank == 1:
@@ -155,22 +130,10 @@ def differ(how):
         opt = make_opt(model, score=lambda s: torch.rand_like(s.weight) if rank == 1 else s.weight)
     before = values(model)
     parallel.passes("loss", model if how == "module" else ddp, opt, share(batch(99)))
-    with pytest.raises(RuntimeError, match=r"the ranks differ in .*Nothing was changed") as caught:
+    with pytest.raises(RuntimeError) as caught:
         opt.step()
     parallel.assert_same_bits([before, values(model)])
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("how", "named"),
-    [
-        ("module", "the gradient of parameter 0"),
-        ("weights", "the weights of parameter 5"),
-        ("rule", "the mask of parameter 0"),
-    ],
-)
-def test_ranks_that_differ_are_told_so(two, how, named):
-    assert all(named in message for message in parallel.run(two, differ, how))
+    raise caught.value
 
 
 class Branches(Small):
@@ -218,20 +181,6 @@ def train_special(what, ddp):
     return fit(called, opt, steps=range(6), data=brightened if what == "branches" else None)
 
 
-@pytest.mark.parametrize(
-    ("what", "ddp"),
-    [
-        ("branches", "unused"),
-        ("hooks", "plain"),
-        ("hooks", "static"),
-        ("outputs", "unused"),
-        ("nothing selected", "plain"),
-    ],
-)
-def test_hooks_unused_parameters_and_nothing_to_select_in(two, what, ddp):
-    assert_joined(two, train_special, what, ddp)
-
-
 def train_two_optimizers(kind, other):
     """Body and head have an optimizer each; the head's may be a plain one."""
     model = small()
@@ -254,12 +203,26 @@ def train_two_optimizers(kind, other):
     return values(model)
 
 
-@pytest.mark.parametrize("other", ["plain", "wrapped"])
-@parallel.DDP_AND_FSDP2
-def test_two_optimizers(two, kind, other):
-    assert_joined(two, train_two_optimizers, kind, other)
-    if other == "wrapped":  # as one optimizer: the fraction holds in each tensor
-        parallel.assert_close(train_two_optimizers(kind, other), train(kind))
+ACCUMULATED = product(["loss", "sum"], ["no_sync", "synced"], ["plain", "buckets", "unused"])
+
+
+@pytest.mark.parametrize(
+    ("program", "args"),
+    [
+        *((parallel.accumulate, ("ddp", *args, DDP[ddp])) for *args, ddp in ACCUMULATED),
+        (train_two_passes, (True,)),
+        *((train_compiled, each) for each in product(COMPILED, ["loss", "sum", "in turn"])),
+        *((train, (kind, "loss", 3, partial(Small, reentrant=False))) for kind in KINDS),
+        (train_special, ("branches", "unused")),
+        (train_special, ("hooks", "plain")),
+        (train_special, ("hooks", "static")),
+        (train_special, ("outputs", "unused")),
+        (train_special, ("nothing selected", "plain")),
+        *((train_two_optimizers, each) for each in product(KINDS, ["plain", "wrapped"])),
+    ],
+)
+def test_every_loop_is_one_process_on_the_joined_batch(two, program, args):
+    assert_joined(two, program, *args)
 
 
 def refused(what):
@@ -271,27 +234,28 @@ def refused(what):
             opt.add_param_group({"params": sharded.parameters()})
         assert len(opt.param_groups) == 1
         make_opt(sharded)
-    elif what == "zero":
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
-
-        params = linear.parameters()
-        RGPSelectiveOptimizer(ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1))
     else:
         make_opt(linear, process_group=dist.new_group([0]))
 
 
+DIFFERS = "RuntimeError: .*the ranks differ in .*{}.*Nothing was changed"
+REENTRANT = partial(Small, reentrant=True)
+
+
 @pytest.mark.parametrize(
-    ("what", "message", "ranks"),
+    ("program", "args", "message", "by"),
     [
-        ("fsdp1", r"RuntimeError: .*`torch.distributed.fsdp.fully_shard` \(FSDP2\)", 2),
-        ("zero", "TypeError: .*use `torch.distributed.fsdp.fully_shard`", 2),
-        ("group of rank 0", "TypeError: .*a ProcessGroup that this process belongs to", 1),
+        (differ, ("module",), DIFFERS.format("the gradient of parameter 0"), 2),
+        (differ, ("weights",), DIFFERS.format("the weights of parameter 5"), 2),
+        (differ, ("rule",), DIFFERS.format("the mask of parameter 0"), 2),
+        (train_two_passes, (False,), DIFFERS.format("the gradient of"), 2),
+        *((train, (kind, "loss", 3, REENTRANT), "Set `use_reentrant=False`", 2) for kind in KINDS),
+        (refused, ("fsdp1",), r"RuntimeError: .*`torch.distributed.fsdp.fully_shard` \(FSDP2\)", 2),
+        (refused, ("group of rank 0",), "TypeError: .*Group that this process belongs to", 1),
     ],
 )
-def test_what_is_refused(two, what, message, ranks):
-    with pytest.raises(RankFailed) as failed:
-        parallel.run(two, refused, what)
-    assert len(re.findall(message, str(failed.value))) == ranks
+def test_what_is_refused(two, program, args, message, by):
+    parallel.assert_refused(two, message, program, *args, by=by)
 
 
 def test_a_process_group_needs_initialised_processes():

@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import parallel
 import pytest
 import torch
@@ -27,18 +26,23 @@ def shuffled():
 # torch.save by each process.
 
 
-def revised(kind, model, seed):
-    """The model as it is called; and what a checkpoint holds."""
-    reviser = ConsistencyReviser(model, rate=0.5, decay=0.5, seed=seed)
+def train_saving(kind, folder, dies_at):
+    """Save after each step, as a user would: to a new file that replaces the old one."""
+    rank, file = dist.get_rank(), folder / f"rank{dist.get_rank()}.pt"
+    model = shuffled() if file.exists() else small()
+    reviser = ConsistencyReviser(model, rate=0.5, decay=0.5, seed=9 if file.exists() else 4)
     called = wrap(kind, model)
     if kind == "fsdp":
         wrap(kind, reviser.model)
-    return called, {"model": model, "opt": make_opt(model), "reviser": reviser}
-
-
-def train_revised(called, state, steps):
-    opt, reviser = state["opt"], state["reviser"]
-    for step in steps:
+    opt, start = make_opt(model), 0
+    parts = {"model": model, "opt": opt, "reviser": reviser}
+    if file.exists():
+        start, saved = torch.load(file, weights_only=kind != "fsdp")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    for step in range(start, 5):
+        if step == dies_at and rank == 1:
+            opt.inner.register_step_pre_hook(lambda *_: os._exit(1))
         x, x_adv, y = share(batch(step))
         loss, nat, adv = parallel.parts(called, x, x_adv, y)
         loss = loss + reviser(x, x_adv, called(x), called(x_adv))
@@ -46,29 +50,24 @@ def train_revised(called, state, steps):
         backward(opt, loss, natural=nat, adversarial=adv)
         opt.step()
         reviser.update()
-    return values(state["model"]) + values(reviser.model)
-
-
-def resume(kind, folder):
-    """Run five steps; run three, save, build everything anew, load, run two."""
-    whole = train_revised(*revised(kind, small(), 4), range(5))
-    called, state = revised(kind, small(), 4)
-    train_revised(called, state, range(3))
-    file = folder / f"{kind}{dist.get_rank()}.pt"
-    torch.save({name: each.state_dict() for name, each in state.items()}, file)
-    called, state = revised(kind, shuffled(), 9)
-    loaded = torch.load(file, weights_only=kind != "fsdp")
-    for name, each in state.items():
-        each.load_state_dict(loaded[name])
-    return whole, train_revised(called, state, range(3, 5))
+        state = step + 1, {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state, folder / f"rank{rank}.tmp")
+        dist.barrier()  # nobody replaces the old one before all have written
+        os.replace(folder / f"rank{rank}.tmp", file)
+    return values(model) + values(reviser.model)
 
 
 @parallel.DDP_AND_FSDP2
-def test_resuming_is_bit_exact(two, tmp_path, kind):
-    answers = parallel.run(two, resume, kind, tmp_path)
-    parallel.assert_same_bits([uninterrupted for uninterrupted, _ in answers])
-    for uninterrupted, resumed in answers:
-        assert all(map(np.array_equal, uninterrupted, resumed))
+def test_a_process_that_dies_in_a_step_leaves_a_checkpoint_that_resumes_bit_exactly(
+    two, tmp_path, kind
+):
+    folders = [tmp_path / name for name in ("whole", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    whole = parallel.run(two, train_saving, kind, folders[0], None)
+    with pytest.raises(RankFailed, match="rank 1: the process died"):
+        parallel.run(two, train_saving, kind, folders[1], 2)
+    parallel.assert_same_bits(whole + parallel.run(two, train_saving, kind, folders[1], None))
 
 
 # torch.distributed.checkpoint: any number of processes.
@@ -103,31 +102,3 @@ def test_from_shards_to_replicas(four, tmp_path):
     parallel.run(four, save_distributed, "fsdp", tmp_path, 0)
     want = train("ddp", steps=4, update_fraction=0.45)
     assert_joined(four, save_distributed, "ddp", tmp_path, 2, want=want)
-
-
-def train_until_death(kind, folder, dies_at):
-    """Save after each step, as a user would: to a new file that replaces the old one."""
-    model, rank = small(), dist.get_rank()
-    called, opt = wrap(kind, model), make_opt(model)
-    file, start = folder / f"rank{rank}.pt", 0
-    if file.exists():
-        state = torch.load(file, weights_only=kind != "fsdp")
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        start = state["step"]
-    for step in range(start, 5):
-        if step == dies_at and rank == 1:
-            opt.inner.register_step_pre_hook(lambda *_: os._exit(1))
-        fit(called, opt, steps=[step])
-        state = {"model": model.state_dict(), "opt": opt.state_dict(), "step": step + 1}
-        torch.save(state, folder / f"rank{rank}.tmp")
-        dist.barrier()  # nobody replaces the old one before all have written
-        os.replace(folder / f"rank{rank}.tmp", file)
-    return values(model)
-
-
-@parallel.DDP_AND_FSDP2
-def test_a_process_that_dies_in_a_step_leaves_a_checkpoint_that_resumes(two, tmp_path, kind):
-    with pytest.raises(RankFailed, match="rank 1: the process died"):
-        parallel.run(two, train_until_death, kind, tmp_path, 2)
-    assert_joined(two, train_until_death, kind, tmp_path, None, want=train(kind, steps=5))

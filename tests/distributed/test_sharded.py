@@ -1,6 +1,7 @@
 """FSDP2, HSDP and tensor parallelism: the weights of one process on the joined batch."""
 
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from parallel import Small, assert_joined, batch, fit, make_opt, share, small, train, values, wrap
-from ranks import RankFailed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,30 +20,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from rgp_optim import optimizer
 
 
-@parallel.SCOPES
-@pytest.mark.parametrize(
-    ("size", "kind"), [(2, "fsdp"), (2, "root"), (2, "kept"), (4, "fsdp"), (4, "hsdp")]
-)
-def test_fsdp2_is_one_process_on_the_joined_batch(two, four, size, kind, scope):
-    """Some of four ranks hold nothing of the smaller tensors."""
-    for order in parallel.ORDERS if size == 2 else ("loss", "trades"):
-        assert_joined(two if size == 2 else four, train, kind, order, scope=scope)
-
-
 def train_gathering_little(scope):
     """Whole scores of one tensor at a time, as in a model that does not fit."""
     with patch.object(optimizer, "GATHER_LIMIT", 1):
         return train("fsdp", scope=scope)
 
 
-@parallel.SCOPES
-def test_scores_are_gathered_a_few_at_a_time(two, scope):
-    assert_joined(two, train_gathering_little, scope)
-
-
-@pytest.mark.parametrize("order", ["loss", "sum"])
-def test_micro_batches(two, order):
-    assert_joined(two, parallel.accumulate, "fsdp", order)
+UNREDUCED = "not reduced yet|gradient synchronisation is off"
 
 
 def leave_unreduced(how):
@@ -60,13 +43,6 @@ def leave_unreduced(how):
             parallel.passes("loss", called, opt, share(batch(micro)))
         else:
             parallel.parts(called, *share(batch(micro)))[0].backward()
-
-
-@pytest.mark.parametrize("how", ["all scored", "the last scored", "replicas"])
-def test_gradients_that_are_not_reduced_never_reach_a_score(two, four, how):
-    message = r"not reduced yet|gradient synchronisation is off"
-    with pytest.raises(RankFailed, match=message):
-        parallel.run(four if how == "replicas" else two, leave_unreduced, how)
 
 
 def halved(s):
@@ -86,18 +62,6 @@ def train_partly_sharded(score, scope):
 
     opt.register_step_pre_hook(reduce)
     return fit(called, opt)
-
-
-@parallel.SCOPES
-@pytest.mark.parametrize("score", ["rgp", halved])
-def test_sharded_and_whole_parameters_in_one_model(two, score, scope):
-    assert_joined(two, train_partly_sharded, score, scope)
-
-
-@parallel.SCOPES
-@parallel.DDP_AND_FSDP2
-def test_score_rules(two, kind, scope):
-    assert_joined(two, train, kind, score=halved, scope=scope)
 
 
 def train_scaled(kind):
@@ -131,17 +95,29 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
 
 
 def share_cached_weights():
-    """Autocast casts a weight once for both forward passes, in the graph of the first."""
+    """Autocast casts a weight once for both forward passes, in the graph of the first.
+
+    FSDP2 reduces after the second forward pass's part, before the cast has given its own.
+    """
     model = small(dtype=torch.float32)
     called, opt = wrap("fsdp", model), make_opt(model)
     with torch.autocast("cpu", torch.bfloat16):
         parallel.passes("loss", called, opt, share(batch(0, torch.float32)))
 
 
-def test_fsdp2_with_cached_casts_is_refused(two):
-    """FSDP2 reduces after the second forward pass's part, before the cast has given its own."""
-    with pytest.raises(RankFailed, match="cache_enabled=False"):
-        parallel.run(two, share_cached_weights)
+@pytest.mark.parametrize(
+    ("size", "program", "args", "message"),
+    [
+        (2, leave_unreduced, ("all scored",), UNREDUCED),
+        (2, leave_unreduced, ("the last scored",), UNREDUCED),
+        (4, leave_unreduced, ("replicas",), UNREDUCED),
+        (2, share_cached_weights, (), "cache_enabled=False"),
+    ],
+)
+def test_gradients_that_are_not_reduced_never_reach_a_score(
+    two, four, size, program, args, message
+):
+    parallel.assert_refused(two if size == 2 else four, message, program, *args)
 
 
 def train_half(kind, half):
@@ -163,30 +139,21 @@ def test_half_precision(two, kind, half):
         assert all(0.1 < fraction <= 0.45 for fraction in moved)
 
 
-def train_changed(kind):
+def train_changed(kind, scope):
     model = small(lambda: nn.Sequential(Small(), nn.Linear(3, 3)))
-    called, opt = wrap(kind, model), make_opt(model[0])
+    called, opt = wrap(kind, model), make_opt(model[0], scope=scope)
     fit(called, opt, steps=[0])
     opt.add_param_group({"params": model[1].parameters(), "rgp_update_fraction": 0.6})
     return fit(called, opt, steps=[1, 2])
 
 
-@parallel.DDP_AND_FSDP2
-def test_a_group_that_is_added(two, kind):
-    assert_joined(two, train_changed, kind)
-
-
-def replace_by_shards():
+def replace_by_shards(scope):
     """As some trainers do: the optimizer is made first, and gets the shards later."""
     model = small()
-    opt = make_opt(model)
+    opt = make_opt(model, scope=scope)
     wrap("fsdp", model)
     opt.param_groups[0]["params"] = list(model.parameters())
     return fit(model, opt)
-
-
-def test_parameters_that_are_replaced_by_shards(two):
-    assert_joined(two, replace_by_shards)
 
 
 def mask_shards():
@@ -226,12 +193,6 @@ def train_tensor_parallel(shape, scope):
     return fit(model, make_opt(model, scope=scope), data=data)
 
 
-@parallel.SCOPES
-@pytest.mark.parametrize("shape", [(1, 2), (2, 2)], ids=["alone", "with FSDP2"])
-def test_tensor_parallelism(two, four, shape, scope):
-    assert_joined(two if shape == (1, 2) else four, train_tensor_parallel, shape, scope)
-
-
 class Matrix(nn.Module):
     def __init__(self):
         super().__init__()
@@ -257,5 +218,22 @@ def train_on_partial_sums(scope):
 
 
 @parallel.SCOPES
-def test_partial_sums_are_reduced(two, scope):
-    assert_joined(two, train_on_partial_sums, scope)
+@pytest.mark.parametrize(
+    ("size", "program", "args"),
+    [
+        *((2, train, each) for each in product(["fsdp", "root", "kept"], parallel.ORDERS)),
+        # Some of four ranks hold nothing of the smaller tensors.
+        *((4, train, each) for each in product(["fsdp", "hsdp"], ["loss", "trades"])),
+        *((2, partial(train, score=halved), (kind,)) for kind in ("ddp", "fsdp")),
+        *((2, parallel.accumulate, ("fsdp", order)) for order in ("loss", "sum")),
+        (2, train_gathering_little, ()),
+        *((2, train_partly_sharded, (score,)) for score in ("rgp", halved)),
+        *((2, train_changed, (kind,)) for kind in ("ddp", "fsdp")),
+        (2, replace_by_shards, ()),
+        (2, train_tensor_parallel, ((1, 2),)),
+        (4, train_tensor_parallel, ((2, 2),)),  # with FSDP2
+        (2, train_on_partial_sums, ()),
+    ],
+)
+def test_it_is_one_process_on_the_joined_batch(two, four, size, program, args, scope):
+    assert_joined(two if size == 2 else four, program, *args, scope=scope)

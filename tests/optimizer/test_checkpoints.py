@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import Run, disk, same, train
+from common import DEVICE, Run, disk, losses, make_batch, same, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -13,19 +13,26 @@ from torch.optim import lr_scheduler as lrs
 
 @pytest.mark.parametrize("name", ["SGD momentum wd", "AdamW", "Adafactor"])
 def test_resuming_is_bit_exact(name):
+    """With a scheduler and a gradient scaler."""
     straight, resumed = Run(name), Run(name, seed=5, update_fraction=0.9)
-    schedulers = [lrs.StepLR(run.opt, 2) for run in (straight, resumed)]
+    parts = []
+    for run in (straight, resumed):
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, growth_interval=2)
+        parts.append([run.model, run.opt, scaler, lrs.StepLR(run.opt, 2)])
     for seed in range(6):
         if seed == 3:
-            parts = zip((straight, resumed), schedulers, strict=True)
-            old, new = ([run.model, run.opt, scheduler] for run, scheduler in parts)
-            for target, state in zip(new, disk([part.state_dict() for part in old]), strict=True):
-                target.load_state_dict(state)
+            saved = disk([part.state_dict() for part in parts[0]])
+            for part, state in zip(parts[1], saved, strict=True):
+                part.load_state_dict(state)
             assert resumed.opt.param_groups[0]["rgp_update_fraction"] == 0.3
-        for run, scheduler in zip((straight, resumed), schedulers, strict=True):
-            if run is straight or seed >= 3:
-                run.step(seed)
-                scheduler.step()
+        for model, opt, scaler, scheduler in parts if seed >= 3 else parts[:1]:
+            loss, nat, adv = losses(model, *make_batch(seed))
+            opt.zero_grad()
+            scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
+            scaler.step(opt)
+            scaler.update()
+            scheduler.step()
+            assert scaler.get_scale() == 1024.0 * 2 ** ((seed + 1) // 2)
     assert same(straight, resumed)
     for a, b in zip(straight.opt.state.values(), resumed.opt.state.values(), strict=True):
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)

@@ -16,9 +16,6 @@ from torch._dynamo.backends.common import aot_autograd
 from rgp_optim import ConsistencyReviser, kl_adv_loss, kl_attack
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
-needs_compiler = pytest.mark.skipif(
-    os.name == "nt" or shutil.which("g++") is None, reason="the compiler needs g++"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -71,21 +68,17 @@ def aot(model, **options):
     return torch.compile(model, backend="aot_eager", **options)
 
 
+ORDERS = {each: each for each in (together, of_sum, in_turn)}
+ORDERS[partial(together, losses=aot(losses))] = together  # model and losses compiled together
+
+
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)
-@pytest.mark.parametrize("passes", [together, of_sum, in_turn])
-def test_a_compiled_model_trains_as_it_does_uncompiled(passes, options):
-    runs = Compiled(lambda model: aot(model, **options), passes), Compiled(passes=passes)
+@pytest.mark.parametrize(("passes", "plain"), ORDERS.items())
+def test_a_compiled_model_trains_as_it_does_uncompiled(passes, plain, options):
+    runs = Compiled(lambda model: aot(model, **options), passes), Compiled(passes=plain)
     train(3, *runs)
     assert same(*runs)
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-@needs_compiler
-def test_the_default_compiler():
-    runs = Compiled(torch.compile), Compiled()
-    train(3, *runs)
-    weights = [snapshot(run.model) for run in runs]
-    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)  # fused sums: some units of rounding
 
 
 @pytest.mark.parametrize("donated", [True, False])
@@ -112,21 +105,20 @@ class Waves(nn.Module):
         return self.second(self.first(x).sin()).cos()
 
 
-@needs_compiler
-def test_code_that_was_compiled_for_one_pass_is_not_taken_from_the_cache():
+@pytest.mark.skipif(os.name == "nt" or shutil.which("g++") is None, reason="the compiler needs g++")
+def test_the_default_compiler_does_not_take_from_its_cache_what_was_compiled_for_one_pass():
     """Inductor's cache does not know the setting; with a tag of its own it does."""
     torch.manual_seed(0)
-    model, x, tag = Waves(), torch.rand(32, 16), torch.compiler.config.patch
+    model, x, tag = Waves(), torch.rand(64, 16), torch.compiler.config.patch
     opt, params = wrap(model, sgd(0.1)), list(model.parameters())
     grad = torch.autograd.grad
 
     def losses(called):
-        out = called(x).square()
-        nat, adv = out[:16].mean(), out[16:].mean()
+        nat, adv = (called(part).square().mean() for part in x.chunk(2))
         return nat, adv, nat + adv.square()
 
     with functorch.patch(donated_buffer=True), tag(cache_key_tag="rgp-optim, freed"):
-        torch.compile(model)(x).square().mean().backward()
+        torch.compile(model)(x[:32]).square().mean().backward()
     torch._dynamo.reset()
     with functorch.patch(donated_buffer=False), tag(cache_key_tag="rgp-optim, kept"):
         compiled = torch.compile(model)
@@ -139,12 +131,6 @@ def test_code_that_was_compiled_for_one_pass_is_not_taken_from_the_cache():
             found += [tuple(p.grad for p in params)]
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)  # rounding
             opt.step()
-
-
-def test_model_and_losses_compiled_together():
-    runs = Compiled(passes=partial(together, losses=aot(losses))), Compiled()
-    train(3, *runs)
-    assert same(*runs)
 
 
 def test_attack_and_reviser_with_a_compiled_model():
@@ -168,14 +154,6 @@ def test_attack_and_reviser_with_a_compiled_model():
     assert same(*(reviser.model for reviser in revisers.values()))
 
 
-def in_place(backend):
-    def compile_(model):
-        model.compile(backend=backend)
-        return model
-
-    return compile_
-
-
 def test_an_attack_computes_no_gradients_of_the_weights():
     """A compiled backward pass computes all gradients that its parameters ask for."""
     outputs = []
@@ -189,32 +167,23 @@ def test_an_attack_computes_no_gradients_of_the_weights():
         fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward_compiler
     )
     x, _, y = make_batch()
-    for compile_ in (lambda m: torch.compile(m, backend=backend), in_place(backend)):
+    for in_place in (False, True):
         torch._dynamo.reset()
         model = make_net()
         model.norm.weight.requires_grad_(False)
         want = kl_attack(model, x, eps=0.1, steps=3, generator=0)
-        called = compile_(model)
+        called = model if in_place else torch.compile(model, backend=backend)
+        if in_place:
+            model.compile(backend=backend)
         outputs.clear()
         assert torch.equal(kl_attack(called, x, eps=0.1, steps=3, generator=0), want)
         assert outputs == [1]
+        with pytest.raises(RuntimeError, match="channels"):  # an attack that fails
+            kl_attack(called, x[:, :1])
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained == [n for n, _ in model.named_parameters() if n != "norm.weight"]
         F.cross_entropy(called(x), y).backward()
         assert outputs == [1, 5]
-
-
-def test_an_attack_that_fails_leaves_the_parameters_as_they_were():
-    def broken(x):
-        raise KeyError("broken")
-
-    model = make_net()
-    called = torch.compile(model, backend="eager")
-    model.head.forward = broken
-    with pytest.raises(KeyError):
-        kl_attack(called, make_batch()[0])
-    assert all(p.requires_grad for p in model.parameters())
-    assert model.training
 
 
 def test_a_compiled_step_with_a_scheduler():

@@ -6,7 +6,6 @@ from common import make_net
 from torch import nn
 
 from rgp_optim import rgp_param_groups
-from rgp_optim.groups import Settings
 
 
 class Transformer(nn.Module):
@@ -59,19 +58,11 @@ def test_each_parameter_is_in_one_of_two_groups(make, leave_out, selected):
     assert (first["rgp_select"], second["rgp_select"]) == (True, False)
 
 
-def test_options_hold_in_both_groups_and_each_has_a_learning_rate():
-    """A scheduler sets both; an assignment to the first sets only that."""
+def test_options_hold_in_both_groups():
     options = dict(rgp_update_fraction=0.5, lr=0.2, alpha=0.9)
     groups = rgp_param_groups(make_net(), **options)
     for group, select in zip(groups, (True, False), strict=True):
         assert {**group, "params": None} == {"params": None, "rgp_select": select, **options}
-    inner = torch.optim.SGD(groups, lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
-    inner.step()
-    scheduler.step()
-    assert [group["lr"] for group in inner.param_groups] == [0.1, 0.1]
-    inner.param_groups[0]["lr"] = 0.0
-    assert [group["lr"] for group in inner.param_groups] == [0.0, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -102,24 +93,3 @@ PARAMS = NET.parameters()
 def test_refusals(model, options, error, message):
     with pytest.raises(error, match=message):
         rgp_param_groups(model, **options)
-
-
-GROUP = {"rgp_update_fraction": 0.7, "rgp_alpha": 0.1, "rgp_select": None}
-
-
-@pytest.mark.parametrize(
-    ("select", "shape", "dtype", "selected"),
-    [
-        (None, (2, 2), torch.float32, True),
-        (None, (4,), torch.float32, False),
-        (None, (), torch.float32, False),
-        (True, (4,), torch.bfloat16, True),
-        (False, (2, 2), torch.float32, False),
-        (None, (2, 2), torch.complex64, False),
-        (True, (2, 2), torch.complex64, False),
-        (True, (2, 2), torch.int8, False),
-    ],
-)
-def test_which_parameters_a_group_selects(select, shape, dtype, selected):
-    settings = Settings.of({**GROUP, "rgp_select": select, "lr": 0.1})
-    assert settings.selects(torch.zeros(shape, dtype=dtype)) is selected

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, Run, disk, losses, make_batch, numpy_masks, same, to_numpy, wrap
+from common import DEVICE, Run, losses, make_batch, numpy_masks, same, to_numpy, wrap
 from torch import nn
 
 
-def scaled(run, scaler, loss, nat, adv):
-    run.opt.zero_grad()
-    scaler.scale(run.opt.scored(loss, natural=nat, adversarial=adv)).backward()
+def scaled(opt, scaler, loss, nat, adv):
+    opt.zero_grad()
+    scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
 
 
 def scaler_of(**options):
@@ -29,7 +29,7 @@ def test_grad_scaler(name, unscale, conserve):
     for seed in range(4):
         overflows, buffers = seed == 1, copy.deepcopy(run.model.state_dict())
         loss, nat, adv = losses(run.model, *make_batch(seed))
-        scaled(run, scaler, loss * torch.inf if overflows else loss, nat, adv)
+        scaled(run.opt, scaler, loss * torch.inf if overflows else loss, nat, adv)
         if unscale:
             scaler.unscale_(run.opt)
             if not overflows:
@@ -50,69 +50,36 @@ def test_grad_scaler(name, unscale, conserve):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key]))
 
 
-def test_scaler_and_optimizer_resume_together():
-    ends = []
-    for stop in (None, 2):
-        run, scaler = Run(), scaler_of(growth_interval=2)
-        for step in range(4):
-            if step == stop:
-                state = disk([each.state_dict() for each in (run.model, run.opt, scaler)])
-                run, scaler = Run(seed=5), torch.amp.GradScaler(DEVICE.type)
-                for each, saved in zip((run.model, run.opt, scaler), state, strict=True):
-                    each.load_state_dict(saved)
-            scaled(run, scaler, *losses(run.model, *make_batch(step)))
-            scaler.step(run.opt)
-            scaler.update()
-        assert scaler.get_scale() == 4096.0
-        ends.append(run)
-    assert same(*ends)
-
-
-def selected(g_nats, g_advs, scope="tensor"):
+def selected(g_nats, g_advs, scope):
     """The masks, from the scores in float64 and Python's sort."""
     pairs = zip(g_nats, g_advs, strict=True)
     scores = [to_numpy(0.3 * a.double().abs() + 0.7 * b.double().abs()) for a, b in pairs]
     return numpy_masks(scores, [0.3, 0.3], [0, 0] if scope == "global" else [0, 1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    run, scaler = Run(alpha=0.3), scaler_of()
-    params = [run.model.conv.weight, run.model.head.weight]
-    for step in range(3):
-        x, x_adv, y = make_batch(step)
-        with torch.autocast(DEVICE.type, dtype):
-            nat, adv = F.cross_entropy(run.model(x), y), F.cross_entropy(run.model(x_adv), y)
-        grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
-        masks = selected(*grads)
-        scaled(run, scaler, nat + adv, nat, adv)
-        run.mark()
-        scaler.step(run.opt)
-        scaler.update()
-        for changed, mask in zip(run.moved()[::4], masks, strict=True):
-            assert not (to_numpy(changed) & ~mask).any()
-            assert changed.any()
-
-
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("conserve", ["weights", "update"])
 @pytest.mark.parametrize("name", ["SGD momentum wd", "AdamW", "AdamW fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision(dtype, name, conserve, scope):
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast, dtype, name, conserve, scope):
     """The mask is that of the same gradients in float64; what it leaves out keeps its bits."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3)).to(dtype)
+    model = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+    model.to(torch.float32 if autocast else dtype)
     opt = wrap(model, name, alpha=0.3, conserve=conserve, scope=scope)
+    scaler = scaler_of(enabled=autocast)  # weights need no scaler
     params = [model[0].weight, model[2].weight]
     for step in range(3):
         torch.manual_seed(step)
-        x, y = torch.rand(8, 6).to(dtype), torch.randint(0, 3, (8,))
-        nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
+        x, y = torch.rand(8, 6).to(params[0].dtype), torch.randint(0, 3, (8,))
+        with torch.autocast(DEVICE.type, dtype, enabled=autocast):
+            nat, adv = F.cross_entropy(model(x), y), F.cross_entropy(model(x + 0.1), y)
         grads = (torch.autograd.grad(each, params, retain_graph=True) for each in (nat, adv))
         masks, start = selected(*grads, scope), [p.detach().clone() for p in params]
-        opt.zero_grad()
-        opt.scored(nat + adv, natural=nat, adversarial=adv).backward()
-        opt.step()
+        scaled(opt, scaler, nat + adv, nat, adv)
+        scaler.step(opt)
+        scaler.update()
         changed = [to_numpy(p != old) for p, old in zip(params, start, strict=True)]
         assert any(each.any() for each in changed)
         assert not any((each & ~mask).any() for each, mask in zip(changed, masks, strict=True))

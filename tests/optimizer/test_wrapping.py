@@ -1,7 +1,6 @@
 """RGPSelectiveOptimizer as a torch.optim.Optimizer: schedulers, hooks, copies, closures."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -50,18 +49,11 @@ def test_an_optimizer_that_has_stepped_already_can_be_wrapped():
 def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
     """Trainers subclass the optimizer's class on the fly and copy its ``__dict__``."""
 
-    class Proxy:
-        def __init__(self, optimizer):
-            self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
-            self.__class__ = type("Proxied", (type(self), type(optimizer)), {})
-            self._optimizer = optimizer
-
-        def step(self, closure=None):
-            return self._optimizer.step(closure)
-
     run, reference = Run(), Run()
-    run.opt = Proxy(run.opt)
-    assert isinstance(run.opt, RGPSelectiveOptimizer)
+    step = {"step": lambda _, closure=None, original=run.opt: original.step(closure)}
+    proxy = object.__new__(type("Proxied", (RGPSelectiveOptimizer,), step))
+    proxy.__dict__ = {k: v for k, v in run.opt.__dict__.items() if k != "step"}
+    run.opt = proxy
     for each in (run, reference):
         each.opt.param_groups[0]["rgp_update_fraction"] = 0.5
     train(2, run, reference)
@@ -69,27 +61,20 @@ def test_a_proxy_with_a_dict_of_its_own_shares_the_state():
     assert run.opt.masks()[run.model.conv.weight].float().mean() == 0.5
 
 
-def two(optimizer):
+def both(optimizer):
     return [lrs.ConstantLR(optimizer, 0.1, 2), lrs.ExponentialLR(optimizer, 0.9)]
 
 
-SCHEDULERS = {
+SCHEDULERS = {  # one of each way to change a group
     lrs.LambdaLR: [lambda t: 0.9**t],
-    lrs.MultiplicativeLR: [lambda t: 0.9],
-    lrs.StepLR: [2],
-    lrs.MultiStepLR: [[1, 3]],
-    lrs.ConstantLR: [0.5, 2],
     lrs.LinearLR: [0.5, 1.0, 3],
-    lrs.ExponentialLR: [0.9],
-    lrs.PolynomialLR: [5],
-    lrs.CosineAnnealingLR: [5],
     lrs.CosineAnnealingWarmRestarts: [2],
     lrs.CyclicLR: [0.01, 0.1, 2],
     lrs.OneCycleLR: [0.1, 6],
     lrs.ReduceLROnPlateau: ["min", 0.1, 0],
     torch.optim.swa_utils.SWALR: [0.01, 3],
-    lambda optimizer: lrs.SequentialLR(optimizer, two(optimizer), [2]): [],
-    lambda optimizer: lrs.ChainedScheduler(two(optimizer)): [],
+    lambda optimizer: lrs.SequentialLR(optimizer, both(optimizer), [2]): [],
+    lambda optimizer: lrs.ChainedScheduler(both(optimizer)): [],
 }
 
 
@@ -171,18 +156,6 @@ def test_groups_and_parameters_that_are_set_later():
     assert same(run, reference)
 
 
-def test_a_sparse_embedding_outside_the_selection():
-    embedding, head = nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3)
-    table = {"params": list(embedding.parameters()), "rgp_select": False}
-    opt = wrap([table, {"params": list(head.parameters())}], sgd(0.1))
-    start = embedding.weight.detach().clone()
-    for _ in range(2):
-        opt.zero_grad()
-        step_on(opt, head(embedding(torch.tensor([1, 2, 1, 3]))).square().sum())
-    changed = (embedding.weight != start).any(1)
-    assert changed.tolist() == [False, True, True, True, False, False]
-
-
 # Attributes, and methods of the inner optimizer.
 
 
@@ -234,22 +207,11 @@ def test_methods_of_the_inner_optimizer_are_found_unless_they_step():
 # Copies.
 
 
-def through_file(pair):
-    file = io.BytesIO()
-    torch.save(pair, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
-    "torch.load": through_file,
-}
+COPIES = [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
 def test_copies_go_on_alike_and_apart(copied, scheduled):
     run, seen = Run(scope="global", conserve="update"), []
     if scheduled:
@@ -275,7 +237,7 @@ def test_copies_go_on_alike_and_apart(copied, scheduled):
     assert seen == [1]
 
 
-@pytest.mark.parametrize("copied", [lambda run: run, *COPIES.values()])
+@pytest.mark.parametrize("copied", [lambda run: run, *COPIES])
 def test_the_inner_optimizer_must_not_step_past_waiting_scores(copied):
     """Nor that of a copy made between backward and step, which has the scores."""
     twin = copied(Run())
@@ -456,7 +418,6 @@ def in_group(**settings):
         (lambda p: wrap(p, SGD), {}, TypeError, "not be wrapped already"),
         (torch.optim.LBFGS, {}, TypeError, "evaluate its closure once.*Use a first-order"),
         (named("SGDScheduleFreeClosure"), {}, TypeError, "evaluate its closure once.*Use a first"),
-        (named("S", first_step=1, second_step=2), {}, TypeError, r"one gradient per step.*SAM\("),
         (named("ZeroRedundancyOptimizer"), {}, TypeError, "whole state.*fully_shard"),
         (Prepared, {}, TypeError, "have step hooks.*Wrap your own optimizer, then prepare"),
         (sgd(differentiable=True), {}, ValueError, "`differentiable` should be False"),
@@ -466,12 +427,7 @@ def in_group(**settings):
         (SGD, {"conserve": "all"}, ValueError, "`conserve` should be one of 'weights', 'grad"),
         (SGD, {"score": "taylor"}, ValueError, "`score` should be one of 'rgp'.* Or pass a call"),
         (SGD, {"backend": "tpu"}, ValueError, "`backend` should be one of 'auto', 'cpu', 'trit"),
-        (
-            in_group(rgp_alpha=2),
-            {},
-            ValueError,
-            r"`rgp_alpha` should be in \[0, 1\]. Found .* = 2`",
-        ),
+        (in_group(rgp_alpha=2), {}, ValueError, r"`rgp_alpha` should be in \[0, 1\]. .* = 2`"),
         (in_group(update_fraction=0.2), {}, ValueError, "`update_fraction`. Write 'rgp_upd"),
     ],
 )

@@ -1,7 +1,8 @@
-"""Every fast backend against the reference: equal masks, bit for bit."""
+"""Every fast backend against the reference: equal masks, bit for bit; the kernels' launches."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ FRACTIONS = [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0]
 # Small inputs in several chunks, a bracket around each threshold.
 PATCHES = {
     "cpu": {"SMALL": 16, "CHUNK": 40},
-    "triton": {"CHUNK": 64, "BLOCK": 32, "PIECE": 16} if INTERPRETED else {},
+    "triton": {"CHUNK": 64, "BLOCK": 32, "PIECE": 16},
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCOPES = pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -36,10 +37,11 @@ class Setup(NamedTuple):
     dtypes: list[torch.dtype]
 
 
-def load(name, patch, n=None):
-    """Return a backend with small constants, or skip; ``n`` leaves its constants as they are."""
+def load(name, patch, n=None, **constants):
+    """Return a backend with small constants, or skip; ``n`` leaves all but the given ones."""
     module = _cpu if name == "cpu" else pytest.importorskip("rgp_optim._triton")
-    for constant, value in {} if n else PATCHES[name].items():
+    constants = constants or ({} if n else PATCHES[name])
+    for constant, value in constants.items() if name == "cpu" or INTERPRETED else ():
         patch.setattr(module, constant, value)
     if name == "cpu":
         return Setup(module, "cpu", n or 300, False, DTYPES)
@@ -150,39 +152,47 @@ CASES = {  # n: about the number of elements
 ONE_TERM = ("0-d", "empty", "several tensors", "mixed dtypes", "special values", "one is None")
 
 
-def check(setup, pairs, alphas, fractions, pools, default="cpu"):
-    """Compare the masks with the reference's; the gradients are left as they are."""
-    g_nats, g_advs = zip(*pairs, strict=True)
-    want = _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    g_nats, g_advs = ([on(setup.device, g) for g in column] for column in (g_nats, g_advs))
-    before = [None if g is None else g.clone() for g in (*g_nats, *g_advs)]
-    with torch.device(default), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
-        got = setup.module.select(g_nats, g_advs, alphas, fractions, pools)
+def check(setup, pairs, alphas, fractions, pools):
+    """Compare the masks with the reference's; gradients and default device change nothing.
+
+    Without alphas the first of each pair are scores, as of a custom rule: of any sign.
+    """
+    if alphas is None:
+        name, columns = "topk_masks", [[a if b is None else b for b, a in pairs]]
+        rest = fractions, pools
+    else:
+        name, columns, rest = "select", [*zip(*pairs, strict=True)], (alphas, fractions, pools)
+    want = getattr(_reference, name)(*columns, *rest)
+    columns = [[on(setup.device, g) for g in column] for column in columns]
+    before = [[None if g is None else g.clone() for g in column] for column in columns]
+    with torch.device("meta"), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
+        got = getattr(setup.module, name)(*columns, *rest)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.shape, g.device.type) == (torch.bool, w.shape, setup.device)
         assert g.is_contiguous()
         assert torch.equal(g.cpu(), w)
-    for g, old in zip((*g_nats, *g_advs), before, strict=True):
+    for g, old in zip(chain(*columns), chain(*before), strict=True):
         assert g is None or same_bits(g, old)
 
 
 @SCOPES
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0, None])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_equal_the_reference(name, alpha, scope, backend):
     if "float64" in name and torch.float64 not in backend.dtypes:
         return
     fractions = FRACTIONS
     if backend.slow:
-        if alpha != 0.1 and (scope == "global" or name not in ONE_TERM):
+        if alpha != 0.1 and (name not in ONE_TERM or (scope == "global" and alpha is not None)):
             return
         fractions = [0.5] if alpha != 0.1 else [0.9, 1.0] if scope == "global" else [0.0, 1e-6, 0.4]
     pairs = CASES[name](backend.n)
     count = len(pairs)
     pools = [0] * count if scope == "global" else list(range(count))
+    alphas = None if alpha is None else [alpha] * count
     for fraction in fractions:
-        check(backend, pairs, [alpha] * count, [fraction] * count, pools)
+        check(backend, pairs, alphas, [fraction] * count, pools)
 
 
 def test_pools_and_shares_apart(backend):
@@ -193,31 +203,6 @@ def test_pools_and_shares_apart(backend):
     alphas, pools = [0.0, 0.2, 0.3, 0.4, 1, 0.7, np.float64(0.1)], [7, 1, 7, 3, 1, 0, 8]
     check(backend, pairs, alphas, fractions, pools)
     assert backend.module.select([], [], [], [], []) == []
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sign", [1, -1])
-@SCOPES
-def test_given_scores(dtype, sign, scope, backend):
-    """Scores of a custom rule may be negative; -0 is 0, and NaN of both signs is highest."""
-    if dtype not in backend.dtypes:
-        return
-    n = backend.n
-    strided = heavy(5, n // 20, seed=2, dtype=dtype).t()
-    scores = [sign * heavy(n // 8, 8, dtype=dtype), sign * special(n).abs().to(dtype)]
-    scores += [strided.abs() if sign > 0 else strided, torch.tensor(-0.0, dtype=dtype)]
-    pools = [0] * 4 if scope == "global" else list(range(4))
-    for fraction in [0.3] if backend.slow else FRACTIONS:
-        want = _reference.topk_masks(scores, [fraction] * 4, pools)
-        placed = [on(backend.device, score) for score in scores]
-        got = backend.module.topk_masks(placed, [fraction] * 4, pools)
-        assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.35])
-def test_the_default_device_changes_nothing(fraction, backend):
-    pairs = CASES["several tensors"](backend.n)
-    check(backend, pairs, [0.3] * 3, [fraction] * 3, [0, 0, 0], default="meta")
 
 
 # Any input.
@@ -327,8 +312,7 @@ def test_the_bracket_seldom_misses_where_scales_follow_the_channels(ranked_whole
 
 
 def test_several_threads_at_once(monkeypatch):
-    monkeypatch.setattr(_cpu, "CHUNK", 4096)
-    setup = load("cpu", monkeypatch, n=30_000)
+    setup = load("cpu", monkeypatch, CHUNK=4096)
 
     def one(seed):
         pairs = [(heavy(3000, 10, seed=seed + i), heavy(3000, 10, seed=-seed)) for i in range(3)]
@@ -336,3 +320,79 @@ def test_several_threads_at_once(monkeypatch):
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(one, range(16)))
+
+
+# Large tensors and many chunks; the launches of the kernels.
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "values", "fraction", "constants"),
+    [
+        ("cpu", 2**24 + 5, 1000003, 0.3, {"CHUNK": _cpu.CHUNK}),
+        ("triton", 2**24 + 5, 1000003, 0.3, {"BLOCK": 1 << 18, "CHUNK": 1 << 22}),  # fast
+        # Ties are counted 1,024 chunks at a time; all 3s and 95 % of the 2s are selected.
+        ("triton", 1100, 3, 0.65, {"CHUNK": 2, "BLOCK": 2, "PIECE": 2, "DIGITS": (8, 8, 8, 8)}),
+    ],
+)
+def test_large_tensors(name, n, values, fraction, constants, monkeypatch):
+    setup = load(name, monkeypatch, **constants)
+    n *= setup.module.CHUNK if n == 1100 else 1
+    score = (torch.arange(n) * 48271 % values + 1).float()
+    (mask,) = setup.module.topk_masks([on(setup.device, score)], [fraction], [0])
+    mask = mask.cpu()
+    assert int(mask.sum()) == round(fraction * n)
+    lowest = score[mask].min()
+    assert score[~mask].max() <= lowest
+    tied = mask[score == lowest]
+    assert torch.equal(tied, tied.sort(descending=True).values)  # the first of the ties
+
+
+class Launches:
+    """Stands in for a kernel and logs its launches."""
+
+    def __init__(self, kernel, log):
+        self.kernel, self.log = kernel, log
+
+    def __getitem__(self, grid):
+        self.log.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_has_at_most_eight_launches(dtype, monkeypatch):
+    """One selection with zeroing, saving and restoring, of one tensor or of 21."""
+    kernels, device, *_ = load("triton", monkeypatch)
+    log, counts = [], []
+    for name in ("_count", "_mask", "_merge"):
+        monkeypatch.setattr(kernels, name, Launches(getattr(kernels, name), log))
+    for count in (1, 21):
+        g, w = ([heavy(30 + i, 7, dtype=dtype).to(device) for i in range(count)] for _ in range(2))
+        log.clear()
+        masks = kernels.select(g, g, [0.3] * count, [0.5] * count, list(range(count)))
+        kernels.restore_(masks, w, kernels.zero_and_save_(masks, g, w))
+        counts.append(len(log))
+    assert counts[0] == counts[1] <= 8
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter's grid is permuted")
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_the_order_of_programs_changes_nothing(order, monkeypatch):
+    """Any program may finish last and pick the digit."""
+    setup = load("triton", monkeypatch)
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    draw = torch.Generator().manual_seed(1)
+    set_index, permuted = builder.set_grid_idx, {}
+
+    def permute(x, y, z):
+        n = int(builder.grid_dim[0])
+        if n not in permuted:
+            places = torch.randperm(n, generator=draw, device="cpu").tolist()
+            permuted[n] = places if order == "shuffled" else list(range(n))[::-1]
+        set_index(permuted[n][x], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", permute)
+    for pools in ([0, 0], [0, 1]):
+        check(setup, [two(100, 5), two(40, 9)], [0.3] * 2, [0.4] * 2, pools)
+    assert permuted
