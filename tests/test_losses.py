@@ -123,7 +123,8 @@ T, V = TypeError, ValueError
 @pytest.mark.parametrize(
     ("loss", "args", "error", "message"),
     [
-        (kl_adv_loss, (Z[0], Z[0], Y), V, r"`logits` should be real and \[batch, classes\]"),
+        (kl_adv_loss, (Z[0], Z[0], Y), V, r"`logits` should be \[batch, classes\]"),
+        (kl_adv_loss, (Z + 0j, Z + 0j, Y), T, "`logits` should have a real dtype"),
         (kl_adv_loss, (Z, Z[:, :2], Y), V, "`logits_adv` should match `logits`"),
         (kl_adv_loss, (Z, Z.half(), Y), V, f"torch.float16 on {Z.device} against"),
         (kl_adv_loss, (Z.long(), Z, Y), T, "`logits` should have a floating dtype"),
