@@ -150,19 +150,14 @@ class Scores:
                 gradient = gradient.detach()
                 held[p] = gradient if earlier is None else earlier + gradient
 
-    def averaged(self, ranks: Ranks, params: Sequence[Tensor]) -> Scores:
-        """Return the means over ranks that each have gradients of their own batch."""
+    def average(self, ranks: Ranks, params: Sequence[Tensor]) -> None:
+        """Replace gradients by their means over ranks that each have a batch of their own."""
         keys = [(r, p) for r in ROLES if r in self.taken for p in params if not is_sharded(p)]
-        if ranks.size == 1 or not keys:
-            return self
-        taken = [self.taken[role].get(p) for role, p in keys]  # None: unused on this rank
-        filled = [
-            torch.zeros_like(p) if g is None else g for g, (_, p) in zip(taken, keys, strict=True)
-        ]
-        means = Scores({role: dict(gradients) for role, gradients in self.taken.items()})
-        for (role, p), gradient in zip(keys, ranks.average(filled), strict=True):
-            means.taken[role][p] = gradient
-        return means
+        if ranks.size > 1 and keys:
+            held = [(self.taken[role].get(p), p) for role, p in keys]  # None: unused on this rank
+            filled = [torch.zeros_like(p) if g is None else g for g, p in held]
+            for (role, p), mean in zip(keys, ranks.average(filled), strict=True):
+                self.taken[role][p] = mean
 
     def get(self, role: str, p: Tensor) -> Tensor | None:
         """Return this rank's gradient of a role; None where the loss does not depend on ``p``.

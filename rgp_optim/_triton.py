@@ -399,23 +399,19 @@ def select(
     """Score and select; see `_reference.select`."""
     pairs, shares = [], []
     for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
-        nat = None if alpha == 0.0 else g_nat
-        adv = None if 1.0 - alpha == 0.0 else g_adv
-        shares.append((_share_bits(nat, alpha), _share_bits(adv, 1.0 - alpha)))
-        # A term that is left out reads what the other reads, or any tensor, and drops it.
-        present = next(g for g in (nat, adv, g_nat, g_adv) if g is not None)
-        pairs.append((present if nat is None else nat, present if adv is None else adv))
+        present = next(g for g in (g_nat, g_adv) if g is not None)  # read in place of the other
+        pairs.append((present if g_nat is None else g_nat, present if g_adv is None else g_adv))
+        shares.append((_share_bits(g_nat, alpha), _share_bits(g_adv, 1.0 - alpha)))
     if any(nat.dtype not in CODES for nat, _ in pairs):
         return _reference.select(g_nats, g_advs, alphas, fractions, pools)
     return _select(pairs, shares, fractions, pools, GRADIENTS.value)
 
 
 def _share_bits(gradient: Tensor | None, share: float) -> int:
-    """Return the bits of a float32."""
-    if gradient is None:
+    """Return the bits of a float32, ABSENT for a term that is left out."""
+    if gradient is None or share == 0.0:
         return ABSENT
-    bits: int = struct.unpack("<i", struct.pack("<f", share))[0]
-    return bits
+    return int(struct.unpack("<i", struct.pack("<f", share))[0])
 
 
 def _select(

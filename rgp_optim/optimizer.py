@@ -453,7 +453,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         pools = list(range(len(params)))
         if holder.scope == "global":  # groups with different fractions cannot share a threshold
             pools = [fractions.index(fraction) for fraction in fractions]
-        scores = holder.scores.averaged(holder.ranks, params)
+        scores = holder.scores
+        scores.average(holder.ranks, params)
         if holder.score == "rgp" and not any(is_sharded(p) for p in params):
             alphas = [each.alpha for each in selected.values()]
             pairs = map(scores.pair, params, alphas)
