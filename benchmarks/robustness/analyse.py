@@ -25,7 +25,7 @@ import trainer
 from analysis import blocks, corruptions, layers, smallest
 from analysis.figure import COLORS, draw_curves, save
 from methods import METHODS
-from report import write_json
+from report import versions, write_json
 from trainer import PRESETS, Place, Preset, Trainer
 from training import columns, pgd20
 
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     methods, out = args.methods.split(","), place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
+    found |= {"data": place.label or preset.data, "versions": versions(torch.device(args.device))}
     write_json(out / "analysis.json", json.loads(json.dumps(found)))
     runs = summary.read(place.results)
     curves = {name: of[args.seed] for name, of in runs.items() if name in methods}
