@@ -77,7 +77,7 @@ def test_cure_beside_trades(tmp_path, capsys):
     assert printed.count("%, never updated ") == 3  # in each epoch of CURE
     for row in ("CURE, best (epoch", "CURE, last (epoch 3)", "TRADES, last (epoch 3)", "beta 6,"):
         assert row in printed
-    assert "as they are and under PGD-2" in printed
+    assert "clean and under PGD-2" in printed
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {"torch", "rgp_optim", "commit", "device"} <= set(result["versions"])
     assert result["settings"]["beta"] == 6.0
