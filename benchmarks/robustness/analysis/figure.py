@@ -49,7 +49,8 @@ def draw_scatter(figure: Any, runs: summary.Runs) -> None:
             seeds += zip(x, y, strict=True)
             means[METHODS[name].title] = statistics.mean(x), statistics.mean(y)
             axis.plot(x, y, "o", ms=3, color=color, alpha=0.35, mew=0)
-            axis.plot(*means[METHODS[name].title], "o", ms=8, color=color, mec="white", label=label)
+            mean, top = means[METHODS[name].title], 3 if name == "cure" else 2
+            axis.plot(*mean, "o", ms=8, color=color, mec="white", label=label, zorder=top)
             label = None  # once in the legend
     axis.margins(0.1)
     some = summary.some_run(runs)
