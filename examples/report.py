@@ -49,7 +49,7 @@ def updated_text(updated: dict[str, float], never: float) -> str:
             "updated by each step of the last epoch:\n"
             f"  least in {low}, {shares[low]:.1%}; most in {high}, {shares[high]:.1%}"
         )
-    return f"{text};\nwhich ones changes: {never:.2%} of these layers' weights were never updated"
+    return f"{text};\nthe choice changes: {never:.2%} of these layers' weights were never updated"
 
 
 def versions(device: torch.device) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def test_updates_are_counted_as_a_loop_does():
 
 def test_what_was_updated_is_said_in_eighty_columns():
     updated = {"conv.weight": 0.7, "fc.weight": 0.7, "fc.bias": 1.0}
-    assert "updated 70% of each layer's weights;\nwhich ones changes: 0.40%" in report.updated_text(
+    assert "updated 70% of each layer's weights;\nthe choice changes: 0.40%" in report.updated_text(
         updated, 0.004
     )
     updated["stages.1.0.shortcut.0.weight"] = 0.25
