@@ -22,7 +22,7 @@ from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, is_sharded, local
-from rgp_optim._reference import by_pool
+from rgp_optim._reference import Entry, by_pool
 from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss, refuse_sparse
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
@@ -377,12 +377,14 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         elif holder.needs_closure:
             refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
         masks = self._select()
-        params, marks = list(masks), list(masks.values())
+        mask_gradients, save = holder.conserve != "update", holder.conserve != "gradients"
         with torch.no_grad():
-            _own_gradients(params, self._parameters())
-            weights = [local(p) if holder.conserve != "gradients" else None for p in params]
-            gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
-            saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
+            _own_gradients(list(masks), self._parameters())
+            rows = [
+                (mask, local(p.grad) if mask_gradients else None, local(p) if save else None)
+                for p, mask in masks.items()
+            ]
+            saved = functional.zero_and_save_(rows, backend=holder.backend)
             holder.masks = masks
             holder.scores.taken.clear()  # used up: the guard lets the inner step pass
             try:
@@ -391,8 +393,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             finally:  # also where the inner step stops half-way
                 if evaluated is not None:
                     evaluated.undo()
-                now = [local(p) for p in params]  # it may have given them new memory
-                functional.restore_(marks, now, saved, backend=holder.backend)
+                if save:  # the inner step may have given weights new memory
+                    weights = map(local, masks)
+                    rows = [*zip(masks.values(), weights, saved, strict=True)]
+                    functional.restore_(rows, backend=holder.backend)
         return result if evaluated is None else evaluated.loss
 
     def masks(self) -> dict[Tensor, Tensor]:
@@ -458,17 +462,18 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if holder.score == "rgp" and not any(is_sharded(p) for p in params):
             alphas = [each.alpha for each in selected.values()]
             pairs = map(scores.pair, params, alphas)
-            columns = *zip(*pairs, strict=True), alphas, fractions, pools
-            found = functional.select(*columns, backend=holder.backend)
+            each = zip(pairs, alphas, fractions, pools, strict=True)
+            entries = [Entry(*pair, alpha, share, pool) for pair, alpha, share, pool in each]
+            found = functional.select(entries, backend=holder.backend)
             return dict(zip(params, found, strict=True))
         masks: dict[Tensor, Tensor] = {}
         for indices in _batches(params, pools):
             part = [params[i] for i in indices]
-            whole = [
-                distributed.whole(scores.score(p, selected[p].alpha, holder.score), p) for p in part
-            ]
-            columns = whole, [fractions[i] for i in indices], [pools[i] for i in indices]
-            found = functional.select_scores(*columns, backend=holder.backend)
+            entries = []
+            for i, p in zip(indices, part, strict=True):
+                whole = distributed.whole(scores.score(p, selected[p].alpha, holder.score), p)
+                entries.append(Entry(whole, None, None, fractions[i], pools[i]))
+            found = functional.select(entries, backend=holder.backend)
             masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
         return masks
 
