@@ -9,7 +9,7 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, Refused, is_sharded, local
-from rgp_optim._reference import by_pool
+from rgp_optim._reference import Entry, by_pool
 from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss, refuse_sparse
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
@@ -227,13 +227,6 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         inner = self.__dict__["_holder"].inner if "_holder" in self.__dict__ else None
         if name.startswith("_") or "step" in name or not callable(getattr(inner, name, None)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name == "eval":
-            text = (
-                f"{type(inner).__name__}.eval() moves every weight that a step has updated, and "
-                "with weight decay or conserve='update' the others too. train() brings them back "
-                "up to rounding, not to the same bits."
-            )
-            self._holder.warn("eval", text)
         return getattr(inner, name)
 
     # The inner optimizer owns these; assigning here assigns there.
@@ -461,25 +454,30 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             hint = "Set `opt.reviser = None`, and call `reviser.update()` after each replay."
             refuse("reviser", "be None in a CUDA graph", "a reviser", hint, RuntimeError)
         masks, steps = self._select()
-        params, marks = list(masks), list(masks.values())
+        mask_gradients, save = holder.conserve != "update", holder.conserve != "gradients"
         with torch.no_grad():
-            _own_gradients(params, self._parameters())
-            weights = [local(p) if holder.conserve != "gradients" else None for p in params]
-            _check_restorable(weights, holder.backend)
-            gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
-            saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
+            _own_gradients(list(masks), self._parameters())
+            if save:
+                _check_restorable(masks, holder.backend)
+            rows = [
+                (mask, local(p.grad) if mask_gradients else None, local(p) if save else None)
+                for p, mask in masks.items()
+            ]
+            saved = functional.zero_and_save_(rows, backend=holder.backend)
             holder.masks = masks
             holder.scores.clear()  # used up: the guard lets the inner step pass
             try:
                 arguments = [] if evaluated is None else [evaluated]
                 result = holder.inner.step(*arguments)
-                if holder.conserve != "gradients" and params and not holder.copies_checked:
-                    self._warn_of_copies(params)
+                if save and masks and not holder.copies_checked:
+                    self._warn_of_copies(masks)
             finally:  # also where the inner step stops half-way
                 if evaluated is not None:
                     evaluated.undo()
-                now = [local(p) for p in params]  # it may have given them new memory
-                functional.restore_(marks, now, saved, backend=holder.backend)
+                if save:  # the inner step may have given weights new memory
+                    weights = map(local, masks)
+                    rows = [*zip(masks.values(), weights, saved, strict=True)]
+                    functional.restore_(rows, backend=holder.backend)
         if steps and holder.reviser is not None and holder.reviser._joined is holder:
             holder.reviser._update()
         return result if evaluated is None else evaluated.loss
@@ -538,11 +536,11 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _score_and_mask(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
         holder, scores = self._holder, self._holder.scores
-        if not holder.ranks_compared and holder.ranks.size > 1:
-            holder.ranks.find_models()
-        holder.ranks.refuse_join()
-        if not holder.ranks_compared and holder.ranks.size > 1:
-            self._compare_parameters()
+        if holder.ranks.size > 1:
+            if not holder.ranks_compared:
+                holder.ranks.find_models()
+                self._compare_ranks({})
+            holder.ranks.refuse_join()
         scores.average(holder.ranks, list(selected))
         params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
         if len(params) < len(selected):
@@ -552,75 +550,64 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "it is updated. If that is meant, set 'rgp_select': False for its group."
             )
             holder.warn("unreached", text)
-        selected = {p: selected[p] for p in params}
-        fractions = [each.update_fraction for each in selected.values()]
-        pools = list(range(len(params)))
-        if holder.scope == "global":  # groups with different fractions cannot share a threshold
-            pools = [fractions.index(fraction) for fraction in fractions]
-        if holder.score == "rgp" and not any(is_sharded(p) for p in params):
-            alphas = [each.alpha for each in selected.values()]
-            pairs = map(scores.pair, params, alphas)
-            columns = *zip(*pairs, strict=True), alphas, fractions, pools
-            found = functional.select(*columns, backend=holder.backend)
-            return dict(zip(params, found, strict=True))
+            selected = {p: selected[p] for p in params}
+        direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
+        # Under the global scope groups with different fractions cannot share a threshold.
+        pools = [s.update_fraction if holder.scope == "global" else p for p, s in selected.items()]
         masks: dict[Tensor, Tensor] = {}
-        for indices in by_pool(pools):  # a pool's scores are gathered at a time
-            part = [params[i] for i in indices]
-            whole = [
-                distributed.whole(scores.score(p, selected[p].alpha, holder.score), p) for p in part
-            ]
-            columns = whole, [fractions[i] for i in indices], [pools[i] for i in indices]
-            found = functional.select_scores(*columns, backend=holder.backend)
+        for indices in [range(len(params))] if direct else by_pool(pools):  # gathered by pool
+            part, entries = [params[i] for i in indices], []
+            for i, p in zip(indices, part, strict=True):
+                alpha, last = selected[p].alpha, (selected[p].update_fraction, pools[i])
+                if direct:
+                    entries.append(Entry(*scores.pair(p, alpha), alpha, *last))
+                else:
+                    whole = distributed.whole(scores.score(p, alpha, holder.score), p)
+                    entries.append(Entry(whole, None, None, *last))
+            found = functional.select(entries, backend=holder.backend)
             masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
         return masks
 
-    def _compare_parameters(self) -> None:
-        """Raise if the ranks hold other parameters, before a collective of theirs would fail."""
-        held = [p for p in self._parameters() if not is_sharded(p)]
-        text = repr([(tuple(p.shape), p.dtype) for p in held]).encode()
-        device = local(self._parameters()[0]).device
-        shapes = torch.tensor(list(text), dtype=torch.uint8, device=device)
-        if self._holder.ranks.differing({"shapes": shapes}):
-            raise RuntimeError(
-                "step(): the ranks differ in their parameters. Nothing was changed. Each rank's "
-                "optimizer must hold the whole model: to shard its state use FSDP2's "
-                "`fully_shard`, not ZeroRedundancyOptimizer around the wrapper. Ranks that train "
-                "other models need a `process_group` each."
-            )
-
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
-        """Raise if replicas differ in weights, gradients or masks."""
-        held: dict[str, Tensor | None] = {}
-        for p in self._parameters():
-            if not is_sharded(p):
-                name = _name(self.param_groups, p)
-                held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
-                held[f"the mask of {name}"] = masks.get(p)
+        """Raise if replicas differ: in their parameters before anything is averaged, in the rest.
+
+        Comparing more would fail where the parameters differ.
+        """
+        plain = [p for p in self._parameters() if not is_sharded(p)]
+        shapes = repr([(tuple(p.shape), p.dtype) for p in plain]).encode()
+        device = local(self._parameters()[0]).device
+        held: dict[str, Tensor | None] = {
+            "their parameters": torch.tensor(list(shapes), dtype=torch.uint8, device=device)
+        }
+        for p in plain if masks else ():
+            name = _name(self.param_groups, p)
+            held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
+            held[f"the mask of {name}"] = masks.get(p)
         if differing := self._holder.ranks.differing(held):
             raise RuntimeError(
-                f"step(): the ranks differ in {_listed(differing)}. Nothing was changed. Weights "
-                "differ if the ranks start or load differently. A gradient differs if it was not reduced: the "
-                "model was not called through DistributedDataParallel, or another loss had its "
-                "backward pass first. Masks differ if a score rule draws at random. Models that "
-                "train apart need a `process_group` each."
+                f"step(): the ranks differ in {_listed(differing)}. Nothing was changed. Each rank "
+                "must hold the whole model: shard it with FSDP2's `fully_shard`, not with "
+                "ZeroRedundancyOptimizer around the wrapper. Weights differ if the ranks start or "
+                "load differently. A gradient differs if it was not reduced: the model was not "
+                "called through DistributedDataParallel, or another loss had its backward pass "
+                "first. Masks differ if a score rule draws at random. Models that train apart need "
+                "a `process_group` each."
             )
 
-    @torch.no_grad()
-    def _warn_of_copies(self, params: Sequence[Tensor]) -> None:
+    def _warn_of_copies(self, params: Iterable[Tensor]) -> None:
         """Warn of weights that the inner optimizer keeps twice; looks once, and waits for it."""
         self._holder.copies_checked = True
-        for p in [p for p in params if not p.is_meta]:
-            state = self.state.get(p, {})
-            for key, copy in state.items() if isinstance(state, dict) else ():
-                if not isinstance(copy, Tensor) or copy.shape != p.shape or copy.is_sparse:
-                    continue
-                if torch.equal(local(copy).to(p.dtype), local(p)) and bool(local(p).any()):
-                    text = (
-                        f"{type(self.inner).__name__} keeps a copy of the weights in its state "
-                        f"({key!r}), which knows nothing of the selection: what a conserved weight "
-                        "is spared arrives when it is next updated."
-                    )
-                    return self._holder.warn("copies", text)
+        for p in [p for p in params if isinstance(self.state.get(p), dict) and not p.is_meta]:
+            for key, copy in self.state[p].items():
+                if isinstance(copy, Tensor) and copy.shape == p.shape and not copy.is_sparse:
+                    copy, weight = local(copy).to(p.dtype), local(p)
+                    if torch.equal(copy, weight) and weight.any():
+                        text = (
+                            f"{type(self.inner).__name__} keeps a copy of the weights in its state "
+                            f"({key!r}) that knows nothing of the selection: what a conserved "
+                            "weight is spared arrives later, with its next update or in eval()."
+                        )
+                        return self._holder.warn("copies", text)
 
     def _parameters(self, inner: torch.optim.Optimizer | None = None) -> list[Tensor]:
         return [p for group in (inner or self).param_groups for p in group["params"]]
@@ -744,17 +731,16 @@ def _capturing(params: Sequence[Tensor]) -> bool:
     return any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()
 
 
-def _check_restorable(weights: Sequence[Tensor | None], backend: Backend) -> None:
-    """Refuse subclasses whose values cannot be put back, by putting back none of them."""
-    for weight in weights:
-        if weight is not None and type(weight) not in (Tensor, nn.Parameter):
-            try:
-                everything = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-                functional.restore_([everything], [weight], [weight.clone()], backend=backend)
-            except Exception as error:
-                found = f"{type(weight).__name__}: {type(error).__name__}: {error}"
-                hint = "Set 'rgp_select': False for its group, or conserve='gradients'."
-                refuse("conserve", "restore weights, which this type does not allow", found, hint)
+def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
+    """Refuse subclasses whose values cannot be put back: put back none of them."""
+    odd = [w for w in map(local, masks) if type(w) not in (Tensor, nn.Parameter)]
+    try:
+        rows = [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]
+        functional.restore_(rows, backend=backend)
+    except Exception as error:
+        hint = "Set 'rgp_select': False for its group, or conserve='gradients'."
+        found = f"{type(odd[0]).__name__}, {type(error).__name__}: {error}"
+        refuse("conserve", "be able to put weights back", found, hint)
 
 
 def _empty_mask(p: Tensor) -> Tensor:
