@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -105,15 +105,34 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def set_eval(model: nn.Module) -> None:
-    """Call ``eval`` unless all modules are in eval mode already."""
-    if any(module.training for module in model.modules()):
-        model.eval()
+def plain(name: str) -> str:
+    """Return a name without the prefix that torch.compile gives."""
+    return name.replace("_orig_mod.", "")
 
 
 def modes_of(model: nn.Module) -> dict[str, bool]:
-    """Return the ``training`` flag of each module by name."""
-    return {name: module.training for name, module in model.named_modules()}
+    """Return the ``training`` flag of each module by name; a frozen script has none."""
+    named = model.named_modules()
+    return {plain(name): module.training for name, module in named if hasattr(module, "training")}
+
+
+def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Call ``train`` or ``eval`` where a mode differs; modules that ``modes`` lacks keep theirs.
+
+    Parents come first, since their calls reach their children; the second pass corrects modules
+    with several parents.
+    """
+    for _ in range(2):
+        for name, module in list(model.named_modules()):
+            mode = getattr(module, "training", None)
+            if modes.get(plain(name), mode) != mode:
+                with suppress(NotImplementedError):  # an exported graph cannot switch
+                    (module.eval if mode else module.train)()
+
+
+def set_eval(model: nn.Module) -> None:
+    """Call ``eval`` where a module is in training mode."""
+    set_modes(model, dict.fromkeys(modes_of(model), False))
 
 
 @contextmanager
@@ -121,36 +140,23 @@ def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Itera
     """Switch to ``modes``, by default to eval mode, and back, by calls of ``train`` and ``eval``.
 
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
+    Where a module's own ``train`` refuses its old mode, the flag is set, as its owner did.
     """
     before = modes_of(model)
     try:
-        if modes is None:
-            set_eval(model)
-        else:
-            _set_modes(model, modes)
+        set_eval(model) if modes is None else set_modes(model, modes)
         yield
     finally:
-        _set_modes(model, before)
-
-
-def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Switch parents first, since their calls reach their children.
-
-    The second pass corrects modules with several parents. Where a module's own ``train`` refuses
-    the mode, the flag is set, as its owner did.
-    """
-    for _ in range(2):
-        for name, module in list(model.named_modules()):
-            if module.training != modes.get(name, module.training):
-                (module.eval if module.training else module.train)()
-    for name, module in model.named_modules():
-        module.training = modes.get(name, module.training)
+        set_modes(model, before)
+        for name, module in model.named_modules():
+            if plain(name) in before:
+                module.training = before[plain(name)]
 
 
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
     """Return the model's output if it is a tensor [batch, classes]; ``hint`` ends the refusal."""
     tensor("x", x, floating=False, hint=hint)
-    logits = model(x)
+    logits = model(x.clone())  # the model may write into its input
     if not isinstance(logits, Tensor):
         hint = f"Wrap the model in an nn.Module whose forward returns the logits alone. {hint}"
         refuse("model(x)", "be a tensor of logits", type(logits).__name__, hint, TypeError)

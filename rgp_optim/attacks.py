@@ -164,7 +164,7 @@ def _ascend(
         gradient = None
         if logits.requires_grad:
             try:
-                pull = _scaled(pull).to(logits.dtype)
+                pull = _scaled(pull, logits.detach()).to(logits.dtype)
                 (gradient,) = torch.autograd.grad(logits, x_adv, pull, allow_unused=True)
             except RuntimeError as error:
                 if "use_reentrant" not in str(error):
@@ -200,13 +200,21 @@ def _ball(x: Tensor, eps: float, bounds: tuple[float, float] | None) -> tuple[Te
     return round_up((wide - eps).clamp_(min=lowest)), -round_up(-(wide + eps).clamp_(max=highest))
 
 
-def _scaled(gradient: Tensor) -> Tensor:
-    """Scale the largest entry of each row to 2**8 or more, by a power of two.
+def _scaled(gradient: Tensor, logits: Tensor) -> Tensor:
+    """Scale the gradient by a power of two: its largest entry is then 2**8 or more.
 
-    In float16 the gradient of a confident prediction would underflow; only its sign counts.
+    Only its sign counts, and in float16 the gradient of a confident prediction would underflow.
+    Samples may depend on each other, so all rows have one factor. In 16 bits a row below 2**-12 of
+    the largest is raised to that: beside the largest it is still lost in rounding.
     """
     exponent = gradient.abs().amax(1, keepdim=True).log2().floor()
-    return gradient * torch.exp2((8 - exponent).clamp(max=100))  # finite for a row of zeros
+    finite = exponent.nan_to_num(nan=-1e4, posinf=-1e4, neginf=-1e4)
+    top = F.pad(finite, (0, 0, 0, 1), value=-1e4).amax(0)  # the batch may be empty
+    kind = logits.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    exact = ((logits.half() - logits).nan_to_num() == 0).all()  # 16 bits, perhaps widened
+    rise = torch.where(exact | half, (top - 12 - exponent).clamp(min=0), 0.0)
+    return gradient * torch.exp2((8 - top + rise).clamp(max=100))  # finite for a row of zeros
 
 
 @contextmanager

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rgp_optim import _checks as check
-from rgp_optim._checks import logits_of, modes_of, refuse, set_eval, switched, unwrapped
-from rgp_optim._distributed import initialised, local
+from rgp_optim._checks import logits_of, modes_of, plain, refuse, set_eval, switched, unwrapped
+from rgp_optim._distributed import initialised, is_sharded, local
 from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]
 
 FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 100  # without an update
+COUNTER = "num_batches_tracked"
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
 READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
 
@@ -29,15 +31,18 @@ class ConsistencyReviser:
     r"""Average the model's weights at random steps, and tie the model to the average.
 
     With probability ``rate`` per step, :math:`\theta_{rev} \leftarrow d\,\theta_{rev} + (1 -
-    d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``, and call
-    `update` after each step. CURE starts from a network trained on natural images; until the first
-    `update` the copy follows the model, so these weights may be loaded after the reviser is made.
+    d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``. Give it to
+    ``RGPSelectiveOptimizer(..., reviser=reviser)``, whose ``step()`` calls `update` and whose
+    checkpoint carries it; on its own call ``update()`` after each step. CURE starts from a network
+    trained on natural images. Until the first `update` the copy follows the model, which may be
+    loaded, moved or converted before or after the reviser is made.
 
     d = 0.999 at rate 0.2 averages over 5,000 steps, 6.4 % of the published run. In a shorter run
     the copy would stay at its start and pull the model back: give ``horizon`` and ``total_steps``.
 
-    The copy runs in eval mode. Of its buffers, BatchNorm's ``running_mean`` and ``running_var`` are
-    averaged as the weights are; all others are copied with each update. Forward hooks are copied
+    The copy runs in eval mode; an exported graph stays in the mode it was exported in. BatchNorm's
+    ``running_mean`` and ``running_var`` are averaged as weights are, on each rank its own; other
+    buffers are copied with each update; plain Python attributes are not. Forward hooks are copied
     with the model, as ``weight_norm`` and pruning need it: a hook that records activations runs for
     the copy too, unless it is registered after the reviser is made. With FSDP2, make the reviser
     first, then ``fully_shard`` the model and ``reviser.model`` alike.
@@ -49,9 +54,10 @@ class ConsistencyReviser:
         horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
             ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
-        seed: Of the draws, >= 0. A draw depends on the seed and the step alone: it is the same in
-            every process, and leaves torch's generators as they are.
-        revised: A ready copy of the model, where ``copy.deepcopy`` cannot make one.
+        seed: Seed for the update draws, >= 0. A draw depends on seed and step alone: it is the same
+            in every process and leaves torch's generators unchanged.
+        revised: A ready copy, for a model that ``copy.deepcopy`` cannot copy. It may share frozen
+            parts with the model, to save their memory.
 
     Attributes:
         model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
@@ -87,17 +93,19 @@ class ConsistencyReviser:
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
         self._checked = self._reminded = False
+        self._joined = False  # set by an optimizer that calls `_update`
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
+        student = _tensors(model)
         name = "model" if revised is None else "revised"
-        student, ours = _tensors(unwrapped(model)), _tensors(self.model)
-        _check_same(ours, student, name)
-        taken = {_storage(tensor) for tensor in student.values()} - {0}
-        for key, tensor in ours.items():
+        self._check_copy(student, name, sharing=revised is not None)
+        self._layouts = {name: (*_layout(tensor), tensor.dtype) for name, tensor in student.items()}
+        self._uncounted = _uncounted(student)
+        for tensor in self._own().values():
             tensor.grad = None
-            if _storage(tensor) in taken:
-                refuse(name, "be copied without shared storage", key)
-        set_eval(self.model.requires_grad_(False))
+        self._freeze()
+        with switched(model, {}):  # parts that both share keep their mode
+            set_eval(self.model)
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
@@ -114,62 +122,81 @@ class ConsistencyReviser:
         if self.steps == 0:
             self._move(1.0)
         self._warn()
-        set_eval(self.model)  # a trainer may have switched it
-        with torch.no_grad():  # one by one: BatchNorm without running statistics would mix them
+        with switched(self.model), torch.no_grad():  # a trainer may have switched it
+            # One by one: BatchNorm without running statistics would mix them.
             revised, revised_adv = (logits_of(self.model, batch, hint) for batch in (x, x_adv))
         return consistency_loss(revised, revised_adv, logits, logits_adv)
 
     def update(self) -> bool:
         """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Call it once per step. A model whose parameters or buffers are no longer those of the copy
-        raises a ValueError, and nothing is changed.
+        Call it once per step, unless an optimizer has the reviser: its ``step()`` does, and a call
+        by hand raises a RuntimeError. A model whose parameters or buffers are no longer those of
+        the copy raises a ValueError, and nothing is changed.
         """
+        if self._joined:
+            hint = "`update()` is called by the optimizer's `step()`: remove this call."
+            refuse("update()", "be left to the optimizer", "a call by hand", hint, RuntimeError)
+        return self._update()
+
+    def _update(self) -> bool:
         rate, decay = check.fraction("rate", self.rate), _check_decay("decay", self.decay)
         moves = random.Random(f"{self._seed} {self.steps}").random() < rate
-        if self.steps == 0:
-            self._move(1.0)
-        elif moves:
-            self._move(1.0 - decay)
+        if moves or self.steps == 0:
+            self._move(1.0 - decay if self.steps else 1.0)
         self.steps += 1
         self._calls = 0
         return moves
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the copy and its draws: tensors and plain numbers."""
+        if self.steps == 0:
+            self._move(1.0)
         return {
-            "model": {name: tensor.detach() for name, tensor in _tensors(self.model).items()},
+            "model": {name: tensor.detach() for name, tensor in self._own().items()},
             "masters": dict(self._float32()),
             "steps": self.steps,
+            "rate": self.rate,
             "decay": self.decay,
             "seed": self._seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
+        ours = self._check_state(state_dict)
+        with torch.no_grad():
+            for part in ("model", "masters"):
+                for name, tensor in ours[part].items():
+                    tensor.copy_(state_dict[part][name])
+        self.rate, self.decay = float(state_dict["rate"]), float(state_dict["decay"])
+        self.steps, self._seed = int(state_dict["steps"]), int(state_dict["seed"])
+
+    def _check_state(self, state_dict: Any) -> dict[str, Any]:
+        """Refuse a checkpoint that does not fit; return the present state, nothing changed."""
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
             hint = "Pass what `ConsistencyReviser.state_dict()` returned."
             refuse("state_dict", f"have {', '.join(ours)}", type(state_dict).__name__, hint)
         for part in ("model", "masters"):
             _check_same(ours[part], state_dict[part], "state_dict")
-        decay = _check_decay("state_dict['decay']", state_dict["decay"])
-        steps, seed = (check.count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
-        with torch.no_grad():
-            for part in ("model", "masters"):
-                for name, tensor in ours[part].items():
-                    tensor.copy_(state_dict[part][name])
-        self.decay, self.steps, self._seed = decay, steps, seed
+        check.fraction("state_dict['rate']", state_dict["rate"])
+        _check_decay("state_dict['decay']", state_dict["decay"])
+        for key in ("steps", "seed"):
+            check.count(f"state_dict['{key}']", state_dict[key])
+        return ours
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student = unwrapped(self._student)
-        with switched(self.model, modes_of(student)):  # merged weights differ from unmerged ones
-            theirs, ours = _tensors(student), _tensors(self.model)
-            _check_same(ours, theirs, "model")
-            masters = self._float32()
-            averaged = _averaged(self.model) if weight < 1.0 else set()
+        student, copied = unwrapped(self._student), unwrapped(self.model)
+        with switched(copied, modes_of(student)):  # merged weights differ from unmerged ones
+            theirs = _tensors(student)
+            if self.steps == 0:
+                self._follow(theirs)
+            self._check_copy(theirs, "model")
+            masters, ours = self._float32(), self._own()
+            averaged = _averaged(copied) if weight < 1.0 else set()
             starts, ends = list[Tensor](), list[Tensor]()
             for name, tensor in ours.items():
                 now, target = local(masters.get(name, tensor)), local(theirs[name]).detach()
@@ -183,6 +210,48 @@ class ConsistencyReviser:
             for name, master in masters.items():
                 local(ours[name]).copy_(local(master))
 
+    def _follow(self, theirs: Mapping[str, Tensor]) -> None:
+        """Give the copy the devices, dtypes and shapes that the model has been given since."""
+        ours, before = _tensors(self.model), self._layouts
+        owners = {plain(path): module for path, module in self.model.named_modules()}
+        self._layouts = {name: (*_layout(tensor), tensor.dtype) for name, tensor in theirs.items()}
+        for name, tensor in theirs.items():
+            path, _, last = name.rpartition(".")
+            if self._layouts[name] == before.get(name) or is_sharded(tensor):
+                continue
+            if (
+                name not in ours and last in owners[path]._buffers
+            ):  # None until the first forward pass
+                setattr(owners[path], last, tensor.clone())
+            elif ours.get(name, tensor) is not tensor:
+                try:
+                    ours[name].data = torch.empty_like(tensor)
+                except RuntimeError:  # uninitialised parameters, meta tensors
+                    torch.utils.swap_tensors(ours[name], copy.deepcopy(tensor))
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for p in self.model.parameters():  # a script has no `requires_grad_` of its own
+            p.requires_grad_(False)
+
+    def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
+        """Refuse a copy that does not match, or shares storage outside of frozen parts."""
+        ours = _tensors(self.model)
+        _check_same(ours, theirs, name)
+        taken = {_storage(tensor) for tensor in theirs.values()} - {0}
+        for key, tensor in ours.items():
+            frozen = sharing and tensor is theirs[key] and not tensor.requires_grad
+            if not frozen and _storage(tensor) in taken:
+                hint = "`revised` may share frozen parameters and their modules alone."
+                refuse(name, "be copied without shared storage", key, hint)
+
+    def _own(self) -> dict[str, Tensor]:
+        """Return the copy's tensors that have values and are not the model's, too."""
+        shared = {id(tensor) for tensor in (*self._student.parameters(), *self._student.buffers())}
+        ours = _tensors(self.model).items()
+        return {name: t for name, t in ours if id(t) not in shared and not is_lazy(t)}
+
+    @torch.inference_mode(False)  # what is made here outlives a validation loop's mode
     @torch.no_grad()
     def _float32(self) -> dict[str, Tensor]:
         """Return the float32 averages of half-precision tensors, made when first needed.
@@ -191,7 +260,7 @@ class ConsistencyReviser:
         """
         masters, averaged = self._masters, _averaged(self.model)
         self._masters = {}
-        for name, tensor in _tensors(self.model).items():
+        for name, tensor in self._own().items():
             if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
                 master = masters.get(name)
                 if master is None or _layout(master) != _layout(tensor):
@@ -211,16 +280,20 @@ class ConsistencyReviser:
             warnings.warn(text, UserWarning, stacklevel=3)
         if not self._checked:  # at the first call only: on a GPU reading a buffer synchronises
             self._checked = True
-            counts = [b for n, b in self.model.named_buffers() if n.endswith("num_batches_tracked")]
-            fewest = min((int(local(count)) for count in counts), default=FEW_BATCHES)
+            tensors = _tensors(self.model)
+            counters = {n for n in tensors if n.endswith(COUNTER)}
+            counters -= self._uncounted | _uncounted(tensors)
+            fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
                 text = (
-                    f"BatchNorm's statistics come from {fewest} batches, and the averaged copy "
-                    "predicts with them: CURE starts from a network trained on natural images."
+                    f"BatchNorm has seen {fewest} batches (< {FEW_BATCHES}): train on natural "
+                    "images first, or the copy's targets are unreliable."
                 )
                 warnings.warn(text, UserWarning, stacklevel=3)
 
 
+@torch.inference_mode(False)  # tensors made in that mode could not be updated outside of it
+@torch.no_grad()  # the parameters of a script's copy would have a graph
 def _copy(model: nn.Module) -> nn.Module:
     """Return a deep copy, or name the attribute that refuses."""
     # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
@@ -282,29 +355,49 @@ def _sharded(model: nn.Module) -> list[Any]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each tensor once."""
+    model = unwrapped(model)
     for module in _sharded(model):
         module.reshard()  # after a forward pass, writes to gathered weights would be lost
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {plain(name): tensor for name, tensor in named}
 
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
-    statistics = {"running_mean", "running_var"}
-    for path, module in model.named_modules():
-        if statistics <= module._buffers.keys():
-            names |= {f"{path}.{name}".lstrip(".") for name in statistics}
-    return names
+    floating = (n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex())
+    buffers = {plain(name) for name, _ in model.named_buffers()}
+    means = {name for name in buffers if name.rpartition(".")[2] == "running_mean"}
+    pairs = ((mean, mean.removesuffix("mean") + "var") for mean in means)
+    statistics = (pair for pair in pairs if buffers.issuperset(pair))
+    return {*map(plain, floating)}.union(*statistics)
+
+
+def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the counters of BatchNorm layers at 0 whose statistics are filled.
+
+    They were loaded without their counter.
+    """
+    means = {
+        n: tensors.get(n.removesuffix(COUNTER) + "running_mean")
+        for n in tensors
+        if n.endswith(COUNTER)
+    }
+    return {
+        n
+        for n, mean in means.items()
+        if mean is not None and _storage(mean) and mean.any() and not tensors[n]
+    }
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 for an empty or meta tensor."""
+    """Return the address of the tensor's storage; 0 for one without values."""
     with torch.no_grad():
-        return int(local(tensor).untyped_storage().data_ptr())
+        return 0 if is_lazy(tensor) else int(local(tensor).untyped_storage().data_ptr())
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.shape, getattr(tensor, "placements", None)
+    shape = None if is_lazy(tensor) else tensor.shape
+    return tensor.device, shape, getattr(tensor, "placements", None)
 
 
 def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
