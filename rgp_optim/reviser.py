@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from rgp_optim import _checks as check
 from rgp_optim._checks import logits_of, modes_of, plain, refuse, set_eval, switched, unwrapped
@@ -34,18 +33,18 @@ class ConsistencyReviser:
     d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``. Give it to
     ``RGPSelectiveOptimizer(..., reviser=reviser)``, whose ``step()`` calls `update` and whose
     checkpoint carries it; on its own call ``update()`` after each step. CURE starts from a network
-    trained on natural images. Until the first `update` the copy follows the model, which may be
-    loaded, moved or converted before or after the reviser is made.
+    trained on natural images: load, move or convert the model before the first `update`; until then
+    the copy follows it.
 
     d = 0.999 at rate 0.2 averages over 5,000 steps, 6.4 % of the published run. In a shorter run
     the copy would stay at its start and pull the model back: give ``horizon`` and ``total_steps``.
 
-    The copy runs in eval mode; an exported graph stays in the mode it was exported in. BatchNorm's
-    ``running_mean`` and ``running_var`` are averaged as weights are, on each rank its own; other
-    buffers are copied with each update; plain Python attributes are not. Forward hooks are copied
-    with the model, as ``weight_norm`` and pruning need it: a hook that records activations runs for
-    the copy too, unless it is registered after the reviser is made. With FSDP2, make the reviser
-    first, then ``fully_shard`` the model and ``reviser.model`` alike.
+    The copy runs in eval mode (an exported graph as it was exported). BatchNorm's ``running_mean``
+    and ``running_var`` are averaged as weights are, each rank's own; other buffers are copied with
+    each update, plain Python attributes never. Forward hooks are copied with the model, as
+    ``weight_norm`` and pruning need it: a hook that records activations runs for the copy too,
+    unless it is registered after the reviser is made. With FSDP2, make the reviser first, then
+    ``fully_shard`` the model and ``reviser.model`` alike.
 
     Args:
         model: The model that is trained; copied now, on its device, and read by `update`.
@@ -56,8 +55,7 @@ class ConsistencyReviser:
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
         seed: Seed for the update draws, >= 0. A draw depends on seed and step alone: it is the same
             in every process and leaves torch's generators unchanged.
-        revised: A ready copy, for a model that ``copy.deepcopy`` cannot copy. It may share frozen
-            parts with the model, to save their memory.
+        revised: A ready copy, where ``copy.deepcopy`` fails or frozen parts should be shared.
 
     Attributes:
         model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
@@ -92,19 +90,18 @@ class ConsistencyReviser:
         self._student = model
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
-        self._checked = self._reminded = False
         self._joined = False  # set by an optimizer that calls `_update`
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
-        student = _tensors(model)
-        name = "model" if revised is None else "revised"
-        self._check_copy(student, name, sharing=revised is not None)
-        self._layouts = {name: (*_layout(tensor), tensor.dtype) for name, tensor in student.items()}
-        self._uncounted = _uncounted(student)
+        name, theirs = "model" if revised is None else "revised", _tensors(model)
+        self._check_copy(theirs, name, sharing=revised is not None)
+        self._layouts = {name: _layout(tensor) for name, tensor in theirs.items()}
+        self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
         for tensor in self._own().values():
             tensor.grad = None
-        self._freeze()
-        with switched(model, {}):  # parts that both share keep their mode
+        for p in self.model.parameters():  # a script has no `requires_grad_` of its own
+            p.requires_grad_(False)
+        with switched(model, {}):  # shared parts keep their mode
             set_eval(self.model)
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -130,9 +127,8 @@ class ConsistencyReviser:
     def update(self) -> bool:
         """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Call it once per step, unless an optimizer has the reviser: its ``step()`` does, and a call
-        by hand raises a RuntimeError. A model whose parameters or buffers are no longer those of
-        the copy raises a ValueError, and nothing is changed.
+        Call it once per step, or leave it to the optimizer that was given the reviser. A model
+        whose parameters or buffers are not those of the copy raises a ValueError, nothing changed.
         """
         if self._joined:
             hint = "`update()` is called by the optimizer's `step()`: remove this call."
@@ -213,26 +209,15 @@ class ConsistencyReviser:
     def _follow(self, theirs: Mapping[str, Tensor]) -> None:
         """Give the copy the devices, dtypes and shapes that the model has been given since."""
         ours, before = _tensors(self.model), self._layouts
-        owners = {plain(path): module for path, module in self.model.named_modules()}
-        self._layouts = {name: (*_layout(tensor), tensor.dtype) for name, tensor in theirs.items()}
+        owners = {plain(n): module for n, module in unwrapped(self.model).named_modules()}
+        self._layouts = {name: _layout(tensor) for name, tensor in theirs.items()}
         for name, tensor in theirs.items():
             path, _, last = name.rpartition(".")
-            if self._layouts[name] == before.get(name) or is_sharded(tensor):
-                continue
-            if (
-                name not in ours and last in owners[path]._buffers
-            ):  # None until the first forward pass
-                setattr(owners[path], last, tensor.clone())
-            elif ours.get(name, tensor) is not tensor:
-                try:
+            if name not in ours and path in owners and last in owners[path]._buffers:
+                setattr(owners[path], last, tensor.clone())  # None until the first forward pass
+            elif self._layouts[name] != before.get(name) and not is_sharded(tensor):
+                if ours.get(name, tensor) is not tensor:
                     ours[name].data = torch.empty_like(tensor)
-                except RuntimeError:  # uninitialised parameters, meta tensors
-                    torch.utils.swap_tensors(ours[name], copy.deepcopy(tensor))
-        self._freeze()
-
-    def _freeze(self) -> None:
-        for p in self.model.parameters():  # a script has no `requires_grad_` of its own
-            p.requires_grad_(False)
 
     def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
         """Refuse a copy that does not match, or shares storage outside of frozen parts."""
@@ -246,10 +231,9 @@ class ConsistencyReviser:
                 refuse(name, "be copied without shared storage", key, hint)
 
     def _own(self) -> dict[str, Tensor]:
-        """Return the copy's tensors that have values and are not the model's, too."""
+        """Return the copy's tensors, without those that it shares with the model."""
         shared = {id(tensor) for tensor in (*self._student.parameters(), *self._student.buffers())}
-        ours = _tensors(self.model).items()
-        return {name: t for name, t in ours if id(t) not in shared and not is_lazy(t)}
+        return {name: t for name, t in _tensors(self.model).items() if id(t) not in shared}
 
     @torch.inference_mode(False)  # what is made here outlives a validation loop's mode
     @torch.no_grad()
@@ -263,7 +247,7 @@ class ConsistencyReviser:
         for name, tensor in self._own().items():
             if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
                 master = masters.get(name)
-                if master is None or _layout(master) != _layout(tensor):
+                if master is None or _layout(master)[:3] != _layout(tensor)[:3]:
                     master = tensor.detach().float()
                 average, rounded = local(master), local(tensor)
                 same = average.to(rounded.dtype) == rounded
@@ -272,17 +256,16 @@ class ConsistencyReviser:
         return self._masters
 
     def _warn(self) -> None:
-        """Warn once of statistics that are not filled, and once of a forgotten `update`."""
+        """Warn once of statistics that are not filled, and of a forgotten `update`."""
         self._calls += 1
-        if self._calls == MANY_CALLS and not self._reminded:
-            self._reminded = True
+        if self._calls == MANY_CALLS:
             text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
             warnings.warn(text, UserWarning, stacklevel=3)
-        if not self._checked:  # at the first call only: on a GPU reading a buffer synchronises
-            self._checked = True
+        if self._uncounted is not None:  # at the first call: on a GPU reading buffers synchronises
             tensors = _tensors(self.model)
-            counters = {n for n in tensors if n.endswith(COUNTER)}
+            counters = {name for name in tensors if name.endswith(COUNTER)}
             counters -= self._uncounted | _uncounted(tensors)
+            self._uncounted = None
             fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
                 text = (
@@ -364,46 +347,36 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    floating = (n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex())
-    buffers = {plain(name) for name, _ in model.named_buffers()}
-    means = {name for name in buffers if name.rpartition(".")[2] == "running_mean"}
-    pairs = ((mean, mean.removesuffix("mean") + "var") for mean in means)
-    statistics = (pair for pair in pairs if buffers.issuperset(pair))
-    return {*map(plain, floating)}.union(*statistics)
+    names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    buffers = {name for name, _ in model.named_buffers()}
+    for mean in buffers:
+        pair = {mean, mean.removesuffix("mean") + "var"}
+        if mean.rpartition(".")[2] == "running_mean" and pair <= buffers:
+            names |= pair
+    return {plain(name) for name in names}
 
 
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the counters of BatchNorm layers at 0 whose statistics are filled.
-
-    They were loaded without their counter.
-    """
-    means = {
-        n: tensors.get(n.removesuffix(COUNTER) + "running_mean")
-        for n in tensors
-        if n.endswith(COUNTER)
-    }
-    return {
-        n
-        for n, mean in means.items()
-        if mean is not None and _storage(mean) and mean.any() and not tensors[n]
-    }
+    """Return the counters at 0 of filled statistics: these were loaded without their counter."""
+    counters = {n: n.removesuffix(COUNTER) + "running_mean" for n in tensors if n.endswith(COUNTER)}
+    means = {n: tensors[mean] for n, mean in counters.items() if mean in tensors}
+    return {n for n, mean in means.items() if _storage(mean) and mean.any() and not tensors[n]}
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 for one without values."""
+    """Return the address of the tensor's storage; 0 for an empty or meta tensor."""
     with torch.no_grad():
-        return 0 if is_lazy(tensor) else int(local(tensor).untyped_storage().data_ptr())
+        return int(local(tensor).untyped_storage().data_ptr())
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    shape = None if is_lazy(tensor) else tensor.shape
-    return tensor.device, shape, getattr(tensor, "placements", None)
+    return tensor.device, tensor.shape, getattr(tensor, "placements", None), tensor.dtype
 
 
 def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
     """Refuse tensors whose names, shapes or shards are not those of the copy."""
     wrong = sorted(set(ours) ^ set(theirs)) or [
-        n for n, tensor in ours.items() if _layout(tensor)[1:] != _layout(theirs[n])[1:]
+        n for n, tensor in ours.items() if _layout(tensor)[1:3] != _layout(theirs[n])[1:3]
     ]
     if wrong:
         hint = "Make a new reviser for a changed model; shard `reviser.model` as the model."
