@@ -105,38 +105,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def plain(name: str) -> str:
-    """Return a name without the prefix that torch.compile gives."""
-    return name.replace("_orig_mod.", "")
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the ``training`` flag of each module; a frozen script has none."""
+    return {module: module.training for module in model.modules() if hasattr(module, "training")}
 
 
-def modes_of(model: nn.Module) -> dict[str, bool]:
-    """Return the ``training`` flag of each module by name; a frozen script has none."""
-    named = model.named_modules()
-    return {plain(name): module.training for name, module in named if hasattr(module, "training")}
-
-
-def set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Call ``train`` or ``eval`` where a mode differs; modules that ``modes`` lacks keep theirs.
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Call ``train`` or ``eval`` where a module has another mode.
 
     Parents come first, since their calls reach their children; the second pass corrects modules
-    with several parents.
+    with several parents. A model from torch.export raises: it has one mode for good.
     """
     for _ in range(2):
-        for name, module in list(model.named_modules()):
-            mode = getattr(module, "training", None)
-            if modes.get(plain(name), mode) != mode:
-                with suppress(NotImplementedError):  # an exported graph cannot switch
-                    (module.eval if mode else module.train)()
-
-
-def set_eval(model: nn.Module) -> None:
-    """Call ``eval`` where a module is in training mode."""
-    set_modes(model, dict.fromkeys(modes_of(model), False))
+        for module, training in modes.items():
+            if module.training != training:
+                with suppress(NotImplementedError):
+                    (module.train if training else module.eval)()
 
 
 @contextmanager
-def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Iterator[None]:
+def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
     """Switch to ``modes``, by default to eval mode, and back, by calls of ``train`` and ``eval``.
 
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
@@ -144,13 +132,12 @@ def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Itera
     """
     before = modes_of(model)
     try:
-        set_eval(model) if modes is None else set_modes(model, modes)
+        set_modes(dict.fromkeys(before, False) if modes is None else modes)
         yield
     finally:
-        set_modes(model, before)
-        for name, module in model.named_modules():
-            if plain(name) in before:
-                module.training = before[plain(name)]
+        set_modes(before)
+        for module, training in before.items():
+            module.training = training
 
 
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ def kl_attack(
         steps: Number of steps, >= 0.
         bounds: Lowest and highest value of a pixel; None does not clip. The range of ``x`` is
             validated on the CPU only: on a GPU the check would synchronise.
-        generator: Of the start: a generator on the device of ``x``, a seed, or None (torch's own).
+        generator: Generator for the start, on the device of ``x``; or a seed; or None (torch's own).
 
     Returns:
         The attacked images: shape, dtype and device of ``x``, without a graph.
@@ -64,17 +65,12 @@ def kl_attack(
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
-    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
     step = eps / 4 if step_size is None else check.real("step_size", step_size, strict=True)
-    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x = x.detach().clone()
         noise = torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device)
-        clean = logits_of(net, x)
-
-        def distance(logits: Tensor) -> Tensor:
-            return kl_divergence(clean, logits, reduction="sum")
-
+        distance = partial(kl_divergence, logits_of(net, x), reduction="sum")
         return _ascend(net, x + START_NOISE * noise, distance, _ball(x, eps, bounds), step, steps)
 
 
@@ -121,12 +117,11 @@ def pgd_attack(
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
-    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
     check.target(target, x, probabilities=False)
     check.choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
     default = PGD_STEP * (eps / (8 / 255))
     step = default if step_size is None else check.real("step_size", step_size, strict=True)
-    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x, labels = x.detach().clone(), target.clone()
         low, high = _ball(x, eps, bounds)
@@ -244,12 +239,13 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_inputs(
-    model: Any, x: Any, radius: Any, bounds: Any, draws: Any
+    model: Any, x: Any, radius: Any, steps: Any, bounds: Any, draws: Any
 ) -> tuple[float, torch.Generator | None]:
     """Return radius and generator; refuse what does not fit the bounds."""
     check.model(model)
     check.tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
     eps = check.real("eps", radius)
+    check.count("steps", steps)
     if draws is not None and not isinstance(draws, torch.Generator):
         draws = torch.Generator(x.device).manual_seed(check.count("generator", draws))
     if bounds is None:

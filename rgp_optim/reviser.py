@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rgp_optim import _checks as check
-from rgp_optim._checks import logits_of, modes_of, plain, refuse, set_eval, switched, unwrapped
+from rgp_optim._checks import logits_of, modes_of, refuse, set_modes, switched, unwrapped
 from rgp_optim._distributed import initialised, is_sharded, local
 from rgp_optim.losses import consistency_loss
 
@@ -21,6 +21,7 @@ __all__ = ["ConsistencyReviser"]
 
 FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 100  # without an update
+COMPILED = "_orig_mod."  # the prefix that torch.compile gives to names
 COUNTER = "num_batches_tracked"
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
 READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
@@ -102,7 +103,7 @@ class ConsistencyReviser:
         for p in self.model.parameters():  # a script has no `requires_grad_` of its own
             p.requires_grad_(False)
         with switched(model, {}):  # shared parts keep their mode
-            set_eval(self.model)
+            set_modes(dict.fromkeys(modes_of(self.model), False))
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
@@ -185,14 +186,16 @@ class ConsistencyReviser:
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student, copied = unwrapped(self._student), unwrapped(self.model)
-        with switched(copied, modes_of(student)):  # merged weights differ from unmerged ones
-            theirs = _tensors(student)
+        student, copied = _modules(self._student), _modules(self.model)
+        pairs = [(copied[path], module) for path, module in student.items() if path in copied]
+        modes = {ours: m.training for ours, m in pairs if hasattr(m, "training")}
+        with switched(self.model, modes):  # merged weights differ from unmerged ones
+            theirs = _tensors(self._student)
             if self.steps == 0:
                 self._follow(theirs)
             self._check_copy(theirs, "model")
             masters, ours = self._float32(), self._own()
-            averaged = _averaged(copied) if weight < 1.0 else set()
+            averaged = _averaged(self.model) if weight < 1.0 else set()
             starts, ends = list[Tensor](), list[Tensor]()
             for name, tensor in ours.items():
                 now, target = local(masters.get(name, tensor)), local(theirs[name]).detach()
@@ -208,8 +211,7 @@ class ConsistencyReviser:
 
     def _follow(self, theirs: Mapping[str, Tensor]) -> None:
         """Give the copy the devices, dtypes and shapes that the model has been given since."""
-        ours, before = _tensors(self.model), self._layouts
-        owners = {plain(n): module for n, module in unwrapped(self.model).named_modules()}
+        ours, owners, before = _tensors(self.model), _modules(self.model), self._layouts
         self._layouts = {name: _layout(tensor) for name, tensor in theirs.items()}
         for name, tensor in theirs.items():
             path, _, last = name.rpartition(".")
@@ -336,24 +338,30 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return modules by name, without the prefix that torch.compile gives."""
+    return {name.replace(COMPILED, ""): m for name, m in unwrapped(model).named_modules()}
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each tensor once."""
     model = unwrapped(model)
     for module in _sharded(model):
         module.reshard()  # after a forward pass, writes to gathered weights would be lost
     named = (*model.named_parameters(), *model.named_buffers())
-    return {plain(name): tensor for name, tensor in named}
+    return {name.replace(COMPILED, ""): tensor for name, tensor in named}
 
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
+    model = unwrapped(model)
     names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     buffers = {name for name, _ in model.named_buffers()}
     for mean in buffers:
         pair = {mean, mean.removesuffix("mean") + "var"}
         if mean.rpartition(".")[2] == "running_mean" and pair <= buffers:
             names |= pair
-    return {plain(name) for name in names}
+    return {name.replace(COMPILED, "") for name in names}
 
 
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
