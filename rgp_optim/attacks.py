@@ -52,7 +52,7 @@ def kl_attack(
         steps: Number of steps, >= 0.
         bounds: Lowest and highest value of a pixel; None does not clip. The range of ``x`` is
             validated on the CPU only: on a GPU the check would synchronise.
-        generator: Generator for the start, on the device of ``x``; or a seed; or None (torch's own).
+        generator: Generator for the start, on the device of ``x``, or a seed, or None (global).
 
     Returns:
         The attacked images: shape, dtype and device of ``x``, without a graph.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ __all__ = ["ConsistencyReviser"]
 
 FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 100  # without an update
-COMPILED = "_orig_mod."  # the prefix that torch.compile gives to names
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 COUNTER = "num_batches_tracked"
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
 READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
@@ -60,7 +61,7 @@ class ConsistencyReviser:
 
     Attributes:
         model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
-            float32 internally. After the first `update`, weights loaded into it are averaged on.
+            float32 internally. After the first `update` it may be loaded, moved or converted.
         decay, rate: May be assigned.
         steps: Number of calls of `update`.
 
@@ -96,7 +97,6 @@ class ConsistencyReviser:
         check.model(self.model)
         name, theirs = "model" if revised is None else "revised", _tensors(model)
         self._check_copy(theirs, name, sharing=revised is not None)
-        self._layouts = {name: _layout(tensor) for name, tensor in theirs.items()}
         self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
         for tensor in self._own().values():
             tensor.grad = None
@@ -165,8 +165,8 @@ class ConsistencyReviser:
             for part in ("model", "masters"):
                 for name, tensor in ours[part].items():
                     tensor.copy_(state_dict[part][name])
-        self.rate, self.decay = float(state_dict["rate"]), float(state_dict["decay"])
-        self.steps, self._seed = int(state_dict["steps"]), int(state_dict["seed"])
+        keys = ("rate", "decay", "steps", "seed")
+        self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in keys)
 
     def _check_state(self, state_dict: Any) -> dict[str, Any]:
         """Refuse a checkpoint that does not fit; return the present state, nothing changed."""
@@ -186,13 +186,15 @@ class ConsistencyReviser:
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student, copied = _modules(self._student), _modules(self.model)
+        student, copied = (
+            _named(unwrapped(each).named_modules()) for each in (self._student, self.model)
+        )
         pairs = [(copied[path], module) for path, module in student.items() if path in copied]
         modes = {ours: m.training for ours, m in pairs if hasattr(m, "training")}
         with switched(self.model, modes):  # merged weights differ from unmerged ones
             theirs = _tensors(self._student)
             if self.steps == 0:
-                self._follow(theirs)
+                self._follow(theirs, copied)
             self._check_copy(theirs, "model")
             masters, ours = self._float32(), self._own()
             averaged = _averaged(self.model) if weight < 1.0 else set()
@@ -209,17 +211,16 @@ class ConsistencyReviser:
             for name, master in masters.items():
                 local(ours[name]).copy_(local(master))
 
-    def _follow(self, theirs: Mapping[str, Tensor]) -> None:
+    def _follow(self, theirs: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
         """Give the copy the devices, dtypes and shapes that the model has been given since."""
-        ours, owners, before = _tensors(self.model), _modules(self.model), self._layouts
-        self._layouts = {name: _layout(tensor) for name, tensor in theirs.items()}
+        ours = _tensors(self.model)
         for name, tensor in theirs.items():
             path, _, last = name.rpartition(".")
-            if name not in ours and path in owners and last in owners[path]._buffers:
-                setattr(owners[path], last, tensor.clone())  # None until the first forward pass
-            elif self._layouts[name] != before.get(name) and not is_sharded(tensor):
-                if ours.get(name, tensor) is not tensor:
-                    ours[name].data = torch.empty_like(tensor)
+            copied = ours.get(name, tensor)
+            if name not in ours and path in modules and last in modules[path]._buffers:
+                setattr(modules[path], last, tensor.clone())  # None until the first forward pass
+            elif _layout(copied) != _layout(tensor) and not any(map(is_sharded, (copied, tensor))):
+                copied.data = torch.empty_like(tensor)
 
     def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
         """Refuse a copy that does not match, or shares storage outside of frozen parts."""
@@ -289,21 +290,13 @@ def _copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        return copy.deepcopy(model, dict(derived))
+        return copy.deepcopy(model, derived)
     except Exception as error:
-        found = f"{_refusing(model, derived)}: {type(error).__name__}: {error}".splitlines()[0]
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        keys = [str(frame["key"]) for frame in frames if "key" in frame and "memo" in frame]
+        path = ".".join(key for key in keys if key not in ("_modules", "_parameters"))
+        found = f"{path or type(model).__name__}: {type(error).__name__}: {error}".splitlines()[0]
         refuse("model", "be copyable", found, SHARD if _sharded(model) else READY)
-
-
-def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
-    for path, module in model.named_modules():
-        for name, value in {**vars(module), **module._parameters}.items():
-            try:
-                if name not in ("_modules", "_parameters"):
-                    copy.deepcopy(value, dict(memo))
-            except Exception:
-                return f"{path}.{name}".lstrip(".")
-    return type(model).__name__
 
 
 def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
@@ -338,9 +331,9 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return modules by name, without the prefix that torch.compile gives."""
-    return {name.replace(COMPILED, ""): m for name, m in unwrapped(model).named_modules()}
+def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dict of pairs, without the prefix that torch.compile gives to names."""
+    return {name.replace("_orig_mod.", ""): value for name, value in pairs}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -348,20 +341,15 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     for module in _sharded(model):
         module.reshard()  # after a forward pass, writes to gathered weights would be lost
-    named = (*model.named_parameters(), *model.named_buffers())
-    return {name.replace(COMPILED, ""): tensor for name, tensor in named}
+    return _named((*model.named_parameters(), *model.named_buffers()))
 
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
     model = unwrapped(model)
-    names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
-    buffers = {name for name, _ in model.named_buffers()}
-    for mean in buffers:
-        pair = {mean, mean.removesuffix("mean") + "var"}
-        if mean.rpartition(".")[2] == "running_mean" and pair <= buffers:
-            names |= pair
-    return {name.replace(COMPILED, "") for name in names}
+    statistics = [b for b in model.named_buffers() if b[0].rpartition(".")[2] in STATISTICS]
+    tensors = _named((*model.named_parameters(), *statistics))
+    return {n for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
 
 
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
