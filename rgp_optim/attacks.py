@@ -40,9 +40,10 @@ def kl_attack(
     Projected ascent by the sign of the gradient; p(x) is computed once. As in TRADES, the start
     ``x + 0.001 N(0, 1)`` is not clipped; every later iterate lies in the ball and the bounds.
 
-    The model runs in eval mode; afterwards ``train`` and ``eval`` give each module its own mode
-    back. No ``.grad`` changes. Buffers that a module writes in eval mode are not restored. Of a
-    DistributedDataParallel model the inner module is attacked, without communication.
+    The model runs in eval mode; afterwards ``train`` and ``eval`` restore the mode of each module.
+    A model from torch.export stays in the mode it was exported in. No ``.grad`` changes. Buffers
+    written in eval mode are not restored. Attacking a DistributedDataParallel model attacks the
+    module inside, without communication.
 
     Args:
         model: Maps images within ``bounds`` to logits, [batch, classes]: normalise inside.
@@ -52,7 +53,7 @@ def kl_attack(
         steps: Number of steps, >= 0.
         bounds: Lowest and highest value of a pixel; None does not clip. The range of ``x`` is
             validated on the CPU only: on a GPU the check would synchronise.
-        generator: Generator for the start, on the device of ``x``, or a seed, or None (global).
+        generator: For the start: a generator on the device of ``x``, a seed, or None (torch's own).
 
     Returns:
         The attacked images: shape, dtype and device of ``x``, without a graph.
@@ -164,8 +165,8 @@ def _ascend(
             except RuntimeError as error:
                 if "use_reentrant" not in str(error):
                     raise
-                hint = "Reentrant checkpointing gives no gradient of the images alone."
                 rule = "checkpoint activations with use_reentrant=False"
+                hint = "Reentrant checkpointing gives no gradient of the images alone."
                 refuse("model", rule, "use_reentrant=True", hint, RuntimeError)
         if gradient is None:
             hint = "Remove detach(), no_grad() or inference_mode() from the model's forward."
@@ -221,12 +222,12 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
-    constant: list[nn.Parameter] = []
     with switched(model):
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in net.modules()):
-            # A compiled backward pass computes the gradient of every parameter that requires one.
-            whole = (p for p in net.parameters() if not is_sharded(p))
-            constant = [p for p in whole if p.requires_grad and p.is_leaf]
+        # A compiled backward pass computes the gradient of every parameter that requires one.
+        ways = ((hasattr(m, "_orig_mod"), m._compiled_call_impl) for m in net.modules())
+        compiled = any(wrapped or call is not None for wrapped, call in ways)
+        whole = (p for p in net.parameters() if compiled and not is_sharded(p))
+        constant = [p for p in whole if p.requires_grad and p.is_leaf]
         try:
             for p in constant:
                 p.requires_grad = False

@@ -7,7 +7,7 @@ import math
 import random
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -149,14 +149,9 @@ class ConsistencyReviser:
         """Return what resumes the copy and its draws: tensors and plain numbers."""
         if self.steps == 0:
             self._move(1.0)
-        return {
-            "model": {name: tensor.detach() for name, tensor in self._own().items()},
-            "masters": dict(self._float32()),
-            "steps": self.steps,
-            "rate": self.rate,
-            "decay": self.decay,
-            "seed": self._seed,
-        }
+        tensors = {name: tensor.detach() for name, tensor in self._own().items()}
+        numbers = {"steps": self.steps, "rate": self.rate, "decay": self.decay, "seed": self._seed}
+        return {"model": tensors, "masters": dict(self._float32()), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
@@ -186,11 +181,9 @@ class ConsistencyReviser:
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student, copied = (
-            _named(unwrapped(each).named_modules()) for each in (self._student, self.model)
-        )
-        pairs = [(copied[path], module) for path, module in student.items() if path in copied]
-        modes = {ours: m.training for ours, m in pairs if hasattr(m, "training")}
+        student, copied = (_named(each, "modules") for each in (self._student, self.model))
+        moded = [n for n, m in student.items() if n in copied and hasattr(m, "training")]
+        modes = {copied[name]: student[name].training for name in moded}
         with switched(self.model, modes):  # merged weights differ from unmerged ones
             theirs = _tensors(self._student)
             if self.steps == 0:
@@ -223,14 +216,14 @@ class ConsistencyReviser:
                 copied.data = torch.empty_like(tensor)
 
     def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
-        """Refuse a copy that does not match, or shares storage outside of frozen parts."""
+        """Refuse a copy that does not match, or shares more than frozen parts of `revised`."""
         ours = _tensors(self.model)
         _check_same(ours, theirs, name)
         taken = {_storage(tensor) for tensor in theirs.values()} - {0}
         for key, tensor in ours.items():
             frozen = sharing and tensor is theirs[key] and not tensor.requires_grad
             if not frozen and _storage(tensor) in taken:
-                hint = "`revised` may share frozen parameters and their modules alone."
+                hint = "Only frozen parts may be shared, in a copy passed as `revised=`."
                 refuse(name, "be copied without shared storage", key, hint)
 
     def _own(self) -> dict[str, Tensor]:
@@ -271,10 +264,8 @@ class ConsistencyReviser:
             self._uncounted = None
             fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
-                text = (
-                    f"BatchNorm has seen {fewest} batches (< {FEW_BATCHES}): train on natural "
-                    "images first, or the copy's targets are unreliable."
-                )
+                text = f"BatchNorm has seen {fewest} batches (< {FEW_BATCHES}): train on natural "
+                text += "images first, or the copy's targets are unreliable."
                 warnings.warn(text, UserWarning, stacklevel=3)
 
 
@@ -331,25 +322,25 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a dict of pairs, without the prefix that torch.compile gives to names."""
+def _named(model: nn.Module, *kinds: str) -> dict[str, Any]:
+    """Return modules, parameters, buffers by name, without the prefix that torch.compile gives."""
+    pairs = [pair for kind in kinds for pair in getattr(unwrapped(model), f"named_{kind}")()]
     return {name.replace("_orig_mod.", ""): value for name, value in pairs}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each tensor once."""
-    model = unwrapped(model)
     for module in _sharded(model):
         module.reshard()  # after a forward pass, writes to gathered weights would be lost
-    return _named((*model.named_parameters(), *model.named_buffers()))
+    return _named(model, "parameters", "buffers")
 
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    model = unwrapped(model)
-    statistics = [b for b in model.named_buffers() if b[0].rpartition(".")[2] in STATISTICS]
-    tensors = _named((*model.named_parameters(), *statistics))
-    return {n for n, t in tensors.items() if t.is_floating_point() or t.is_complex()}
+    buffers = _named(model, "buffers").items()
+    statistics = {name: b for name, b in buffers if name.rpartition(".")[2] in STATISTICS}
+    tensors = {**_named(model, "parameters"), **statistics}.items()
+    return {name for name, t in tensors if t.is_floating_point() or t.is_complex()}
 
 
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:

@@ -165,9 +165,17 @@ class Centred(nn.Module):
         return (x - x.mean(0)).pow(3)
 
 
-@pytest.mark.parametrize(
-    "mixing", [nn.BatchNorm1d(8, track_running_stats=False), Centred(), nn.Identity()]
-)
+class CentredGroups(Centred):
+    """Two groups of samples, which do not depend on each other."""
+
+    def forward(self, x):
+        return torch.cat([super(CentredGroups, self).forward(group) for group in x.chunk(2)])
+
+
+MIXING = [nn.BatchNorm1d(8, track_running_stats=False), Centred(), CentredGroups()]
+
+
+@pytest.mark.parametrize("mixing", MIXING)
 @pytest.mark.parametrize("seed", range(5))
 def test_samples_may_depend_on_each_other(mixing, seed):
     """Every pixel moves by the sign of the whole gradient, however unequal the rows' are."""
@@ -175,13 +183,24 @@ def test_samples_may_depend_on_each_other(mixing, seed):
     model = nn.Sequential(nn.Linear(6, 8), mixing, nn.ReLU(), nn.Linear(8, 3)).double().eval()
     model[3].weight.data *= torch.tensor([[30.0], [1.0], [0.1]])
     x, y = torch.rand(8, 6, dtype=torch.float64), torch.arange(8) % 3
+    y[4:] = model(x)[4:].argmax(1)  # their gradients are small
     t = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(t), y, reduction="sum"), t)
     options = dict(eps=0.1, step_size=0.05, steps=1, random_start=False, bounds=None)
     moved = pgd_attack(model, x, y, **options) - x
-    sure = gradient.abs() > 1e-13
+    largest = gradient.unflatten(0, (2, 4)).abs().amax((1, 2))
+    sure = gradient.abs() > 1e-9 * largest.repeat_interleave(4)[:, None]
     assert sure.sum() > 30
     assert torch.equal(moved.sign()[sure], gradient.sign()[sure])
+
+
+@each_attack
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_images_move_beside_one_without_a_prediction(attack, dtype):
+    linear, x = nn.Linear(4, 3).to(dtype), torch.full((3, 4), 0.5, dtype=dtype)
+    x[1] = torch.finfo(dtype).max
+    x_adv = attack(linear, x, eps=0.1, step_size=0.05, steps=3, bounds=None)
+    assert ((x_adv - x).abs()[[0, 2]] > 0.04).any(1).all()
 
 
 @each_attack
