@@ -21,10 +21,8 @@ def refuse(
 
 
 def _refuse_type(name: str, rule: str, value: object, hint: str = "") -> NoReturn:
-    shown = repr(value)
-    kind = type(value).__name__
-    found = f"{name}: {kind} {shown}" if len(shown) <= 40 else f"{name}: {kind}"
-    refuse(name, rule, found, hint, TypeError)
+    shown = f" {value!r}" if len(repr(value)) <= 40 else ""
+    refuse(name, rule, f"{name}: {type(value).__name__}{shown}", hint, TypeError)
 
 
 def real(

@@ -259,8 +259,8 @@ class ConsistencyReviser:
             warnings.warn(text, UserWarning, stacklevel=3)
         if self._uncounted is not None:  # at the first call: on a GPU reading buffers synchronises
             tensors = _tensors(self.model)
-            counters = {name for name in tensors if name.endswith(COUNTER)}
-            counters -= self._uncounted | _uncounted(tensors)
+            skipped = self._uncounted | _uncounted(tensors)
+            counters = {n for n in tensors if n.endswith(COUNTER)} - skipped
             self._uncounted = None
             fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:

@@ -181,7 +181,7 @@ def test_samples_may_depend_on_each_other(mixing, seed):
     """Every pixel moves by the sign of the whole gradient, however unequal the rows' are."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), mixing, nn.ReLU(), nn.Linear(8, 3)).double().eval()
-    model[3].weight.data *= torch.tensor([[30.0], [1.0], [0.1]])
+    model[3].weight.data *= torch.tensor([[300.0], [10.0], [1.0]])
     x, y = torch.rand(8, 6, dtype=torch.float64), torch.arange(8) % 3
     y[4:] = model(x)[4:].argmax(1)  # their gradients are small
     t = x.clone().requires_grad_()
