@@ -207,9 +207,9 @@ def _scaled(gradient: Tensor, logits: Tensor) -> Tensor:
     finite = exponent.nan_to_num(nan=-1e4, posinf=-1e4, neginf=-1e4)
     top = F.pad(finite, (0, 0, 0, 1), value=-1e4).amax(0)  # the batch may be empty
     kind = logits.device.type
-    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     exact = ((logits.half() - logits).nan_to_num() == 0).all()  # 16 bits, perhaps widened
-    rise = torch.where(exact | half, (top - 12 - exponent).clamp(min=0), 0.0)
+    rise = torch.where(exact | autocast, (top - 12 - exponent).clamp(min=0), 0.0)
     return gradient * torch.exp2((8 - top + rise).clamp(max=100))  # finite for a row of zeros
 
 
