@@ -141,7 +141,7 @@ def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) ->
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
     """Return the model's output if it is a tensor [batch, classes]; ``hint`` ends the refusal."""
     tensor("x", x, floating=False, hint=hint)
-    logits = model(x.clone())  # the model may write into its input
+    logits = model(x)
     if not isinstance(logits, Tensor):
         hint = f"Wrap the model in an nn.Module whose forward returns the logits alone. {hint}"
         refuse("model(x)", "be a tensor of logits", type(logits).__name__, hint, TypeError)

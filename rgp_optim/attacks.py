@@ -71,7 +71,7 @@ def kl_attack(
     with _frozen(model) as net:
         x = x.detach().clone()
         noise = torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device)
-        distance = partial(kl_divergence, logits_of(net, x), reduction="sum")
+        distance = partial(kl_divergence, logits_of(net, x.clone()), reduction="sum")
         return _ascend(net, x + START_NOISE * noise, distance, _ball(x, eps, bounds), step, steps)
 
 
@@ -152,16 +152,16 @@ def _ascend(
 ) -> Tensor:
     """Take ``steps`` signed steps up ``objective``, a sum over the batch, clipped to ``ball``."""
     for _ in range(steps):
-        x_adv.requires_grad_()
+        given = x_adv.clone().requires_grad_()  # the model may write into it
         with torch.enable_grad():
-            logits = logits_of(model, x_adv)
+            logits = logits_of(model, given)
             wide = widen(logits.detach()).requires_grad_()
             (pull,) = torch.autograd.grad(objective(wide), wide)
         gradient = None
         if logits.requires_grad:
             try:
                 pull = _scaled(pull, logits.detach()).to(logits.dtype)
-                (gradient,) = torch.autograd.grad(logits, x_adv, pull, allow_unused=True)
+                (gradient,) = torch.autograd.grad(logits, given, pull, allow_unused=True)
             except RuntimeError as error:
                 if "use_reentrant" not in str(error):
                     raise
@@ -173,7 +173,7 @@ def _ascend(
             rule = "depend on the images through autograd"
             refuse("model(x)", rule, "no graph from the logits to x", hint)
         # The sign of a NaN is 0: where the model overflows, the pixel stays.
-        x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(*ball)
+        x_adv = (x_adv + step_size * gradient.sign()).clamp_(*ball)
     return x_adv.clamp(*ball)
 
 

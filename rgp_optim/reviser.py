@@ -122,7 +122,7 @@ class ConsistencyReviser:
         self._warn()
         with switched(self.model), torch.no_grad():  # a trainer may have switched it
             # One by one: BatchNorm without running statistics would mix them.
-            revised, revised_adv = (logits_of(self.model, batch, hint) for batch in (x, x_adv))
+            revised, revised_adv = (logits_of(self.model, t.clone(), hint) for t in (x, x_adv))
         return consistency_loss(revised, revised_adv, logits, logits_adv)
 
     def update(self) -> bool:
