@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import rgp_optim
+from rgp_optim._distributed import _nodes
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rgp_optim"
@@ -96,6 +99,63 @@ def test_importing_needs_torch_and_nothing_else():
 def test_version_is_in_the_changelog_and_the_citation():
     assert f"## {rgp_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {rgp_optim.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+# What the package reads of torch by a string or with a default: gone, it would not be missed.
+
+
+@pytest.mark.filterwarnings("ignore")  # of checkpoints
+def test_private_names_of_torch_exist():
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+    assert type(out.grad_fn).__name__ == "CheckpointFunctionBackward"
+    assert {n.variable for n in _nodes(layer(x)) if hasattr(n, "variable")} == {
+        x,
+        *layer.parameters(),
+    }
+    seen = []
+    x.register_hook(lambda g: seen.append(torch._C._current_graph_task_id()))
+    x.sum().backward()
+    assert torch._C._current_graph_task_id() == -1 != seen[0]
+    assert torch.optim.SGD([x], fused=True)._step_supports_amp_scaling
+    assert hasattr(torch.optim.SGD([x]), "_optimizer_step_pre_hooks")
+    assert torch.compile(layer)._orig_mod is layer
+    assert layer._compiled_call_impl is None
+    layer.compile()
+    assert layer._compiled_call_impl is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # of FSDP1
+def test_private_names_of_torch_distributed_exist():
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def layer():
+        return torch.nn.Linear(2, 2, device="cpu")
+
+    x = torch.ones(1, 2, device="cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(layer(), static_graph=True)
+        owners = [n.ddp_weakref() for n in _nodes(ddp(x)) if hasattr(n, "ddp_weakref")]
+        assert owners == [ddp]
+        assert ddp._static_graph_delay_allreduce_enqueued is False
+        for whole, name in ((False, "_is_flat_param"), (True, "_fsdp_flattened")):
+            fsdp1 = FullyShardedDataParallel(layer(), use_orig_params=whole, device_id=x.device)
+            assert all(getattr(p, name) for p in fsdp1.parameters())
+        fsdp2 = fully_shard(layer(), mesh=dist.init_device_mesh("cpu", (1,)))
+        fsdp2(x)
+        assert fsdp2 in _module_state_mapping
+        state = fsdp2._get_fsdp_state()
+        assert hasattr(state, "_fsdp_param_groups") or hasattr(state, "_fsdp_param_group")
+        (group,) = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        assert hasattr(group, "_partial_reduce_output")
+        for p in group.fsdp_params:
+            assert hasattr(p, "_unsharded_param")
+            assert hasattr(p, "unsharded_accumulated_grad")
+            assert all(hasattr(p.sharded_param, name) for name in ("to_local", "placements"))
+    finally:
+        dist.destroy_process_group()
 
 
 def blocks(language, page="README.md"):

@@ -318,6 +318,17 @@ def test_the_bracket_seldom_misses_where_scales_follow_the_channels(ranked_whole
     assert missed <= 1
 
 
+def test_indices_of_a_sample_have_64_bits(monkeypatch):
+    """Also where NumPy's default integer has 32, as on Windows."""
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *a, dtype=np.int32: arange(*a, dtype=dtype))
+    total = 2**30
+    runs = _cpu._runs(total, 2.0**-12)
+    assert runs.dtype == torch.int64
+    assert len(runs) == 2**18
+    assert torch.equal(runs // 2**12, torch.arange(2**18))  # one in each stratum
+
+
 def test_several_threads_at_once(monkeypatch):
     setup = load("cpu", monkeypatch, CHUNK=4096)
 
