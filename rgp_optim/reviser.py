@@ -92,7 +92,7 @@ class ConsistencyReviser:
         self._student = model
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
-        self._joined = False  # set by an optimizer that calls `_update`
+        self._joined: Any = None  # what calls `_update`: an optimizer's state
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
         name, theirs = "model" if revised is None else "revised", _tensors(model)
