@@ -47,6 +47,14 @@ Batches = Callable[[], Any]  # yields images and labels
 Report = Callable[[str], None]
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class FlagError(DataError):
+    """Settings that cannot work; the message names the flags."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all methods of a comparison share.
@@ -128,7 +136,7 @@ class Setup:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.seed))
         rest = order[s.val_size :][: s.train_size]
         if len(rest) < s.batch_size:
-            raise DataError(
+            raise FlagError(
                 f"{len(rest)} training images are left, less than one batch of {s.batch_size}: "
                 "lower --batch-size or --val-size."
             )
@@ -196,10 +204,12 @@ class Setup:
             checkpoint: Where it is kept while it lasts.
             report: As of a `Phase`.
         """
-        epochs = self.settings.warmup_epochs
+        epochs, report = self.settings.warmup_epochs, report or say
         if epochs == 0:
             return []
-        if not file.exists():
+        if file.exists():
+            report(f"warm-up: reused from {file}")
+        else:
             opt = self.sgd(model.parameters())
             phase = Phase(self, "warm-up", model, opt, epochs, checkpoint, report=report)
             for _ in phase.epochs():
@@ -218,6 +228,7 @@ class Setup:
             }
             save_checked(file, content)
             checkpoint.unlink()
+            report(f"warm-up: saved for other runs as {file}")
         saved = read(file, self.device)
         if saved["settings"] != self.warm_key:
             raise DataError(f"{file} is a warm-up with other settings or images: delete it.")
@@ -259,7 +270,7 @@ class Phase:
     ) -> None:
         self.setup, self.name, self.model, self.total = setup, name, model, epochs
         self.checkpoint = checkpoint
-        self.report = report or (lambda line: print(line, flush=True))
+        self.report = report or say
         self.settings = setup.key | (settings or {})
         self.images = fingerprint(setup.train, setup.val, setup.test)
         self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs)
@@ -277,7 +288,10 @@ class Phase:
 
     def epochs(self) -> Iterator[int]:
         """Yield each epoch that is left; after its steps validate and save."""
-        for epoch in range(self._load(), self.total):
+        done = self._load()
+        if done:
+            self.report(f"{self.name}: {done} of {self.total} epochs reused from {self.checkpoint}")
+        for epoch in range(done, self.total):
             began = time.perf_counter()
             self._sums = {}
             yield epoch
@@ -370,7 +384,8 @@ class Phase:
             if any(each.startswith("epochs ") for each in changed):
                 why = " Learning rates and averaging depend on epochs: a run cannot be extended."
             raise DataError(
-                f"{self.checkpoint} was made with other settings: {'; '.join(changed)}.{why}"
+                f"{self.checkpoint} was made with other settings: {'; '.join(changed)}.{why} "
+                "Repeat its settings, or begin anew in another folder."
             )
         if state["images"] != self.images:
             raise DataError(
@@ -388,7 +403,7 @@ class Phase:
 
 
 def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a run in ``out`` unasked; delete what a new one will write."""
+    """Refuse to write over a run in ``out`` unasked; delete what is left of an old one."""
     results = out / "results.json"
     started = [file for phase in phases if (file := out / f"{phase}.pt").exists()]
     if resume:
@@ -396,13 +411,13 @@ def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> No
             raise DataError(f"There is nothing to resume in {out}: leave out --resume.")
         return
     if not overwrite and (started or results.exists()):
-        kind, more = "an unfinished", "--resume to go on with it, "
+        kind, more = "an unfinished", "--resume to continue it, "
         if results.exists():
             kind, more = "a finished", ""
         raise DataError(
             f"{out} holds {kind} run: add {more}--overwrite to begin anew, or give another --out."
         )
-    for file in (*started, results):
+    for file in (results, *(file for phase in phases for file in out.glob(f"{phase}*.pt"))):
         file.unlink(missing_ok=True)
 
 
