@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_written_over_unasked(tmp_path, capsys):
     out = tmp_path / "run"
     run(out, "--compare")
     before = (out / "results.json").read_bytes()
-    for flags in ([], ["--compare"]):
+    for flags in (["--compare"], []):
         assert "finished run: add --overwrite to begin" in refused(capsys, out, *flags)[1]
         assert (out / "results.json").read_bytes() == before
         (out / "cure.pt").unlink(missing_ok=True)  # as one does to save space
