@@ -207,10 +207,11 @@ FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "epochs": (COUNT, "epochs after the warm-up"),
     "warmup_epochs": (number(int, "at least 0", lambda v: v >= 0), "epochs of natural training"),
     "batch_size": (COUNT, "images in a batch"),
-    "lr": (POSITIVE, "learning rate at the start of both phases"),
+    "lr": (POSITIVE, "highest learning rate of both phases"),
     "momentum": (NOT_NEGATIVE, "SGD momentum"),
     "weight_decay": (NOT_NEGATIVE, "the paper has 5e-3, its code 5e-4"),
     "schedule": (["steps", "cosine"], "a tenth at 50 %% and 75 %% of a phase, or a cosine"),
+    "lr_warmup": (FRACTION, "share of the steps over which the learning rate rises from 0"),
     "eps": (
         number(float, "above 0 and at most 1, as pixels are", lambda v: 0 < v <= 1),
         "radius of the attacks, in pixels of [0, 1]",

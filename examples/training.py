@@ -66,6 +66,8 @@ class Settings:
         warmup_epochs: Of the natural training that it starts from.
         batch_size, lr, momentum, weight_decay: Of SGD, in both phases.
         schedule: "cosine", or "steps": a tenth at 50 % and 75 %.
+        lr_warmup: Share of the method's steps over which the learning rate rises from 0: the full
+            rate breaks the natural network that some methods start from.
         eps, attack_steps, step_size: Of the training attack; None: eps / 4.
         train_size, val_size, test_size, image_size: Images used, and their side; None: all.
         bf16: Train under bfloat16 autocast.
@@ -83,6 +85,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
+    lr_warmup: float = 0.1
     step_size: float | None = None
     train_size: int | None = None
     val_size: int = 200
@@ -169,11 +172,18 @@ class Setup:
         s = self.settings
         return torch.optim.SGD(params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        schedulers = torch.optim.lr_scheduler
-        if self.settings.schedule == "cosine":
-            return schedulers.CosineAnnealingLR(optimizer, steps)
-        return schedulers.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> Any:
+        """Return the scheduler: a cosine or two drops, times a linear rise at the beginning."""
+        rise = round(warmup * steps)
+
+        def factor(step: int) -> float:
+            if self.settings.schedule == "cosine":
+                shape = (1 + math.cos(math.pi * step / steps)) / 2
+            else:
+                shape = 0.1 ** ((step >= steps // 2) + (step >= steps * 3 // 4))
+            return shape * (min(1.0, (step + 1) / rise) if rise else 1.0)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def autocast(self, cache: bool = True) -> torch.autocast:
         on = self.settings.bf16
@@ -273,7 +283,8 @@ class Phase:
         self.report = report or say
         self.settings = setup.key | (settings or {})
         self.images = fingerprint(setup.train, setup.val, setup.test)
-        self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs)
+        warmup = 0.0 if name == "warm-up" else setup.settings.lr_warmup
+        self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs, warmup)
         self.updates = Updates(optimizer) if isinstance(optimizer, RGPSelectiveOptimizer) else None
         self.kept = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler, **kept}
         if self.updates is not None:
