@@ -6,7 +6,7 @@
 
 It begins with a natural warm-up, as in the paper, which is kept beside ``--out`` for other runs. It
 prints a table and leaves results.json, curves.png, weights and checkpoints in ``--out``;
-``--resume`` continues an interrupted run bit for bit. What surrounds the loop is in training.py.
+``--resume`` continues an interrupted run bit for bit. What surrounds the loop is in harness/.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from image_data import DataError
-from networks import NETWORKS
-from report import plot, table, updated_text, versions, writable, write_json
+from harness.image_data import DataError
+from harness.networks import NETWORKS
+from harness.report import plot, table, updated_text, versions, writable, write_json
+from harness.training import CIFAR10, DIGITS, LOADERS, FlagError, Phase, Settings, Setup, claim
 from torch import nn
 from tqdm import tqdm
-from training import CIFAR10, DIGITS, LOADERS, FlagError, Phase, Settings, Setup, claim
 
 from rgp_optim import (
     ConsistencyReviser,

@@ -220,7 +220,7 @@ def test_speeds_are_those_of_the_committed_rows():
 
 def test_the_first_screen_is_the_committed_run(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from report import table
+    from harness.report import table
 
     run = json.loads((ROOT / "examples" / "compare.json").read_text())
     assert table(run["results"]) in README

@@ -5,8 +5,8 @@ Everything in full precision, in eval mode, on images in [0, 1]; accuracies in p
 
 from __future__ import annotations
 
+from harness.training import Batches, accuracy, pgd20
 from torch import Tensor, nn
-from training import Batches, accuracy, pgd20
 
 FIRST_TWO = ["apgd-ce", "apgd-t"]
 

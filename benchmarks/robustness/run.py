@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import summary
 import trainer
-from image_data import DataError
+from harness.image_data import DataError
 from methods import METHODS, ROWS
 from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
 

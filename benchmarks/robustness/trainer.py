@@ -13,12 +13,22 @@ from typing import Any
 
 import evaluation
 import torch
-from image_data import DataError
+from harness.image_data import DataError
+from harness.report import versions, write_json
+from harness.training import (
+    CIFAR10,
+    DIGITS,
+    LOADERS,
+    Batches,
+    Images,
+    Phase,
+    Report,
+    Settings,
+    Setup,
+)
 from methods import METHODS, ROWS, Method, Setting
 from methods.cure import RANKING, REVISION
-from report import versions, write_json
 from torch import nn
-from training import CIFAR10, DIGITS, LOADERS, Batches, Images, Phase, Report, Settings, Setup
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import cifar10_cure as example
-import report
-import training
-import updates
+from harness import report, training, updates
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--test-size", "40", "--batch-size", "16"]
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]

@@ -19,8 +19,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import image_data
-from image_data import DataError, Images, crop_and_flip, load_cifar10
+from harness import image_data
+from harness.image_data import DataError, Images, crop_and_flip, load_cifar10
 
 
 def batch(seed, n=4):

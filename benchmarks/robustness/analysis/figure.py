@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import summary
+from harness.report import write_whole
 from matplotlib.path import Path as Line
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from methods import METHODS, TABLE
-from report import write_whole
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#000000")
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from image_data import Data, DataError, Images, fingerprint, load_cifar10, load_digits
-from networks import NETWORKS
-from report import load_checked, nrr, save_checked, write_whole
+from harness.image_data import Data, DataError, Images, fingerprint, load_cifar10, load_digits
+from harness.networks import NETWORKS
+from harness.report import load_checked, nrr, save_checked, write_whole
+from harness.updates import Updates
 from torch import Tensor, nn
-from updates import Updates
 
 from rgp_optim import RGPSelectiveOptimizer, pgd_attack
 
