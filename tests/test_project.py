@@ -173,7 +173,7 @@ def test_recipes_run(page, number):
         assert 0.6 < float(names["fraction"]) < 0.8
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/RECIPES.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/RECIPES.md"]
 PAGES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/**/*.md"))]
 
 
