@@ -47,12 +47,12 @@ class Preset(Settings):
 GPU = {"channels_last": True, "attack": "compile-graph", "whole_auto_attack": True}
 PRESETS = {
     "digits": Preset(
-        **DIGITS, auto_attack=200, masking=200, options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
+        **DIGITS, channels_last=True, auto_attack=200, masking=200, options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
     ),
     "cpu": Preset(
         data="cifar10", network="resnet8", epochs=12, warmup_epochs=8, batch_size=128, lr=0.1,
         eps=8 / 255, attack_steps=5, train_size=5000, val_size=250, test_size=1000, image_size=16,
-        auto_attack=200, masking=200, options={"*": {"beta": 5.0}},
+        channels_last=True, auto_attack=200, masking=200, options={"*": {"beta": 5.0}},
     ),
     "gpu-short": Preset(
         **CIFAR10 | GPU | {"epochs": 30, "warmup_epochs": 10, "schedule": "cosine"},
