@@ -86,6 +86,7 @@ class ConsistencyReviser:
         self._student = model
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
+        self._joined: Any = None
         self._checked = self._reminded = False
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
@@ -125,6 +126,11 @@ class ConsistencyReviser:
         Call it once per step. A model whose parameters or buffers are no longer those of the copy
         raises a ValueError, and nothing is changed.
         """
+        if self._joined:
+            raise RuntimeError("update() is called by the optimizer's step(): leave it out.")
+        return self._update()
+
+    def _update(self) -> bool:
         rate, decay = check.fraction("rate", self.rate), _check_decay("decay", self.decay)
         moves = random.Random(f"{self._seed} {self.steps}").random() < rate
         if self.steps == 0:
@@ -147,19 +153,26 @@ class ConsistencyReviser:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
+        self._check_state(state_dict)
+        ours = self.state_dict()
+        decay = state_dict["decay"]
+        steps, seed = state_dict["steps"], state_dict["seed"]
+        with torch.no_grad():
+            for part in ("model", "masters"):
+                for name, tensor in ours[part].items():
+                    tensor.copy_(state_dict[part][name])
+        self.decay, self.steps, self._seed = decay, steps, seed
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
             hint = "Pass what `ConsistencyReviser.state_dict()` returned."
             refuse("state_dict", f"have {', '.join(ours)}", type(state_dict).__name__, hint)
         for part in ("model", "masters"):
             _check_same(ours[part], state_dict[part], "state_dict")
-        decay = _check_decay("state_dict['decay']", state_dict["decay"])
-        steps, seed = (check.count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
-        with torch.no_grad():
-            for part in ("model", "masters"):
-                for name, tensor in ours[part].items():
-                    tensor.copy_(state_dict[part][name])
-        self.decay, self.steps, self._seed = decay, steps, seed
+        _check_decay("state_dict['decay']", state_dict["decay"])
+        for k in ("steps", "seed"):
+            check.count(f"state_dict['{k}']", state_dict[k])
 
     @torch.no_grad()
     def _move(self, weight: float) -> None:

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 # Three floors: public modules, the score and the processes, the backends and their specification.
 ARROWS = {
     "__init__": {"optimizer", "groups", "reviser", "losses", "attacks", "functional"},
-    "optimizer": {"functional", "groups", "_distributed", "_scores", "_reference"},
+    "optimizer": {"functional", "groups", "reviser", "_distributed", "_scores", "_reference"},
     "reviser": {"losses", "_distributed"},
     "attacks": {"losses", "_distributed"},
     "losses": set(),
