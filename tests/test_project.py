@@ -233,7 +233,7 @@ def test_recipes_run(page, number):
         assert 0.6 < float(names["fraction"]) < 0.8
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/RECIPES.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/RECIPES.md"]
 PAGES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("benchmarks/**/*.md"))]
 
 
@@ -280,7 +280,7 @@ def test_speeds_are_those_of_the_committed_rows():
 
 def test_the_first_screen_is_the_committed_run(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    from report import table
+    from harness.report import table
 
     run = json.loads((ROOT / "examples" / "compare.json").read_text())
     assert table(run["results"]) in README

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import summary
 import torch
 import trainer
 from analysis import blocks, corruptions, layers, smallest
 from analysis.figure import COLORS, draw_curves, save
+from harness.report import versions, write_json
+from harness.training import columns, pgd20
 from methods import METHODS
-from report import versions, write_json
 from trainer import PRESETS, Place, Preset, Trainer
-from training import columns, pgd20
 
 from rgp_optim import pgd_attack
 

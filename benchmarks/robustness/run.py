@@ -20,18 +20,23 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import summary
 import trainer
-from image_data import DataError
-from methods import METHODS
+from harness.image_data import DataError
+from methods import METHODS, ROWS
 from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--methods", default="all", help=f"some of {', '.join(METHODS)}, by commas; or all")
+    add(
+        "--methods",
+        default="all",
+        help=f"some of {', '.join(ROWS)}, by commas; or all of the preset",
+    )
     add("--seeds", default="0,1,2", help="by commas (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="of each method")
@@ -45,7 +50,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="say only what is finished")
     add("--no-table", action="store_true", help="print no table at the end")
     args = parser.parse_args(argv)
-    args.methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
+    rows = trainer.rows_of(args.preset)
+    args.methods = rows if args.methods == "all" else args.methods.split(",")
     unknown = [name for name in [*args.methods, *(args.compare or ())] if name not in METHODS]
     if unknown:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")

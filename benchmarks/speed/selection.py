@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import measure
 import numpy as np
 import torch
-from networks import NETWORKS
+from harness.networks import NETWORKS
 from torch import Tensor
 
 from rgp_optim import functional

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import captured
-from networks import NETWORKS
+from harness.networks import NETWORKS
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss
 

@@ -6,10 +6,10 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import same
 
 FOLDER = Path(__file__).parents[2] / "examples" / "trainers"
 sys.path.insert(0, str(FOLDER))
@@ -118,11 +118,7 @@ def plain_loop(epochs=EPOCHS, every=1, clip=None, lr_step=None, divide=True):
 def values(model):
     """The weights of a network, or of the one inside, gathered."""
     whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
-    return [p.detach().cpu().numpy().copy() for p in whole]
-
-
-def same(a, b):
-    return len(a) == len(b) > 0 and all(map(np.array_equal, a, b))
+    return [p.detach().cpu().clone() for p in whole]
 
 
 def manual(steps):

@@ -11,7 +11,7 @@ from common import backward, losses, make_batch, make_net, same_bits, sgd, snaps
 from rgp_optim import functional, kl_attack
 from rgp_optim._reference import Entry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from captured import Captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,7 +13,8 @@ from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "robustness"])
 pytest.importorskip("sklearn")
 
 from analysis import blocks, corruptions, layers, smallest  # noqa: E402
@@ -195,7 +196,7 @@ def test_updated_early_and_late():
 
 
 def test_only_the_blocks_that_learn_change():
-    from networks import NETWORKS
+    from harness.networks import NETWORKS
 
     torch.manual_seed(0)
     model = NETWORKS["resnet8"](channels=1)

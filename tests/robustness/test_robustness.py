@@ -16,7 +16,8 @@ from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "robustness"])
 pytest.importorskip("sklearn")
 
 import captured  # noqa: E402
@@ -24,7 +25,7 @@ import evaluation  # noqa: E402
 import run as robustness  # noqa: E402
 import summary  # noqa: E402
 import trainer  # noqa: E402
-import training  # noqa: E402
+from harness import training  # noqa: E402
 from methods import METHODS, TABLE, Setting  # noqa: E402
 from methods.act import act_losses, soft_kl  # noqa: E402
 from methods.fat import friendly_pgd  # noqa: E402
@@ -328,7 +329,7 @@ def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
 
 
 def test_released_rules_select_where_the_released_code_does():
-    from networks import NETWORKS
+    from harness.networks import NETWORKS
 
     network = NETWORKS["resnet8"](channels=1)
     kinds = nn.Conv2d | nn.Linear

@@ -7,15 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, rgp_param_groups
+from rgp_optim.functional import rgp_score, topk_mask
 from rgp_optim.optimizer import ScoreInputs
 
 from .base import Setting
-from .trades import TRADES
+from .trades import TRADES, PretrainedTRADES
 
 
 def signed(s: ScoreInputs) -> Tensor:
     """Return the sum with its sign, as the released ``rgp_soft`` ranks."""
     return s.natural.float() * s.alpha + s.adversarial.float() * (1.0 - s.alpha)
+
+
+def inverse(s: ScoreInputs) -> Tensor:
+    """Return RGP upside down: the least prominent weights are updated."""
+    return -rgp_score(s.natural, s.adversarial, alpha=s.alpha)
 
 
 def loss_gradient(s: ScoreInputs) -> Tensor:
@@ -42,6 +48,31 @@ class RandomScore:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps = state_dict["steps"]
+
+
+class MatchedScore(RandomScore):
+    """Control of the step's length: a random mask, the gradient as long as under RGP's mask.
+
+    In each tensor the training gradient that the random mask leaves is rescaled to the norm of the
+    one that RGP's mask of the same fraction would have left. `rescale` does it, after the mask and
+    before the inner step: momentum sees the rescaled gradient, weight decay is not rescaled.
+    """
+
+    def __init__(self, seed: int, update_fraction: float) -> None:
+        super().__init__(seed)
+        self.update_fraction = update_fraction
+        self.norms: dict[Tensor, Tensor] = {}
+
+    def __call__(self, s: ScoreInputs) -> Tensor:
+        rgp = rgp_score(s.natural, s.adversarial, alpha=s.alpha)
+        mask = topk_mask(rgp, update_fraction=self.update_fraction)
+        self.norms[s.parameter] = (s.gradient * mask).norm()
+        return super().__call__(s)
+
+    def rescale(self, *_: Any) -> None:
+        for parameter, norm in self.norms.items():
+            assert parameter.grad is not None
+            parameter.grad.mul_(norm / parameter.grad.norm().clamp_min(1e-30))
 
 
 class CURE(TRADES):
@@ -75,6 +106,8 @@ class CURE(TRADES):
         self.score = self.rule()
         how = {k: self.options[k] for k in ("update_fraction", "alpha", "scope", "conserve")}
         inner = self.setting.new_optimizer(self.groups())
+        if isinstance(self.score, MatchedScore):
+            inner.register_step_pre_hook(self.score.rescale)
         return RGPSelectiveOptimizer(inner, score=self.score, **how)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -92,7 +125,10 @@ class CURE(TRADES):
         name = self.options["score"]
         if name == "random":
             return RandomScore(self.setting.seed)
-        return {"rgp": "rgp", "signed": signed, "loss_gradient": loss_gradient}[name]
+        if name == "matched":
+            return MatchedScore(self.setting.seed, self.options["update_fraction"])
+        rules = {"rgp": "rgp", "inverse": inverse, "signed": signed}
+        return {**rules, "gradient": loss_gradient, "loss_gradient": loss_gradient}[name]
 
     def left_out(self) -> list[str]:
         """Return what the released rules do not select in: all but ``conv1``, or the head."""
@@ -115,7 +151,9 @@ class CURE(TRADES):
         if self.reviser is not None:
             loss = loss + self.options["gamma"] * self.reviser(x, x_adv, logits, logits_adv)
         self.optimizer.zero_grad()
-        self.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward()
+        if self.options["score"] not in ("random", "gradient", "loss_gradient"):
+            loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
+        loss.backward()
         self.optimizer.step()
         if isinstance(self.score, RandomScore):
             self.score.steps += 1
@@ -142,6 +180,7 @@ CONTROLS = {
     "trades-pre-revision": variant("TRADES, pre-trained, + revision", update_fraction=1.0),
     "cure-no-revision": variant("CURE without revision", gamma=0.0),
     "cure-random": variant("CURE, random mask", score="random"),
+    "random-no-revision": variant("Random mask without revision", score="random", gamma=0.0),
     "cure-gradients": variant("CURE, gradients conserved", conserve="gradients"),
     "cure-update": variant("CURE, whole gradient in the state", conserve="update"),
     "cure-global": variant("CURE, global scope", scope="global"),
@@ -155,3 +194,26 @@ CONTROLS = {
         "CURE as released, rgp_soft", score="signed", conserve="gradients"
     ),
 }
+
+# What the score ranks: no revision, all else alike.
+SCORES = ("rgp", "gradient", "random", "matched", "inverse")
+RANKING = {
+    f"{score}-{share}": variant(f"{score}, {share}", score=score, update_fraction=share, gamma=0.0)
+    for share in (0.7, 0.5, 0.3, 0.1)
+    for score in SCORES
+}
+# The averaging time of the revision, under each mask.
+REVISION = {
+    "trades-pre-revision-0.3": variant("No mask, horizon 0.3", update_fraction=1.0, horizon=0.3),
+    "cure-revision-0.3": variant("RGP, horizon 0.3", horizon=0.3),
+    "cure-random-revision-0.3": variant("Random mask, horizon 0.3", score="random", horizon=0.3),
+}
+
+
+def smaller_beta(beta: float) -> type[TRADES]:
+    """Return pre-trained TRADES with a beta of its own."""
+    body = {"title": f"none, beta {beta:g}", "official": {"beta": beta}}
+    return type(f"Beta{beta:g}", (PretrainedTRADES,), body)
+
+
+FRONT = {f"none-beta{beta:g}": smaller_beta(beta) for beta in (1.0, 2.0, 3.0, 3.5, 4.5)}
