@@ -113,12 +113,13 @@ def interval(values: Sequence[float]) -> float:
 
 def intervals(runs: Runs) -> str:
     """Return Markdown: paired differences, means and 95 % t-intervals, bold if 0 is outside."""
-    rows = [["last epoch, points", "seeds", *COLUMNS.values()]]
+    columns = [key for key in COLUMNS if key in some_run(runs)["results"]["last"]]
+    rows = [["last epoch, points", "seeds", *(COLUMNS[key] for key in columns)]]
     for first, second in (pair for pair in compared() if runs.keys() >= set(pair)):
         seeds = sorted(set(runs[first]) & set(runs[second]))
         a, b = ([runs[m][seed]["results"]["last"] for seed in seeds] for m in (first, second))
         row = [f"{first} - {second}", str(len(seeds))]
-        for key in COLUMNS:
+        for key in columns:
             each = [x[key] - y[key] for x, y in zip(a, b, strict=True) if key in x and key in y]
             if len(each) < 2:
                 row.append("-")
