@@ -142,7 +142,7 @@ def compared() -> list[tuple[str, str]]:
     pairs += [("trades-pre", "trades"), ("at-pre", "at"), *((name, "at") for name in TABLE[1:])]
     for share in (0.7, 0.5, 0.3, 0.1):
         rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)
-        pairs += [(rgp, other) for other in ("none", gradient, random, matched, inverse)]
+        pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
         pairs += [(random, inverse)]
     return list(dict.fromkeys(pairs + [("rgp-0.7", name) for name in FRONT]))
 
