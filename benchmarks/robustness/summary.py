@@ -87,7 +87,8 @@ def report(runs: Runs) -> str:
     told = "; ".join(doubts) if doubts else "no run fails a test for masked gradients"
     return "\n\n".join(
         [
-            f"{some['data']}, {p['network']}, eps {eps}, {p['epochs']} epochs, "
+            f"{some['data']}, {p['network']}, eps {eps}, {p['epochs']} epochs, the learning rate "
+            f"rising over {100 * p.get('lr_warmup', 0):g} % of the steps, "
             f"{some['images']['test']} test images; accuracy in %, mean ± standard deviation over "
             f"seeds; AA: {some['auto_attack'] or 'not run'}. Controls in italics. Published: "
             f"CIFAR-10, {published}, 200 epochs.",
@@ -154,5 +155,7 @@ def collapses(runs: Runs, few: float = 10.0) -> str:
         courses = [[row["natural"] for row in run["history"]] for run in runs[name].values()]
         lost = [each[0] for each in courses if each[-1] - each[0] > few]
         said += [f"{name} ({len(lost)}: {min(lost):.0f} to {max(lost):.0f} %)"] if lost else []
-    told = "Warning: natural validation accuracy after the first epoch is at least "
-    return f"{told}{few:g} points below the last epoch's (seeds): {', '.join(said) or 'none'}."
+    if not said:
+        return f"No run from natural weights gets back {few:g} points lost in its first epoch."
+    told = "Warning: natural validation accuracy after the first epoch is more than "
+    return f"{told}{few:g} points below the last epoch's (seeds): {', '.join(said)}."
