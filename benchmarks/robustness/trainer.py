@@ -26,8 +26,8 @@ from harness.training import (
     Settings,
     Setup,
 )
-from methods import METHODS, ROWS, Method, Setting
-from methods.cure import RANKING, REVISION
+from methods import METHODS, Method, Setting
+from methods.cure import FRONT, RANKING, REVISION
 from torch import nn
 
 
@@ -47,7 +47,8 @@ class Preset(Settings):
 GPU = {"channels_last": True, "attack": "compile-graph", "whole_auto_attack": True}
 PRESETS = {
     "digits": Preset(
-        **DIGITS, channels_last=True, auto_attack=200, masking=200, options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
+        **DIGITS, channels_last=True, auto_attack=200, masking=200,
+        options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}},
     ),
     "cpu": Preset(
         data="cifar10", network="resnet8", epochs=12, warmup_epochs=8, batch_size=128, lr=0.1,
@@ -65,28 +66,20 @@ PRESETS = {
         options={"*": {"horizon": 1.0, "rate": 1.0}},
     ),
 }  # fmt: skip
-# Experiments: rows other than the table's, without AutoAttack.
+# Rows other than the table's, without AutoAttack; and the preset that they are compared with.
 EXPERIMENTS = {
-    "ranking-digits": ("digits", ["none", *RANKING]),
-    "ranking-cpu": ("cpu", ["none", *(name for name in RANKING if not name.endswith("0.5"))]),
-    "revision-digits": ("digits", list(REVISION)),
-    "front-digits": ("digits", [f"none-beta{beta}" for beta in ("1", "2", "3", "4.5")]),
-    "front-cpu": ("cpu", [f"none-beta{beta}" for beta in ("1", "2", "3.5")]),
-    "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"]),
+    "ranking-digits": ("digits", ["none", *RANKING], ()),
+    "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
+    "revision-digits": ("digits", list(REVISION), ("digits",)),
+    "front-digits": ("digits", [n for n in FRONT if not n.endswith("3.5")], ("ranking-digits",)),
+    "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
+    "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
-for name, (base, _) in EXPERIMENTS.items():
-    PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False)
-for name in ("front-digits", "front-cpu"):
-    PRESETS[name] = replace(PRESETS[name], options={})  # a beta of their own
-# Few images many times, the learning rate cut as where robust overfitting was found.
-PRESETS["overfitting"] = replace(
-    PRESETS["overfitting"], train_size=1000, epochs=100, batch_size=64, schedule="steps"
-)
-
-
-def rows_of(preset: str) -> list[str]:
-    """Return the methods that a preset compares."""
-    return EXPERIMENTS[preset][1] if preset in EXPERIMENTS else list(ROWS)
+for name, (base, _, _) in EXPERIMENTS.items():
+    own = {"options": {}} if name.startswith("front") else {}  # a beta of their own
+    if name == "overfitting":  # few images many times, the rate cut as where it was found
+        own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
+    PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)
 
 
 @dataclass(frozen=True)

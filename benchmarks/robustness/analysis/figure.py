@@ -33,7 +33,7 @@ Pair = tuple[float, float]
 
 
 def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
-    """Draw a figure of ``size`` inches and write it as PNG, whole or not at all."""
+    """Draw a figure of ``size`` inches and write it, whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> 
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=size, dpi=120, layout="constrained")
         draw(figure)
-        write_whole(path, lambda p: figure.savefig(p, format="png"))
+        write_whole(path, lambda p: figure.savefig(p, format=path.suffix[1:]))
         plt.close(figure)
 
 

@@ -19,11 +19,6 @@ def signed(s: ScoreInputs) -> Tensor:
     return s.natural.float() * s.alpha + s.adversarial.float() * (1.0 - s.alpha)
 
 
-def inverse(s: ScoreInputs) -> Tensor:
-    """Return RGP upside down: the least prominent weights are updated."""
-    return -rgp_score(s.natural, s.adversarial, alpha=s.alpha)
-
-
 def loss_gradient(s: ScoreInputs) -> Tensor:
     """Return the size of the training gradient, as the released ``rgp`` ranks."""
     return s.gradient.abs()
@@ -71,7 +66,6 @@ class MatchedScore(RandomScore):
 
     def rescale(self, *_: Any) -> None:
         for parameter, norm in self.norms.items():
-            assert parameter.grad is not None
             parameter.grad.mul_(norm / parameter.grad.norm().clamp_min(1e-30))
 
 
@@ -127,7 +121,8 @@ class CURE(TRADES):
             return RandomScore(self.setting.seed)
         if name == "matched":
             return MatchedScore(self.setting.seed, self.options["update_fraction"])
-        rules = {"rgp": "rgp", "inverse": inverse, "signed": signed}
+        upside_down = lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)  # noqa: E731
+        rules = {"rgp": "rgp", "inverse": upside_down, "signed": signed}
         return {**rules, "gradient": loss_gradient, "loss_gradient": loss_gradient}[name]
 
     def left_out(self) -> list[str]:
@@ -208,12 +203,10 @@ REVISION = {
     "cure-revision-0.3": variant("RGP, horizon 0.3", horizon=0.3),
     "cure-random-revision-0.3": variant("Random mask, horizon 0.3", score="random", horizon=0.3),
 }
-
-
-def smaller_beta(beta: float) -> type[TRADES]:
-    """Return pre-trained TRADES with a beta of its own."""
-    body = {"title": f"none, beta {beta:g}", "official": {"beta": beta}}
-    return type(f"Beta{beta:g}", (PretrainedTRADES,), body)
-
-
-FRONT = {f"none-beta{beta:g}": smaller_beta(beta) for beta in (1.0, 2.0, 3.0, 3.5, 4.5)}
+# All weights updated, a smaller beta.
+FRONT = {
+    f"none-beta{beta:g}": type(
+        "Front", (PretrainedTRADES,), {"title": f"none, β {beta:g}", "official": {"beta": beta}}
+    )
+    for beta in (1.0, 2.0, 3.0, 3.5, 4.5)
+}
