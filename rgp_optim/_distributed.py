@@ -197,19 +197,20 @@ def take(
         ) from error
 
 
-def repeated(losses: Mapping[str, Tensor], node: Any) -> str | None:
-    """Return a role whose graph runs again for another loss, None if there is none.
+def repeated(losses: Mapping[str, Tensor], node: Any) -> list[str]:
+    """Return the roles whose graph runs again for another loss.
 
     ``node`` is that of the training loss. A graph too large to look at counts as repeated.
     """
     graphs = {role: _scored_nodes(loss, LOOK_AT) for role, loss in losses.items()}
     graphs["training"] = _nodes(node, LOOK_AT)
+    found = []
     for role in losses:
         inner = {each for each in graphs[role] if each.next_functions}
         others = [graph for name, graph in graphs.items() if name != role]
         if len(graphs[role]) >= LOOK_AT or any(inner & graph for graph in others):
-            return role
-    return None
+            found.append(role)
+    return found
 
 
 def _take_sharded(

@@ -76,7 +76,9 @@ class NothingScored(Refused):
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
             "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
             "run `loss.backward()` before `step()`, under the same settings. Without an attack "
-            "yet, pass the natural loss as both."
+            "yet, pass the natural loss as both. Engines that step copies of the weights "
+            "(DeepSpeed's bf16 and fp16) leave nothing to score: use DistributedDataParallel or "
+            "FSDP2's `fully_shard`."
         )
 
 
@@ -132,22 +134,23 @@ class Scores:
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
         waits = grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing())
         test = not self._tested and not waits
-        before = _gradients() if test or self._retained else {}
+        before = _gradients(params) if test or self._retained else {}
         self.thread = get_ident()
         try:
-            repeated = distributed.repeated(losses, node) if test else None
+            repeated = distributed.repeated(losses, node) if test else []
+            passed = test
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 first = None
-                if role == repeated:
+                if role in repeated:
                     found = distributed.take(role, loss, params, factor)
                     first = [None if g is None else local(g).clone() for g in found]
                 gradients = distributed.take(role, loss, params, factor)
                 if first is not None:
-                    self._tested = _same(role, first, gradients)
+                    passed &= _same(role, first, gradients)
                 self._add(role, params, gradients)
-            self._tested |= test and repeated is None
             self._put_back(before)
+            self._tested |= passed
             return self._not_finite(grad)
         except BaseException as error:
             self.clear()  # half a score would select the wrong weights
@@ -280,11 +283,14 @@ class Scores:
         return score.detach()
 
 
-def _gradients() -> dict[Tensor, tuple[Tensor | None, int]]:
-    """Return `.grad` and its version of every tensor that holds gradients; looks at all objects."""
+def _gradients(params: Sequence[Tensor]) -> dict[Tensor, tuple[Tensor | None, int]]:
+    """Return `.grad` and its version of parameters and of all tensors with `retain_grad`.
+
+    Other leaves are left out: a thread may train another model meanwhile.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
-        held = [(t, t.grad) for t in found if t.is_leaf or t.retains_grad]
+        held = [(t, t.grad) for t in [*params, *(t for t in found if t.retains_grad)]]
         return {t: (g, 0 if g is None or g.is_inference() else g._version) for t, g in held}
 
 

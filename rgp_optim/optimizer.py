@@ -412,12 +412,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             settings = Settings.of({**self._holder.defaults, **group})
             chosen = settings.update_fraction == 1.0 or settings.select is False
-            if group["params"] and not chosen:
-                shapes = ", ".join(str(tuple(p.shape)) for p in group["params"][:3])
+            taken_out = not self._parameters()  # by ZeRO 3, which puts them back for its step
+            if (group["params"] or taken_out) and not chosen:
+                shapes = _listed([str(tuple(p.shape)) for p in group["params"]])
                 refuse(
                     "param_groups",
                     "have a trainable parameter with two or more dimensions to select in",
-                    f"shapes {shapes}{', ...' * (len(group['params']) > 3)}, or frozen ones",
+                    "empty groups" if taken_out else f"shapes {shapes}, or frozen ones",
                     "Engines that flatten or copy the parameters (DeepSpeed's ZeRO and bf16) leave "
                     "none: use DistributedDataParallel or FSDP2's `fully_shard`. To update all "
                     "weights on purpose set `update_fraction` to 1.",
@@ -673,7 +674,7 @@ def _check_reviser(reviser: Any, params: Sequence[Tensor]) -> None:
 def _check_memory(params: Sequence[Tensor]) -> None:
     """Refuse parameters that lie in the same memory: the mask of one would hold for the other."""
     plain = [p for p in params if type(p) in (Tensor, nn.Parameter) and p.numel()]
-    starts = Counter(p.data_ptr() for p in plain if p.device.type != "meta")
+    starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: meta, XLA
     for p in plain:
         if starts[p.data_ptr()] > 1:
             hint = "Tie weights by using one parameter twice, or give each memory of its own."
