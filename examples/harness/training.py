@@ -2,7 +2,7 @@
 
 A `Setup` holds what the phases of a run share, and a `Phase` is one of them:
 
-    phase = Phase(setup, "cure", model, opt, epochs, Path("cure.pt"), reviser=reviser)
+    phase = Phase(setup, "cure", model, opt, epochs, Path("cure.pt"))
     for _ in phase.epochs():
         for x, y in phase.batches():
             ...

@@ -133,7 +133,6 @@ def manual(steps):
             self.optimizers().zero_grad()
             self.manual_backward(loss)
             self.optimizers().step()
-            self.reviser.update()
 
         def on_train_epoch_end(self):
             self.lr_schedulers().step()
@@ -238,14 +237,14 @@ def some_epochs(name, epochs, folder, load):
     parts = model, opt, *_, reviser, _ = loop.setup(owner, 8, digits.loader())
     file, state = folder / "half.ckpt", {"model": model, "opt": opt}
     if load and fabric:
-        reviser.load_state_dict(owner.load(file, state)["reviser"])
+        owner.load(file, state)
     elif load:
         owner.load_state(folder)
     for epoch in epochs:
         torch.manual_seed(epoch)
         loop.train(owner, *parts)
     if fabric and not load:
-        owner.save(file, {**state, "reviser": reviser.state_dict()})
+        owner.save(file, state)
     elif not load:
         owner.save_state(folder)
     return values(model) + values(reviser.model)

@@ -95,6 +95,7 @@ class CURE(TRADES):
         how = {key: self.options[key] for key in ("rate", "horizon")}
         how |= {"total_steps": setting.total_steps, "seed": setting.seed}
         self.reviser = ConsistencyReviser(model, **how) if self.options["gamma"] > 0 else None
+        self.optimizer.reviser = self.reviser
 
     def make_optimizer(self) -> RGPSelectiveOptimizer:
         self.score = self.rule()
@@ -152,13 +153,10 @@ class CURE(TRADES):
         self.optimizer.step()
         if isinstance(self.score, RandomScore):
             self.score.steps += 1
-        if self.reviser is not None:
-            self.reviser.update()
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
 
     def carried(self) -> dict[str, Any]:
-        kept = {"reviser": self.reviser, "score": self.score}
-        return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
+        return {"score": self.score} if hasattr(self.score, "state_dict") else {}
 
 
 def variant(name: str, **changes: Any) -> type[CURE]:
