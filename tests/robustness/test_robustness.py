@@ -37,7 +37,7 @@ from methods.st_at import gap, squeeze_loss  # noqa: E402
 
 Y = torch.tensor([0, 2, 1, 1])
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def logits(seed):
