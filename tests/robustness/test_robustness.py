@@ -677,6 +677,13 @@ def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
     assert "gradient" not in table
 
 
+def test_the_page_has_the_differences_of_the_committed_runs():
+    folder = ROOT / "benchmarks" / "robustness"
+    runs = summary.read(folder / "results" / "ranking-digits")
+    assert {name: len(of) for name, of in runs.items()} == dict.fromkeys(["none", *RANKING], 8)
+    assert summary.intervals(runs) in (folder / "RESULTS.md").read_text()
+
+
 def test_a_collapse_is_said():
     runs = experiment("at", "cure", "trades-pre")
     runs["cure"][0] = result("cure", 0, 90.0, 50.0, (67.0, 85.0, 96.0))
