@@ -24,7 +24,7 @@ SMALL = ["--train-size", "64", "--val-size", "32", "--test-size", "40", "--batch
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
 SMALL += ["--horizon", "0.5"]  # so few steps are not enough for the default
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def run(out, *flags):

@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 
 from analysis import blocks, corruptions, layers, smallest  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def images(n=3, channels=3, size=32):

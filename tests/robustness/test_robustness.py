@@ -37,7 +37,7 @@ from methods.st_at import gap, squeeze_loss  # noqa: E402
 
 Y = torch.tensor([0, 2, 1, 1])
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def logits(seed):
@@ -675,6 +675,13 @@ def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
     assert f"| cure - trades-pre | 3 | **+1.2 ± 0.6** | +1.0 ± {half:.1f} |" in table
     assert "| rgp-0.7 - none | 3 |" in table
     assert "gradient" not in table
+
+
+def test_the_page_has_the_differences_of_the_committed_runs():
+    folder = ROOT / "benchmarks" / "robustness"
+    runs = summary.read(folder / "results" / "ranking-digits")
+    assert {name: len(of) for name, of in runs.items()} == dict.fromkeys(["none", *RANKING], 8)
+    assert summary.intervals(runs) in (folder / "RESULTS.md").read_text()
 
 
 def test_a_collapse_is_said():
