@@ -510,3 +510,20 @@ def test_parameters_without_an_address_have_memory_of_their_own(monkeypatch):
     """As on devices that compute later."""
     monkeypatch.setattr(nn.Parameter, "data_ptr", lambda _: 0)
     wrap([nn.Parameter(torch.ones(2, 3)) for _ in range(2)], sgd())
+
+
+@pytest.mark.parametrize("heads", [("first", "second"), ("second", "first")])
+def test_heads_that_take_turns_keep_a_zeroed_gradient(heads):
+    """Zeroed in place: the head that rests has a gradient and no score."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 3), "first": nn.Linear(3, 2)})
+    model["second"] = nn.Linear(3, 5)
+    opt = wrap(model.parameters(), sgd())
+    for head in heads:
+        opt.zero_grad(set_to_none=False)
+        loss = model[head](model["body"](torch.ones(2, 4))).square().mean()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        if head == heads[0]:
+            opt.step()
+    with pytest.warns(UserWarning, match="No scored loss depends on parameter"):
+        opt.step()
+    assert set(opt.masks()) == {model["body"].weight, model[heads[1]].weight}
