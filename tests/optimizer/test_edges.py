@@ -171,7 +171,7 @@ def test_weights_that_no_scored_loss_reaches_are_updated_whole(scope):
         hidden = body(torch.rand(5, 4) + 0.1)
         nat = hidden.square().sum()
         backward(opt, nat + aux(hidden).square().sum(), natural=nat, adversarial=nat)
-        with seen or contextlib.nullcontext():  # once
+        with contextlib.nullcontext() if seen is None else seen:  # once
             opt.step()
         assert (aux.weight != before).all()
         assert [int(mask.sum()) for mask in opt.masks().values()] == [4]  # of body alone
@@ -385,7 +385,7 @@ def test_weights_that_an_optimizer_keeps_twice_are_warned_of_once(dtype):
     for seen in (pytest.warns(UserWarning, match=r"Kept keeps a copy of the weights"), None):
         opt.zero_grad()
         backward(opt, (w.float() * torch.arange(6.0).view(2, 3)).sum())
-        with seen or contextlib.nullcontext():  # once
+        with contextlib.nullcontext() if seen is None else seen:  # once
             opt.step()
 
 
