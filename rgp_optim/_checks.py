@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -21,10 +21,8 @@ def refuse(
 
 
 def _refuse_type(name: str, rule: str, value: object, hint: str = "") -> NoReturn:
-    shown = repr(value)
-    kind = type(value).__name__
-    found = f"{name}: {kind} {shown}" if len(shown) <= 40 else f"{name}: {kind}"
-    refuse(name, rule, found, hint, TypeError)
+    shown = f" {value!r}" if len(repr(value)) <= 40 else ""
+    refuse(name, rule, f"{name}: {type(value).__name__}{shown}", hint, TypeError)
 
 
 def real(
@@ -105,46 +103,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def set_eval(model: nn.Module) -> None:
-    """Call ``eval`` unless all modules are in eval mode already."""
-    if any(module.training for module in model.modules()):
-        model.eval()
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the ``training`` flag of each module; a frozen script has none."""
+    return {module: module.training for module in model.modules() if hasattr(module, "training")}
 
 
-def modes_of(model: nn.Module) -> dict[str, bool]:
-    """Return the ``training`` flag of each module by name."""
-    return {name: module.training for name, module in model.named_modules()}
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Call ``train`` or ``eval`` where a module has another mode.
+
+    Parents come first, since their calls reach their children; the second pass corrects modules
+    with several parents. A model from torch.export raises: it has one mode for good.
+    """
+    for _ in range(2):
+        for module, training in modes.items():
+            if module.training != training:
+                with suppress(NotImplementedError):
+                    (module.train if training else module.eval)()
 
 
 @contextmanager
-def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Iterator[None]:
+def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
     """Switch to ``modes``, by default to eval mode, and back, by calls of ``train`` and ``eval``.
 
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
+    Where a module's own ``train`` refuses its old mode, the flag is set, as its owner did.
     """
     before = modes_of(model)
     try:
-        if modes is None:
-            set_eval(model)
-        else:
-            _set_modes(model, modes)
+        set_modes(dict.fromkeys(before, False) if modes is None else modes)
         yield
     finally:
-        _set_modes(model, before)
-
-
-def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Switch parents first, since their calls reach their children.
-
-    The second pass corrects modules with several parents. Where a module's own ``train`` refuses
-    the mode, the flag is set, as its owner did.
-    """
-    for _ in range(2):
-        for name, module in list(model.named_modules()):
-            if module.training != modes.get(name, module.training):
-                (module.eval if module.training else module.train)()
-    for name, module in model.named_modules():
-        module.training = modes.get(name, module.training)
+        set_modes(before)
+        for module, training in before.items():
+            module.training = training
 
 
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:

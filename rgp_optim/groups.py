@@ -47,9 +47,9 @@ def rgp_param_groups(
     """Split a model's parameters into a selected group and one that is always updated whole.
 
     Selected are real parameters with two or more dimensions: weights of linear layers and
-    convolutions, and of a transformer also embeddings (two dimensions), class tokens and position
-    embeddings (often three). Name these in ``leave_out`` to update them whole, as biases and
-    normalisation are. The groups carry the parameters' names::
+    convolutions, but also embeddings, class tokens and position embeddings of transformers,
+    parameters of GRN and ``g`` of ``weight_norm``. To update these whole, as biases and
+    normalisation are, name them in ``leave_out``. The groups carry the parameters' names::
 
         groups = rgp_param_groups(model, leave_out=["cls_token", "pos_embed"], weight_decay=5e-4)
         opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))

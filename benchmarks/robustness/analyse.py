@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import summary
 import torch
 import trainer
 from analysis import blocks, corruptions, layers, smallest
-from analysis.figure import Pair, band, heading, interval, place_labels, save, scatter
+from analysis.figure import COLOR, Pair, band, heading, interval, place_labels, save, scatter
+from harness.report import versions, write_json
+from harness.training import columns, pgd20
 from methods import METHODS
-from report import versions, write_json
 from torch import Tensor, nn
 from trainer import PRESETS, Place, Preset, Trainer
-from training import columns, pgd20
 
 from rgp_optim import pgd_attack
 
@@ -135,8 +136,9 @@ def draw_lines(figure: Any, methods: dict[str, Any], kind: str) -> None:
     axes = figure.subplots(-(-len(titles) // wide), wide, sharey=True, squeeze=False).ravel()
     for axis, title in zip(axes, titles, strict=False):
         for name, networks in shown.items():
-            x = list(networks[0][kind][title])
-            band(axis, x, [list(one[kind][title].values()) for one in networks], name)
+            x, label = list(networks[0][kind][title]), METHODS[name].title
+            rows = [list(one[kind][title].values()) for one in networks]
+            band(axis, x, rows, COLOR[name], label=label)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="y", alpha=0.25)
         if xlabel == "layer":

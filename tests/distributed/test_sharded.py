@@ -20,12 +20,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from rgp_optim import optimizer
 
 
-def train_gathering_little(scope):
-    """Whole scores of one tensor at a time, as in a model that does not fit."""
-    with patch.object(optimizer, "GATHER_LIMIT", 1):
-        return train("fsdp", scope=scope)
-
-
 UNREDUCED = "not reduced yet|gradient synchronisation is off"
 
 

@@ -9,12 +9,13 @@ import torch
 from common import backward, losses, make_batch, make_net, same_bits, sgd, snapshot, wrap
 
 from rgp_optim import functional, kl_attack
+from rgp_optim._reference import Entry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from captured import Captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 CONSERVE = ["weights", "gradients", "update"]
 INNER = sgd(0.1, momentum=0.9, weight_decay=0.01)
 
@@ -260,7 +261,7 @@ def test_the_first_step_of_a_process_cannot_be_captured(monkeypatch):
     g = torch.randn(77, device="cuda")
     with pytest.raises(RuntimeError, match="Take one step before the capture"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            functional.select([g], [g], [0.123], [0.5], [0])
+            functional.select([Entry(g, g, 0.123, 0.5)])
 
 
 def test_launches_do_not_grow_with_the_tensors():
@@ -268,14 +269,13 @@ def test_launches_do_not_grow_with_the_tensors():
 
     def launches(count):
         g = [torch.randn(300 + i, 70, device="cuda") for i in range(count)]
-        settings = ([0.1] * count, [0.5] * count, list(range(count)))
         for _ in range(2):
             targets = [t.clone() for t in g]
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                masks = functional.select(g, g, *settings)
-                saved = functional.zero_and_save_(masks, targets, g)
-                functional.restore_(masks, g, saved)
+                masks = functional.select([Entry(t, t, 0.1, 0.5, i) for i, t in enumerate(g)])
+                saved = functional.zero_and_save_(list(zip(masks, targets, g, strict=True)))
+                functional.restore_(list(zip(masks, g, saved, strict=True)))
                 torch.cuda.synchronize()
         return sum("LaunchKernel" in e.name for e in profiler.events())
 

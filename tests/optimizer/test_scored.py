@@ -210,7 +210,7 @@ def test_a_pass_that_the_score_does_not_read_is_left_out(alpha):
     opt = wrap([w], alpha=alpha)
     role = "natural" if alpha else "adversarial"
     opt.scored(w.sum(), natural=seen("natural"), adversarial=seen("adversarial")).backward()
-    assert passes == [role]
+    assert set(passes) == {role}
     opt.step()
     opt.zero_grad()
     opt.scored(w.sum(), **{role: w.square().sum()}).backward()
@@ -368,10 +368,8 @@ def sparse(run, of_scores=True):
 
 
 def reentrant(run, partly=False):
-    """Partly: a layer is used inside the checkpoint and outside of it, in a later pass."""
+    """Partly: a layer is used inside the checkpoint and outside of it."""
     x, _, y = make_batch()
-    if partly:
-        run.backward()
     loss = F.cross_entropy(checkpoint(run.model, x.requires_grad_(), use_reentrant=True), y)
     backward(run.opt, loss + run.model.head(torch.ones(1, 16)).sum() if partly else loss)
 

@@ -14,12 +14,13 @@ from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "robustness"])
 pytest.importorskip("sklearn")
 
 from analysis import blocks, corruptions, layers, smallest  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def images(n=3, channels=3, size=32):
@@ -208,7 +209,7 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("label", COMBINATIONS)
 def test_only_the_blocks_that_learn_begin_anew_and_change(label):
-    from networks import NETWORKS
+    from harness.networks import NETWORKS
 
     torch.manual_seed(0)
     model = NETWORKS["resnet8"](channels=1)

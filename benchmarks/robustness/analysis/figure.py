@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import summary
+from harness.report import write_whole
 from matplotlib.path import Path as Line
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from methods import METHODS, TABLE
-from report import write_whole
 
 # The same in every figure; methods that are drawn together are the furthest apart.
 COLOR = {
@@ -32,7 +32,7 @@ Pair = tuple[float, float]
 
 
 def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -> None:
-    """Draw a figure of ``size`` inches and write it as PNG, whole or not at all."""
+    """Draw a figure of ``size`` inches and write it, whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +43,7 @@ def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -
         if title:
             figure.suptitle(title, fontsize=10)
         draw(figure)
-        write_whole(path, lambda p: figure.savefig(p, format="png"))
+        write_whole(path, lambda p: figure.savefig(p, format=path.suffix[1:]))
         plt.close(figure)
 
 
@@ -64,10 +64,10 @@ def interval(values: Any) -> Any:
     return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
-def band(axis: Any, x: Sequence[Any], rows: Any, name: str) -> None:
-    """Draw the mean of a method's rows, one for each seed, and, of several, its interval."""
-    y, color = np.mean(rows, axis=0), COLOR[name]
-    axis.plot(x, y, "o-", ms=3, color=color, label=METHODS[name].title)
+def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any) -> None:
+    """Draw the mean of a row for each seed and, if there are several, its interval."""
+    y = np.mean(rows, axis=0)
+    axis.plot(x, y, line, ms=3, color=color, **how)
     if len(rows) > 1:
         half, limits = interval(rows), axis.dataLim.frozen()
         axis.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
