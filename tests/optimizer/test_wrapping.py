@@ -414,12 +414,7 @@ def in_group(**settings):
     ("make", "options", "error", "message"),
     [
         (lambda p: torch.optim.SGD, {}, TypeError, "not a class.*the class SGD.*Write"),
-        (
-            lambda p: p,
-            {},
-            TypeError,
-            "`optimizer` should be an instance of torch.optim.Opt.* `list`",
-        ),
+        (lambda p: p, {}, TypeError, "`optimizer` should be an instance of torch.optim.Opt.* `list`"),
         (lambda p: wrap(p, SGD), {}, TypeError, "not be wrapped already"),
         (torch.optim.LBFGS, {}, TypeError, "evaluate its closure once.*Use a first-order"),
         (named("SGDScheduleFreeClosure"), {}, TypeError, "evaluate its closure once.*Use a first"),
