@@ -545,14 +545,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         scores.average(holder.ranks, list(selected))
         params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
         if len(params) < len(selected):
-            reached = {p: selected[p] for p in params}  # a list would compare values
-            names = [_name(self.param_groups, p) for p in selected if p not in reached]
+            names = [_name(self.param_groups, p) for p in selected.keys() - set(params)]
             text = (
                 f"No scored loss depends on {_listed(names)}, but the training loss does: all of "
                 "it is updated. If that is meant, set 'rgp_select': False for its group."
             )
             holder.warn("unreached", text)
-            selected = reached
+            selected = {p: selected[p] for p in params}
         direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
         # Under the global scope groups with different fractions cannot share a threshold.
         pools = [s.update_fraction if holder.scope == "global" else p for p, s in selected.items()]
