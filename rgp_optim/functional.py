@@ -141,8 +141,7 @@ def rgp_topk_masks(
         rule = "be one number under scope='global', where all tensors share a threshold"
         refuse("update_fraction", rule, update_fraction)
     pools = [0] * count if scope == "global" else list(range(count))
-    entries = map(Entry, g_nats, g_advs, alphas, fractions, pools)
-    return select(list(entries), backend=backend)
+    return select([*map(Entry, g_nats, g_advs, alphas, fractions, pools)], backend=backend)
 
 
 def select(entries: Entries, *, backend: str = "auto") -> list[Tensor]:
