@@ -43,12 +43,12 @@ def select(entries: Entries) -> list[Tensor]:
 
 def pool_mask(entries: Entries) -> Tensor:
     """Score and select in one pool, in rare cases with the reference; see there."""
-    pool = [[(g.detach().reshape(-1), factor) for g, factor in each.terms] for each in entries]
+    pool = [[(g.reshape(-1), factor) for g, factor in each.terms] for each in entries]
     flats, fraction = [source[0][0] for source in pool], entries[0].fraction
     size, given = sum(flat.numel() for flat in flats), entries[0].alpha is None
-    k = update_count(size, fraction)
-    plain = k > 0 and fraction < 1.0 and len({flat.dtype == torch.float64 for flat in flats}) == 1
-    if not plain or (given and any(s.itemsize < 2 or bool((s < 0).any()) for s in flats)):  # float8
+    k, dtypes = update_count(size, fraction), {flat.dtype for flat in flats}
+    rare = k == 0 or fraction == 1.0 or (len(dtypes) > 1 and torch.float64 in dtypes)
+    if rare or (given and any(s.itemsize < 2 or bool((s < 0).any()) for s in flats)):  # float8
         return _reference.pool_mask(entries)
     return torch.from_numpy(_bracketed(pool, size, k))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     @property
     def present(self) -> Tensor:
         """A tensor that is there; all have one shape, dtype and device."""
-        return next(g for g in (self.natural, self.adversarial) if g is not None)
+        return self.natural if self.natural is not None else cast(Tensor, self.adversarial)
 
     @property
     def terms(self) -> list[tuple[Tensor, float]]:
@@ -99,9 +99,11 @@ def select(entries: Entries, pool_mask: Callable[[Entries], Tensor] = pool_mask)
     """Return one mask per entry, cut from the masks of the pools."""
     masks: dict[int, Tensor] = {}
     for indices in by_pool([each.pool for each in entries]):
-        like = [entries[i].present for i in indices]
-        parts = pool_mask([entries[i] for i in indices]).split_with_sizes([g.numel() for g in like])
-        masks |= {i: part.view(g.shape) for i, part, g in zip(indices, parts, like, strict=True)}
+        members = [entries[i] for i in indices]
+        mask, sizes = pool_mask(members), [each.present.numel() for each in members]
+        parts = mask.split_with_sizes(sizes) if len(sizes) > 1 else [mask]
+        for i, part in zip(indices, parts, strict=True):
+            masks[i] = part.view(entries[i].present.shape)
     return [masks[i] for i in range(len(entries))]
 
 

@@ -141,16 +141,15 @@ def rgp_topk_masks(
         rule = "be one number under scope='global', where all tensors share a threshold"
         refuse("update_fraction", rule, update_fraction)
     pools = [0] * count if scope == "global" else list(range(count))
-    entries = map(Entry, g_nats, g_advs, alphas, fractions, pools)
-    return select(list(entries), backend=backend)
+    return select([*map(Entry, g_nats, g_advs, alphas, fractions, pools)], backend=backend)
 
 
 def select(entries: Entries, *, backend: str = "auto") -> list[Tensor]:
     """Score and select without checks, for the optimizer; a pool must be on one device."""
-    homes = {(each.pool, str(each.present.device)) for each in entries}
+    homes = {(each.pool, each.present.device) for each in entries}
     if len(homes) > len(dict(homes)):
         rule = "be 'tensor' where weights that share a threshold lie on several devices"
-        refuse("scope", rule, ", ".join(sorted({device for _, device in homes})))
+        refuse("scope", rule, ", ".join(sorted({str(device) for _, device in homes})))
     return _run("select", entries, backend=backend)
 
 

@@ -195,14 +195,14 @@ def from_aligned_addresses(g):
 
 def without_subnormals(dtype):
     least = torch.finfo(dtype).smallest_normal
-    return reading(lambda g: g.where(g.abs() >= least, 0) if g.dtype == dtype else g)
+    return reading(lambda g: g.where(~(g.abs() < least), 0) if g.dtype == dtype else g)
 
 
 def flushed_products(entries):
     least = torch.finfo(torch.float32).smallest_normal
     scores = [e.natural if e.alpha is None else _reference.rgp_score(*e[:3]) for e in entries]
     scores = [
-        s if e.alpha is None else s.where(s >= least, 0)
+        s if e.alpha is None else s.where(~(s < least), 0)
         for e, s in zip(entries, scores, strict=True)
     ]
     return _reference.select(
