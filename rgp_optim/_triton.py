@@ -5,12 +5,11 @@ found digit by digit: a counting pass counts the values of the next digit among 
 with the digits found so far, and the pool's last program to finish (a ticket tells) picks the digit
 of the k-th highest. A mask kernel then compares keys with the threshold.
 
-A table of addresses, sizes and strides describes the tensors: each launch handles all of them, and
-the host never reads a result. Indices are row-major whatever the strides. Memory that the table
-cannot describe takes one PyTorch operation per tensor.
+A table of addresses, sizes and strides describes the tensors, all on one device: each launch
+handles all of them, and the host never reads a result. Indices are row-major whatever the strides.
+Memory that the table cannot describe takes one PyTorch operation per tensor.
 
-All tensors of a call are on one device. The digits and the ticket follow AIR Top-K (Zhang et al.,
-SC 2023), the tables apex.
+The digits and the ticket follow AIR Top-K (Zhang et al., SC 2023), the tables apex.
 """
 
 from __future__ import annotations
