@@ -544,7 +544,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         scores.average(holder.ranks, list(selected))
         params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
         if len(params) < len(selected):
-            names = [_name(self.param_groups, p) for p in selected if p not in params]
+            names = [_name(self.param_groups, p) for p in selected.keys() - set(params)]
             text = (
                 f"No scored loss depends on {_listed(names)}, but the training loss does: all of "
                 "it is updated. If that is meant, set 'rgp_select': False for its group."

@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import pairwise, product
-from unittest.mock import patch
 
 import numpy as np
 import parallel
@@ -16,9 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-from rgp_optim import optimizer
-
 
 UNREDUCED = "not reduced yet|gradient synchronisation is off"
 
@@ -220,7 +216,6 @@ def train_on_partial_sums(scope):
         *((4, train, each) for each in product(["fsdp", "hsdp"], ["loss", "trades"])),
         *((2, partial(train, score=halved), (kind,)) for kind in ("ddp", "fsdp")),
         *((2, parallel.accumulate, ("fsdp", order)) for order in ("loss", "sum")),
-        (2, train_gathering_little, ()),
         *((2, train_partly_sharded, (score,)) for score in ("rgp", halved)),
         *((2, train_changed, (kind,)) for kind in ("ddp", "fsdp")),
         (2, replace_by_shards, ()),

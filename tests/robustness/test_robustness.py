@@ -1,6 +1,7 @@
 """The methods of the table against their formulas, computed by hand; the runner; the report."""
 
 import copy
+import csv
 import hashlib
 import json
 import math
@@ -388,6 +389,18 @@ def test_published_settings_of_each_network():
         assert (used["alpha"], used["gamma"]) == (alpha, gamma)
         shared = (preset.epochs, preset.batch_size, preset.lr, preset.momentum)
         assert shared == (200, 128, 0.1, 0.9)
+
+
+def test_published_numbers_agree_with_each_other():
+    """NRR is the harmonic mean of natural and C&W accuracy, cut or rounded; if not, a note."""
+    with summary.PUBLISHED.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with_nrr = [row for row in rows if row["nrr"]]
+    assert len(with_nrr) == 17
+    for row in with_nrr:
+        natural, cw = float(row["natural"]), float(row["cw"])
+        expected = 2 / (1 / natural + 1 / cw)
+        assert (abs(float(row["nrr"]) - expected) < 0.01) != ("NRR" in row["note"]), row
 
 
 def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):

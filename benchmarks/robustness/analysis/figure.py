@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ COLOR = {
 Pair = tuple[float, float]
 
 
-def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
+def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -> None:
     """Draw a figure of ``size`` inches and write it, whole or not at all."""
     import matplotlib
 
@@ -41,6 +40,8 @@ def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> 
 
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=size, dpi=120, layout="constrained")
+        if title:
+            figure.suptitle(title, fontsize=10)
         draw(figure)
         write_whole(path, lambda p: figure.savefig(p, format=path.suffix[1:]))
         plt.close(figure)
@@ -68,8 +69,20 @@ def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any)
     y = np.mean(rows, axis=0)
     axis.plot(x, y, line, ms=3, color=color, **how)
     if len(rows) > 1:
-        half = interval(rows)
+        half, limits = interval(rows), axis.dataLim.frozen()
         axis.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
+        axis.dataLim.set(limits)  # of the lines
+
+
+def scatter(axis: Any, pairs: Sequence[Pair], color: str, marker: str, top: int = 2) -> Pair:
+    """Draw seeds (small) and their mean with intervals; return the mean."""
+    x, y = mean = tuple(np.mean(pairs, axis=0).tolist())
+    axis.plot(*zip(*pairs, strict=True), "o", ms=3, color=color, alpha=0.35, mew=0)
+    axis.plot(x, y, marker, ms=8, color=color, mec="white", zorder=top)
+    if len(pairs) > 1:
+        wide, high = interval(pairs)
+        axis.errorbar(x, y, high, wide, color=color, lw=0.8, alpha=0.3, zorder=1)
+    return mean
 
 
 def draw_scatter(figure: Any, runs: summary.Runs) -> None:
@@ -77,31 +90,28 @@ def draw_scatter(figure: Any, runs: summary.Runs) -> None:
     axis = figure.subplots()
     seeds, means = [], {}
     for name in runs:
-        x, y = (summary.numbers(runs, name, column) for column in ("natural", "pgd20"))
-        seeds += zip(x, y, strict=True)
-        means[METHODS[name].title] = mean = statistics.mean(x), statistics.mean(y)
-        color, top = COLOR[name], 3 if name == "cure" else 2
-        axis.plot(x, y, "o", ms=3, color=color, alpha=0.35, mew=0)
-        axis.plot(*mean, "o" if name in TABLE else "D", ms=8, color=color, mec="white", zorder=top)
-        if len(x) > 1:
-            half = interval(list(zip(x, y, strict=True)))
-            axis.errorbar(*mean, half[1], half[0], color=color, lw=0.8, alpha=0.3, zorder=1)
+        columns = (summary.numbers(runs, name, column) for column in ("natural", "pgd20"))
+        pairs = list(zip(*columns, strict=True))
+        marker, top = "o" if name in TABLE else "D", 3 if name == "cure" else 2
+        means[METHODS[name].title] = scatter(axis, pairs, COLOR[name], marker, top)
+        seeds += pairs
     axis.margins(0.1)
     axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
     axis.set_title(f"{heading(runs)}, last epoch", fontsize=11)
-    shapes = {"method of the table": "o", "control": "D"}
-    for label, marker in shapes.items():
-        axis.plot([], [], marker, ms=8, color="#666666", mec="white", label=label)
-    axis.plot([], [], "o", ms=3, color="#666666", alpha=0.5, label="a seed")
-    axis.plot([], [], color="#666666", lw=0.8, alpha=0.6, label="95 % t-interval of the mean")
+    grey = {"color": "#666666", "mec": "white"}
+    axis.plot([], [], "o", ms=8, label="method of the table", **grey)
+    axis.plot([], [], "D", ms=8, label="control", **grey)
+    axis.plot([], [], "o", ms=4, label="a seed", **grey)
+    axis.plot([], [], lw=0.8, label="95 % t-interval of the mean", **grey)
+    axis.plot([], [], color="#CCCCCC", lw=0.7, label="equal NRR (PGD-20), its value")
     draw_nrr(axis)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.draw_without_rendering()  # positions are final
     place_labels(axis, means, seeds)
 
 
 def draw_nrr(axis: Any) -> None:
-    """Draw lines of equal natural-robust ratio, 2ab / (a + b), named at the right."""
+    """Draw lines of equal natural-robust ratio under PGD-20, 2ab / (a + b)."""
     left, right, low, high = axis.axis()
     right = min(right, 100.2)
     corners = (2 * a * b / (a + b) for a, b in ((left, low), (right, high)))
@@ -110,7 +120,7 @@ def draw_nrr(axis: Any) -> None:
         y = ratio * x / (2 * x - ratio)
         axis.plot(x, y, color="#CCCCCC", lw=0.7, zorder=0)
         if low < y[-1] < high:
-            axis.text(right, y[-1], f" NRR {ratio:g}", color="#666666", fontsize=8, va="center")
+            axis.text(right, y[-1], f" {ratio:g}", color="#666666", fontsize=8, va="center")
     axis.set(xlim=(left, right), ylim=(low, high))
 
 
