@@ -29,19 +29,17 @@ def real(
     name: str, value: Any, high: float = math.inf, *, strict: bool = False, hint: str = ""
 ) -> float:
     """Return ``value`` as a float in [0, high], finite, and above 0 if ``strict``."""
-    bound = "> 0" if strict else ">= 0"
-    if high < math.inf:
-        bound = f"in {'(' if strict else '['}0, {high:g}]"
+    bounds = f"in {'(' if strict else '['}0, {high:g}{']' if high < math.inf else ')'}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        _refuse_type(name, f"be a number {bound}", value, hint)
+        _refuse_type(name, f"be a number {bounds}", value, hint)
     number = float(value)
-    if not (0.0 <= number <= high and number < math.inf) or (strict and number == 0.0):
-        refuse(name, f"be {bound}" if high < math.inf else f"be finite and {bound}", value, hint)
+    if not 0.0 <= number <= high or number == math.inf or (strict and number == 0.0):
+        refuse(name, f"be {bounds}", value, hint)
     return number
 
 
 def fraction(name: str, value: Any, hint: str = "") -> float:
-    """Return ``value`` as a float in [0, 1]; a tensor, a bool, NaN or a number outside raises."""
+    """Return ``value`` as a float in [0, 1]."""
     return real(name, value, 1.0, hint=hint)
 
 
@@ -86,9 +84,8 @@ def match(first: Tensor, second: Tensor, name: str, partner: str) -> None:
 def model(model: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(model, nn.Module):
-        hint = "The model is the first argument."
-        if callable(model):
-            hint = "Wrap a function in an nn.Module that calls it and holds its networks."
+        hint = "Wrap a function in an nn.Module that calls it and holds its networks."
+        hint = hint if callable(model) else "The model is the first argument."
         refuse("model", "be a torch.nn.Module", type(model).__name__, hint, TypeError)
 
 
@@ -160,12 +157,11 @@ def target(target: Tensor, logits: Tensor, *, probabilities: bool) -> None:
     tensor("target", target, floating=False)
     one_each = target.shape == logits.shape[:1]
     soft = probabilities and target.is_floating_point() and target.shape == logits.shape
-    if not (soft or (one_each and target.dtype == torch.int64)):
-        rule = f"be class indices, int64, [{logits.shape[0]}]"
-        if probabilities:
-            rule += f", or class probabilities, {list(logits.shape)}"
+    if not soft and not (one_each and target.dtype == torch.int64):
+        either = f", or class probabilities, {list(logits.shape)}" if probabilities else ""
         whole = not (target.is_floating_point() or target.is_complex())
         hint = "Write target.long()." if whole and one_each else ""
+        rule = f"be class indices, int64, [{logits.shape[0]}]{either}"
         refuse("target", rule, f"{tuple(target.shape)} {target.dtype}", hint)
     if target.device != logits.device:
         refuse("target", f"be on {logits.device}", str(target.device))
@@ -176,6 +172,5 @@ def classes(target: Tensor, logits: Tensor) -> None:
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in target.aminmax())
         if low < 0 or high >= logits.shape[1]:
-            hint = "Leave out samples without a label."
-            rule = f"be in [0, {logits.shape[1] - 1}]"
-            refuse("target", rule, f"labels from {low} to {high}", hint)
+            rule, found = f"be in [0, {logits.shape[1] - 1}]", f"labels from {low} to {high}"
+            refuse("target", rule, found, "Leave out samples without a label.")

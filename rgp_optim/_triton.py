@@ -5,12 +5,11 @@ found digit by digit: a counting pass counts the values of the next digit among 
 with the digits found so far, and the pool's last program to finish (a ticket tells) picks the digit
 of the k-th highest. A mask kernel then compares keys with the threshold.
 
-A table of addresses, sizes and strides describes the tensors: each launch handles all of them, and
-the host never reads a result. Indices are row-major whatever the strides. Memory that the table
-cannot describe takes one PyTorch operation per tensor.
+A table of addresses, sizes and strides describes the tensors, all on one device: each launch
+handles all of them, and the host never reads a result. Indices are row-major whatever the strides.
+Memory that the table cannot describe takes one PyTorch operation per tensor.
 
-All tensors of a call are on one device. The digits and the ticket follow AIR Top-K (Zhang et al.,
-SC 2023), the tables apex.
+The digits and the ticket follow AIR Top-K (Zhang et al., SC 2023), the tables apex.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a ten
 # bins and element: four passes of 256 bins are faster there than three of 2048.
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 DIGITS = (11, 11, 10) if VERSION >= (3, 8) else (8, 8, 8, 8)
-CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA graphs
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
@@ -322,8 +320,6 @@ def _merge_chunk(
 
 
 Table = list[list[int]]
-_captured: dict[tuple[int, ...], Tensor] = {}  # graphs copy these at each replay: never freed
-_capture_space: list[Tensor] = []  # pinned memory for them, made before the first capture
 
 
 def _tables(rows: Table, pools: Table, device: torch.device) -> tuple[Tensor, ...]:
@@ -335,28 +331,8 @@ def _tables(rows: Table, pools: Table, device: torch.device) -> tuple[Tensor, ..
     owners = torch.repeat_interleave(torch.tensor(counts, device="cpu"))
     table = torch.cat([numbers, owners])
     if device.type == "cuda":
-        table = _pinned(table).to(device, non_blocking=True)
+        table = table.pin_memory().to(device, non_blocking=True)
     return table.tensor_split([len(rows) * WIDTH.value, numbers.numel()])
-
-
-def _pinned(table: Tensor) -> Tensor:
-    """Return a table in pinned memory."""
-    if not torch.cuda.is_current_stream_capturing():
-        if not _capture_space:
-            with torch.inference_mode(False):
-                space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
-            _capture_space.append(space)
-        return table.pin_memory()
-    values = tuple(table.tolist())
-    if values not in _captured:
-        if not _capture_space or _capture_space[0].numel() < table.numel():
-            raise RuntimeError(
-                "The tables of this step do not fit into the pinned memory for CUDA graphs. Run an "
-                "eager step before the first capture; capture once and replay that graph."
-            )
-        _captured[values], _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
-        _captured[values].copy_(table)
-    return _captured[values]
 
 
 @lru_cache(maxsize=4096)

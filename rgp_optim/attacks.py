@@ -40,10 +40,9 @@ def kl_attack(
     Projected ascent by the sign of the gradient; p(x) is computed once. As in TRADES, the start
     ``x + 0.001 N(0, 1)`` is not clipped; every later iterate lies in the ball and the bounds.
 
-    The model runs in eval mode; afterwards ``train`` and ``eval`` restore the mode of each module.
-    A model from torch.export stays in the mode it was exported in. No ``.grad`` changes. Buffers
-    written in eval mode are not restored. Attacking a DistributedDataParallel model attacks the
-    module inside, without communication.
+    The model runs in eval mode (a model from torch.export as it was exported); afterwards ``train``
+    and ``eval`` restore the mode of each module. No ``.grad`` changes. Buffers written in eval mode
+    are not restored. Of a DistributedDataParallel model the module inside is attacked.
 
     Args:
         model: Maps images within ``bounds`` to logits, [batch, classes]: normalise inside.
@@ -52,7 +51,7 @@ def kl_attack(
         step_size: Length of a step, > 0, in units of ``x``. None is ``eps / 4``.
         steps: Number of steps, >= 0.
         bounds: Lowest and highest value of a pixel; None does not clip. The range of ``x`` is
-            validated on the CPU only: on a GPU the check would synchronise.
+            validated on the CPU only: a GPU would synchronise.
         generator: For the start: a generator on the device of ``x``, a seed, or None (torch's own).
 
     Returns:
@@ -100,8 +99,7 @@ def pgd_attack(
     Args:
         model: As in `kl_attack`.
         x: As in `kl_attack`.
-        target: Class indices, [batch], int64, on the device of ``x``; the range is validated on the
-            CPU only.
+        target: Class indices, [batch], int64, as `kl_adv_loss` takes them; device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
         eps: As in `kl_attack`.
         step_size: Length of a step, > 0, in units of ``x``. None is ``0.003 * eps / (8 / 255)``.
@@ -111,7 +109,7 @@ def pgd_attack(
         generator: As in `kl_attack`.
 
     Returns:
-        The attacked images: shape, dtype and device of ``x``, without a graph.
+        The attacked images, as in `kl_attack`.
 
     Raises:
         ValueError: a label is out of range; other errors as in `kl_attack`.

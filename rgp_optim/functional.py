@@ -40,8 +40,7 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
 
     .. math:: s_i = \alpha\,|g^{\mathrm{nat}}_i| + (1 - \alpha)\,|g^{\mathrm{adv}}_i|
 
-    Each product and the sum are rounded. A factor of 0 leaves its term out, also where the gradient
-    is infinite or NaN.
+    Each product and the sum are rounded. A factor of 0 leaves its term out, infinite or NaN too.
 
     Args:
         g_nat: Gradient of the natural loss. Any shape; float16, bfloat16, float32 or float64.
@@ -49,12 +48,11 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
         alpha: Share of the natural term, dimensionless, in [0, 1]. 1 ignores ``g_adv``.
 
     Returns:
-        Scores >= 0, shape of ``g_nat``, float32 (float64 for float64 gradients), in loss units per
-        unit of weight.
+        Scores >= 0, shape of ``g_nat``, float32 (float64 for float64), in loss units per weight.
 
     Raises:
-        TypeError, ValueError: a gradient is not dense, real and floating, or does not match the
-            other; ``alpha`` is outside [0, 1].
+        TypeError: a gradient is not a dense tensor of a real floating dtype.
+        ValueError: the gradients do not match, or ``alpha`` is outside [0, 1].
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6.
     """
@@ -81,7 +79,7 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
 
     Raises:
         TypeError: ``score`` is not a dense tensor of a real floating dtype.
-        ValueError: ``update_fraction`` is outside [0, 1].
+        ValueError: ``update_fraction`` is outside [0, 1], or the backend is unknown.
         RuntimeError: the named backend cannot run on this tensor.
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
@@ -101,30 +99,25 @@ def rgp_topk_masks(
     scope: Scope = "tensor",
     backend: Backend = "auto",
 ) -> list[Tensor]:
-    r"""Score and select over the tensors of a model: which weights are updated, which conserved.
-
-    The rule is `topk_mask`'s over `rgp_score`'s scores: in each tensor (``scope="tensor"``, the
-    paper), or over all weights together (``scope="global"``: n is the sum of the sizes, and ties go
-    to the earlier tensor).
+    r"""Apply `topk_mask` to the `rgp_score` of each tensor of a model, or of all together.
 
     Args:
         g_nats: Gradients of the natural loss, one per tensor; any shapes and real floating dtypes.
             None counts as 0; a pair of two None is refused.
         g_advs: Gradients of the adversarial loss, each with shape, dtype and device of its partner.
         alpha: Share of the natural term, in [0, 1]; one number, or one per tensor.
-        update_fraction: Share of the weights that is updated, in [0, 1]; one number, or, under
-            ``scope="tensor"``, one per tensor.
-        scope: ``"tensor"`` or ``"global"``; a global threshold needs all tensors on one device.
-        backend: ``"auto"`` takes the fastest that runs on these tensors; a named one must run.
+        update_fraction: As in `topk_mask`; one number, or one per tensor for ``"tensor"``.
+        scope: ``"tensor"``, the paper's, or ``"global"``: one threshold for all, which are on one
+            device; n is the sum of the sizes, and ties go to the earlier tensor.
+        backend: As in `topk_mask`.
 
     Returns:
-        One mask per tensor, bool, its shape and device: True where the weight is updated.
+        One mask per tensor, as in `topk_mask`.
 
     Raises:
-        TypeError: a gradient is not a dense floating tensor.
-        ValueError: a number is outside [0, 1], lengths or gradients do not match, or the scope is
-            unknown; under ``scope="global"`` several fractions or devices are given.
-        RuntimeError: the named backend cannot run on these tensors.
+        ValueError: lengths or gradients do not match, or the scope is unknown; under
+            ``scope="global"`` several fractions or devices are given. Other errors as in
+            `topk_mask`.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
     """
@@ -188,6 +181,8 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     device = tensors[0].device.type
     if device not in (("cpu",) if backend == "cpu" or _INTERPRETED else ("cuda",)):
         return f"tensors on {device}"
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():  # replays reread the tables
+        return "a stream under CUDA graph capture"
     if not _installed("numpy" if backend == "cpu" else "triton"):
         return f"{'numpy' if backend == 'cpu' else 'triton'} is not installed"
     if backend == "triton" and not _masks_histograms():
@@ -221,11 +216,6 @@ def _masks_histograms() -> bool:
 def _fault(device: torch.device, warn: bool) -> str | None:
     """Compare the kernels with the reference once per process and device; say what is wrong."""
     if device not in _faults:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "The kernels are compared with the reference before their first use, which a CUDA "
-                "graph cannot capture. Take one step before the capture."
-            )
         try:
             agrees = _agrees(import_module("rgp_optim._triton"), device)
             _faults[device] = None if agrees else "whose masks differ from the reference's"

@@ -35,18 +35,16 @@ class ConsistencyReviser:
     d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``. Give it to
     ``RGPSelectiveOptimizer(..., reviser=reviser)``, whose ``step()`` calls `update` and whose
     checkpoint carries it; on its own call ``update()`` after each step. CURE starts from a network
-    trained on natural images: load, move or convert the model before the first `update`; until then
-    the copy follows it.
+    trained on natural images: load, move or convert it before the first `update`; until then the
+    copy follows. With FSDP2, ``fully_shard`` the model and ``reviser.model`` alike afterwards.
 
     d = 0.999 at rate 0.2 averages over 5,000 steps, 6.4 % of the published run. In a shorter run
     the copy would stay at its start and pull the model back: give ``horizon`` and ``total_steps``.
 
     The copy runs in eval mode (an exported graph as it was exported). BatchNorm's ``running_mean``
     and ``running_var`` are averaged as weights are, each rank's own; other buffers are copied with
-    each update, plain Python attributes never. Forward hooks are copied with the model, as
-    ``weight_norm`` and pruning need it: a hook that records activations runs for the copy too,
-    unless it is registered after the reviser is made. With FSDP2, make the reviser first, then
-    ``fully_shard`` the model and ``reviser.model`` alike.
+    each update, plain Python attributes never. Forward hooks are copied, as ``weight_norm`` and
+    pruning need it: register one that records activations after the reviser is made.
 
     Args:
         model: The model that is trained; copied now, on its device, and read by `update`.

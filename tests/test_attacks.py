@@ -482,11 +482,11 @@ def read(*row):
     [
         ({"x": X.mul(255).byte()}, TypeError, "`x` should have a floating dtype.* x / 255"),
         ({"eps": 8}, ValueError, "`eps` should be at most 1.* write 8 / 255"),
-        ({"eps": -1}, ValueError, "`eps` should be finite and >= 0"),
+        ({"eps": -1}, ValueError, r"`eps` should be in \[0, inf\)"),
         ({"eps": 5, "bounds": (-2, 2)}, ValueError, "`eps` should be at most 4, the width of `bou"),
         ({"bounds": 1.0}, ValueError, "`bounds` should be .lowest, highest., or None"),
         ({"bounds": (1, 0)}, ValueError, "`bounds` should be .lowest, highest., or None"),
-        ({"step_size": 0}, ValueError, "`step_size` should be finite and > 0"),
+        ({"step_size": 0}, ValueError, r"`step_size` should be in \(0, inf\)"),
         ({"steps": 2.5}, TypeError, "`steps` should be an integer >= 0"),
         ({"generator": -1}, ValueError, "`generator` should be an integer"),
         ({"generator": "1"}, TypeError, "`generator` should be an integer"),

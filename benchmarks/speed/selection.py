@@ -11,7 +11,7 @@ conserved; there the cache is cold. Providers are interleaved in one run.
     topk        torch.topk of each tensor, its least value, comparison
     kthvalue    torch.kthvalue of each tensor, comparison
     percentile  np.percentile of each tensor on the CPU, comparison: the authors' way
-    ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
+    ...-graph   in a CUDA graph (the library sorts there); ...-compile: under torch.compile
 
 The byte floor is what any exact way must move, at the speed of a copy on this device: both
 gradients read once, and the masked one written, or the mask. `host.py` times the step around it.

@@ -257,6 +257,16 @@ def kernels(monkeypatch):
     functional._masks_histograms.cache_clear()
 
 
+def test_a_cuda_graph_captures_the_reference(monkeypatch):
+    """The kernels' tables would be gone at a replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(functional, "_INTERPRETED", False)
+    on_gpu = [SimpleNamespace(device=torch.device("cuda"))]
+    assert functional._module("auto", "select", on_gpu) is _reference
+    with pytest.raises(RuntimeError, match=r"a stream under CUDA graph capture.*Use 'auto'"):
+        functional._module("triton", "select", on_gpu)
+
+
 @pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
 @pytest.mark.parametrize("first", ["auto", "triton"])
 def test_kernels_that_differ_are_not_used_and_raise_where_they_are_named(

@@ -255,13 +255,17 @@ def test_on_another_stream():
     assert all(map(same_bits, snapshot(model), snapshot(other)))
 
 
-def test_the_first_step_of_a_process_cannot_be_captured(monkeypatch):
-    """The kernels are compared with the reference before their first use."""
-    monkeypatch.setattr(functional, "_faults", {})
+def test_kernels_are_not_captured():
+    """Their tables are freed before a replay: a graph holds the reference, kernels are refused."""
     g = torch.randn(77, device="cuda")
-    with pytest.raises(RuntimeError, match="Take one step before the capture"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            functional.select([Entry(g, g, 0.123, 0.5)])
+    want = functional.select([Entry(g, g, 0.123, 0.5)])[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = functional.select([Entry(g, g, 0.123, 0.5)])[0]
+        with pytest.raises(RuntimeError, match="a stream under CUDA graph capture"):
+            functional.select([Entry(g, g, 0.123, 0.5)], backend="triton")
+    graph.replay()
+    assert torch.equal(got, want)
 
 
 def test_launches_do_not_grow_with_the_tensors():
