@@ -160,6 +160,31 @@ def test_masks_are_those_of_the_shards(two):
     assert counts.sum(0).tolist() == [round(0.4 * n) for n in sizes]
 
 
+def count_passes(kind):
+    """Per step, where the first one overflows: in one rank's shard, or in one rank's batch."""
+    model, counts, passes = small(lambda: nn.Linear(50, 3, bias=False)), [], []
+    called, opt = wrap(kind, model), make_opt(model)
+    for step in range(4):
+        x = torch.ones(2, 50, dtype=torch.float64)
+        if step == 0 and (kind == "fsdp" or dist.get_rank() == 1):
+            x[:, 0] = torch.inf
+        loss = (called(x) * torch.tensor([[1.0, 0.0, 0.0]])).nan_to_num().sum()
+        loss.register_hook(lambda _: passes.append(opt.scoring))
+        opt.zero_grad()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        if step:
+            opt.step()
+        counts.append(passes.count(True))
+        passes.clear()
+    return counts
+
+
+@parallel.DDP_AND_FSDP2
+def test_all_ranks_test_their_graphs_in_the_same_steps(two, kind):
+    """By itself, a rank would wait for the others' part of the extra pass."""
+    assert parallel.run(two, count_passes, kind) == [[4, 4, 2, 2]] * 2
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
