@@ -54,8 +54,8 @@ def train_partly_sharded(score, scope):
     return fit(called, opt)
 
 
-def train_scaled(kind):
-    """A scaler and clipping; in the second step the loss of rank 1 alone overflows."""
+def train_scaled(kind, overflows):
+    """A scaler and clipping; in the second step a loss of rank 1 alone overflows."""
     model = small(dtype=torch.float32)
     called, opt = wrap(kind, model), make_opt(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -64,7 +64,10 @@ def train_scaled(kind):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=kind != "fsdp"):
             loss, nat, adv = parallel.parts(called, *share(batch(step, torch.float32)))
         if step == 1 and dist.get_rank() == 1:
-            loss = loss * torch.inf
+            if overflows == "training":
+                loss = loss * torch.inf
+            else:
+                adv = adv * torch.inf
         opt.zero_grad()
         scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
         scaler.unscale_(opt)
@@ -77,8 +80,9 @@ def train_scaled(kind):
 
 
 @parallel.DDP_AND_FSDP2
-def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
-    answers = parallel.run(two, train_scaled, kind)
+@pytest.mark.parametrize("overflows", ["training", "adversarial"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind, overflows):
+    answers = parallel.run(two, train_scaled, kind, overflows)
     parallel.assert_same_bits([weights for _, weights in answers])
     for found, _ in answers:
         assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
