@@ -111,7 +111,12 @@ class Scores:
 
     @torch.no_grad()
     def take(
-        self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor, node: Any
+        self,
+        losses: dict[str, Tensor],
+        params: Sequence[Tensor],
+        grad: Tensor,
+        node: Any,
+        ranks: Ranks,
     ) -> Tensor:
         """Add the gradients of the losses, each seeded with the gradient that reached ``node``.
 
@@ -138,7 +143,7 @@ class Scores:
         self.thread = get_ident()
         try:
             repeated = distributed.repeated(losses, node) if test else []
-            passed = test
+            apart: dict[str, Tensor] = {}
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 first = None
@@ -147,8 +152,9 @@ class Scores:
                     first = [None if g is None else local(g).clone() for g in found]
                 gradients = distributed.take(role, loss, params, factor)
                 if first is not None:
-                    passed &= _same(role, first, gradients)
+                    apart[role] = _apart(first, gradients, grad.device)
                 self._add(role, params, gradients)
+            passed = test and _same(apart, grad.device, ranks)
             self._put_back(before)
             self._tested |= passed
             return self._not_finite(grad)
@@ -294,17 +300,32 @@ def _gradients(params: Sequence[Tensor]) -> dict[Tensor, tuple[Tensor | None, in
         return {t: (g, 0 if g is None or g.is_inference() else g._version) for t, g in held}
 
 
-def _same(role: str, first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
-    """Refuse gradients of two passes that differ; False if finite nonzero ones must decide."""
+def _apart(first: Sequence[Any], second: Sequence[Any], device: torch.device) -> Tensor:
+    """Return the norm of a difference, the norm of the first, and 1: they were compared."""
     pairs = [(a, local(b)) for a, b in zip(first, second, strict=True) if a is not None]
-    sizes = [torch.stack([(a - b).float().norm(), a.float().norm()]).cpu() for a, b in pairs]
-    apart, size = torch.stack(sizes).norm(dim=0).tolist() if sizes else (0.0, 0.0)
-    if apart > 0.01 * size:  # kernels that add in any order differ by far less
-        raise Refused(
-            f"scored: two backward passes of the {role} loss give gradients {apart / size:.0%} "
-            f"apart. {distributed.ONCE}"
-        )
-    return 0.0 < size < float("inf")
+    sizes = [torch.stack([(a - b).float().norm(), a.float().norm()]).to(device) for a, b in pairs]
+    both = torch.stack(sizes).norm(dim=0) if sizes else torch.zeros(2, device=device)
+    return torch.cat([both, torch.ones(1, device=device)])
+
+
+def _same(found: dict[str, Tensor], device: torch.device, ranks: Ranks) -> bool:
+    """Refuse gradients of two passes that differ; False if finite nonzero ones must decide.
+
+    All ranks decide alike: a rank without weights, or alone with an overflow, would otherwise
+    repeat passes, and their collectives, by itself.
+    """
+    table = torch.stack([found.get(role, torch.zeros(3, device=device)) for role in ROLES])
+    if ranks.size > 1:
+        (table,) = ranks.average([table])
+    passed = True
+    for role, (apart, size, compared) in zip(ROLES, table.tolist(), strict=True):
+        if apart > 0.01 * size:  # kernels that add in any order differ by far less
+            raise Refused(
+                f"scored: two backward passes of the {role} loss give gradients "
+                f"{apart / size:.0%} apart. {distributed.ONCE}"
+            )
+        passed &= not compared or 0.0 < size < float("inf")
+    return passed
 
 
 @dataclass(frozen=True)

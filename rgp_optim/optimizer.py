@@ -405,7 +405,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Take the scores, within the backward pass; see `Scores.take`."""
         ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
         params = [p for p in ranked if p.requires_grad]
-        return self._holder.scores.take(losses, params, grad, node)
+        return self._holder.scores.take(losses, params, grad, node, self._holder.ranks)
 
     def _refuse_unselected(self) -> None:
         """Refuse groups in which weights should be selected, and none can be."""

@@ -54,8 +54,8 @@ def train_partly_sharded(score, scope):
     return fit(called, opt)
 
 
-def train_scaled(kind):
-    """A scaler and clipping; in the second step the loss of rank 1 alone overflows."""
+def train_scaled(kind, overflows):
+    """A scaler and clipping; in the second step a loss of rank 1 alone overflows."""
     model = small(dtype=torch.float32)
     called, opt = wrap(kind, model), make_opt(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -64,7 +64,10 @@ def train_scaled(kind):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=kind != "fsdp"):
             loss, nat, adv = parallel.parts(called, *share(batch(step, torch.float32)))
         if step == 1 and dist.get_rank() == 1:
-            loss = loss * torch.inf
+            if overflows == "training":
+                loss = loss * torch.inf
+            else:
+                adv = adv * torch.inf
         opt.zero_grad()
         scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
         scaler.unscale_(opt)
@@ -77,8 +80,9 @@ def train_scaled(kind):
 
 
 @parallel.DDP_AND_FSDP2
-def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
-    answers = parallel.run(two, train_scaled, kind)
+@pytest.mark.parametrize("overflows", ["training", "adversarial"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind, overflows):
+    answers = parallel.run(two, train_scaled, kind, overflows)
     parallel.assert_same_bits([weights for _, weights in answers])
     for found, _ in answers:
         assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
@@ -158,6 +162,31 @@ def test_masks_are_those_of_the_shards(two):
     counts = np.array(parallel.run(two, mask_shards))
     sizes = [p.numel() for p in Small().parameters() if p.dim() > 1]
     assert counts.sum(0).tolist() == [round(0.4 * n) for n in sizes]
+
+
+def count_passes(kind):
+    """Per step, where the first one overflows: in one rank's shard, or in one rank's batch."""
+    model, counts, passes = small(lambda: nn.Linear(50, 3, bias=False)), [], []
+    called, opt = wrap(kind, model), make_opt(model)
+    for step in range(4):
+        x = torch.ones(2, 50, dtype=torch.float64)
+        if step == 0 and (kind == "fsdp" or dist.get_rank() == 1):
+            x[:, 0] = torch.inf
+        loss = (called(x) * torch.tensor([[1.0, 0.0, 0.0]])).nan_to_num().sum()
+        loss.register_hook(lambda _: passes.append(opt.scoring))
+        opt.zero_grad()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        if step:
+            opt.step()
+        counts.append(passes.count(True))
+        passes.clear()
+    return counts
+
+
+@parallel.DDP_AND_FSDP2
+def test_all_ranks_test_their_graphs_in_the_same_steps(two, kind):
+    """By itself, a rank would wait for the others' part of the extra pass."""
+    assert parallel.run(two, count_passes, kind) == [[4, 4, 2, 2]] * 2
 
 
 class Mlp(nn.Module):

@@ -6,14 +6,29 @@ import pickle
 import threading
 import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Run, backward, cpu_only, disk, losses, make_batch, make_net, same, sgd, wrap
+from common import (
+    Run,
+    backward,
+    cpu_only,
+    disk,
+    losses,
+    make_batch,
+    make_net,
+    same,
+    sgd,
+    snapshot,
+    wrap,
+)
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, optimizer
+from rgp_optim._scores import Scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")
 
@@ -120,6 +135,36 @@ def test_the_last_optimizer_that_takes_a_reviser_updates_it():
         wrap(model, reviser=reviser.model)
 
 
+def test_a_reviser_may_join_when_natural_training_ends():
+    """The copy is that of a loop which calls `update` by hand from then on."""
+    runs = [Run(), Run()]
+    for run in runs:
+        run.step()
+    joins, by_hand = (ConsistencyReviser(run.model, rate=0.5, decay=0.9) for run in runs)
+    runs[0].opt.reviser = joins
+    assert runs[0].opt.reviser is joins
+    for seed in range(6):
+        for run in runs:
+            run.step(seed)
+        by_hand.update()
+    assert joins.steps == 6
+    assert same(joins, by_hand)
+
+
+def test_a_captured_step_updates_no_reviser(monkeypatch):
+    """Its draws would be those of the capture in every replay."""
+    model, opt, reviser = joined()
+    monkeypatch.setattr(optimizer, "_capturing", lambda params: True)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="`reviser` should be None in a CUDA graph"):
+        train_step(model, opt)
+    assert same(model, before)
+    assert reviser.steps == 0
+    opt.reviser = None
+    opt.step()
+    assert not same(model, before)
+
+
 # Selection that is off.
 
 
@@ -221,12 +266,21 @@ class Once:
         return len(self.kept) - 1
 
 
+def selective_checkpoint(h):
+    """Keeps the products and gives them out once."""
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    return checkpoint(lambda h: (h @ torch.eye(3)).tanh(), h, use_reentrant=False, context_fn=kept)
+
+
 def pass_through(kind, own_graphs=False):
     """A scored backward pass through a graph of a kind; return the model and its optimizer."""
     torch.manual_seed(0)
     layer, x, once = nn.Linear(4, 3), torch.rand(5, 4), Once()
     opt = wrap(layer, sgd())
+    if "again" in kind:  # gradients of an earlier micro-batch are added to in place
+        layer.weight.grad = torch.zeros(3, 4)
     acts = {"scales": Scales.apply, "nested": lambda h: Nested.apply(h, layer)}
+    acts |= {"nested again": acts["nested"], "checkpoint": selective_checkpoint}
 
     def loss():
         h = layer(x).tanh()
@@ -242,20 +296,53 @@ def pass_through(kind, own_graphs=False):
     return layer, opt
 
 
-@pytest.mark.parametrize("kind", ["scales", "nested", "hook", "once"])
+@pytest.mark.parametrize("kind", ["scales", "nested", "nested again", "hook", "once", "checkpoint"])
 def test_a_graph_that_cannot_run_again_is_refused(kind):
     with pytest.raises(RuntimeError, match=r"scored: .*forward passes of their own"):
         pass_through(kind)
 
 
-@pytest.mark.parametrize("kind", ["scales", "once"])
+@pytest.mark.parametrize("kind", ["scales", "once", "checkpoint"])
 def test_each_loss_may_have_a_graph_of_its_own(kind):
     layer, opt = pass_through(kind, own_graphs=True)
     opt.step()
     assert opt.masks()[layer.weight].any()
 
 
-def test_the_first_pass_changes_nothing_and_is_the_only_one_tested():
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan, 0.0])
+def test_the_test_waits_for_finite_gradients(factor):
+    """A scaler's first steps overflow; a row of a Jacobian may have a factor of 0."""
+    w = nn.Parameter(torch.ones(2, 3))
+    opt = wrap([w], sgd())
+    for each in (factor, factor):
+        loss = Scales.apply(w).sum()
+        (opt.scored(loss, natural=loss, adversarial=loss) * each).backward()
+    with pytest.raises(RuntimeError, match="two backward passes of the natural loss"):
+        backward(opt, Scales.apply(w).sum())
+
+
+def test_without_values_nothing_is_tested():
+    passes, w = [], nn.Parameter(torch.ones(2, 3, device="meta"))
+    w.register_hook(lambda g: passes.append(opt.scoring))
+    opt = wrap([w], sgd())
+    backward(opt, w.sum())
+    assert passes == [True, True, False]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyError])
+def test_what_fails_in_a_scoring_pass_is_named(error):
+    """Less memory would help the one, a graph for each loss the other."""
+    w = nn.Parameter(torch.ones(2, 3))
+    loss = w.sum()
+    loss.register_hook(mock.Mock(side_effect=error("mine")))
+    expected = error if error is torch.OutOfMemoryError else RuntimeError
+    with pytest.raises(expected) as caught:
+        backward(wrap([w]), 2 * loss)
+    assert ("forward passes of their own" in str(caught.value)) == (expected is RuntimeError)
+    assert "mine" in str(caught.value)
+
+
+def test_the_first_pass_changes_nothing_and_is_the_only_one_tested(monkeypatch):
     passes, run = [], Run()
     run.model.conv.weight.register_hook(lambda g: passes.append(run.opt.scoring))
     counts = []
@@ -266,6 +353,7 @@ def test_the_first_pass_changes_nothing_and_is_the_only_one_tested():
     assert counts == [(4, 1), (2, 1), (2, 1)]  # hooks can tell the passes apart
     plain = Run()
     plain.opt._holder.scores._tested = True
+    monkeypatch.setattr(Scores, "_not_finite", lambda self, grad: torch.zeros_like(grad))
     for seed in range(3):
         plain.step(seed)
     assert same(run, plain)
@@ -387,6 +475,40 @@ def test_weights_that_an_optimizer_keeps_twice_are_warned_of_once(dtype):
         backward(opt, (w.float() * torch.arange(6.0).view(2, 3)).sum())
         with contextlib.nullcontext() if seen is None else seen:  # once
             opt.step()
+
+
+class Quantised(torch.Tensor):
+    """Keeps its values in a plain tensor, and lacks an operation."""
+
+    @staticmethod
+    def __new__(cls, value, lacks):
+        made = torch.Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype)
+        made.value, made.lacks = value, lacks
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        (ours, *_) = [a for a in args if isinstance(a, cls)] or [None]
+        name = func.overloadpacket.__name__
+        if ours is None or name == ours.lacks:
+            raise NotImplementedError(f"no {name} of {cls.__name__}")
+        out = func(*[a.value if isinstance(a, cls) else a for a in args], **kwargs or {})
+        return cls(out, ours.lacks) if name in ("detach", "clone", "alias") else out
+
+
+@pytest.mark.parametrize("lacks", ["where", "clone"])
+def test_weights_that_cannot_be_put_back_are_found_before_the_step(lacks):
+    w, other = nn.Parameter(Quantised(torch.ones(2, 3), lacks)), nn.Parameter(torch.ones(2, 3))
+    opt = wrap([w, other], sgd(momentum=0.9, foreach=False))
+    backward(opt, w.sum() + other.sum())
+    with pytest.raises(ValueError, match=r"`conserve` should be able to put weights back.*rgp_sel"):
+        opt.step()
+    assert (w.value == 1).all()
+    assert (other == 1).all()
+    assert not opt.state
+    opt.param_groups[0]["rgp_select"] = False
+    opt.step()
+    assert (w.value == 0).all()
 
 
 @pytest.mark.parametrize("apart", [True, False])
