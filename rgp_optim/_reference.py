@@ -100,10 +100,10 @@ def select(entries: Entries, pool_mask: Callable[[Entries], Tensor] = pool_mask)
     masks: dict[int, Tensor] = {}
     for indices in by_pool([each.pool for each in entries]):
         members = [entries[i] for i in indices]
-        mask, sizes = pool_mask(members), [each.present.numel() for each in members]
-        parts = mask.split_with_sizes(sizes) if len(sizes) > 1 else [mask]
-        for i, part in zip(indices, parts, strict=True):
-            masks[i] = part.view(entries[i].present.shape)
+        mask, shapes = pool_mask(members), [each.present.shape for each in members]
+        parts = mask.split_with_sizes([s.numel() for s in shapes]) if len(shapes) > 1 else [mask]
+        for i, part, shape in zip(indices, parts, shapes, strict=True):
+            masks[i] = part.view(shape)
     return [masks[i] for i in range(len(entries))]
 
 

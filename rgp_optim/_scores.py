@@ -249,12 +249,14 @@ class Scores:
 
     def reaches(self, p: Tensor, alpha: float, rule: Any) -> bool:
         """Return whether a loss that the score reads depends on a parameter."""
-        factors = {"natural": alpha, "adversarial": 1.0 - alpha}
-        read = [r for r in ROLES if factors[r] > 0.0] if rule == "rgp" else list(self.taken)
-        if rule == "rgp" and (missing := [role for role in read if role not in self.taken]):
-            raise NothingScored(missing[0])
-        unused = [self.taken[role].get(p) is None for role in read]
-        return not p.requires_grad or not unused or not all(unused)
+        read = list(self.taken)
+        if rule == "rgp":
+            read = [r for r, factor in zip(ROLES, (alpha, 1.0 - alpha), strict=True) if factor]
+        for role in read:
+            if role not in self.taken:
+                raise NothingScored(role)
+        held = [self.taken[role].get(p) for role in read]
+        return not held or any(g is not None for g in held) or not p.requires_grad
 
     def get(self, role: str, p: Tensor) -> Tensor | None:
         """Return this rank's gradient of a role; None where the loss does not depend on ``p``.

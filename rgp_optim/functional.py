@@ -139,10 +139,11 @@ def rgp_topk_masks(
 
 def select(entries: Entries, *, backend: str = "auto") -> list[Tensor]:
     """Score and select without checks, for the optimizer; a pool must be on one device."""
-    homes = {(each.pool, each.present.device) for each in entries}
-    if len(homes) > len(dict(homes)):
-        rule = "be 'tensor' where weights that share a threshold lie on several devices"
-        refuse("scope", rule, ", ".join(sorted({str(device) for _, device in homes})))
+    if len({each.pool for each in entries}) < len(entries):
+        homes = {(each.pool, each.present.device) for each in entries}
+        if len(homes) > len(dict(homes)):
+            rule = "be 'tensor' where weights that share a threshold lie on several devices"
+            refuse("scope", rule, ", ".join(sorted({str(device) for _, device in homes})))
     return _run("select", entries, backend=backend)
 
 

@@ -554,7 +554,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             selected = {p: selected[p] for p in params}
         direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
         # Under the global scope groups with different fractions cannot share a threshold.
-        pools = [s.update_fraction if holder.scope == "global" else p for p, s in selected.items()]
+        shared = holder.scope == "global"
+        pools = [s.update_fraction if shared else i for i, s in enumerate(selected.values())]
         masks: dict[Tensor, Tensor] = {}
         for indices in [range(len(params))] if direct else by_pool(pools):  # gathered by pool
             part, entries = [params[i] for i in indices], []
@@ -735,6 +736,8 @@ def _capturing(params: Sequence[Tensor]) -> bool:
 def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
     """Refuse subclasses whose values cannot be put back: put back none of them."""
     odd = [w for w in map(local, masks) if type(w) not in (Tensor, nn.Parameter)]
+    if not odd:
+        return
     try:
         rows = [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]
         functional.restore_(rows, backend=backend)
