@@ -268,10 +268,9 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
 @contextmanager
 def _first_pass_unrecorded(nodes: set[Any]) -> Iterator[None]:
     """Keep a DDP model with ``static_graph`` from recording this pass as its first."""
+    models = {node.ddp_weakref() for node in nodes if hasattr(node, "ddp_weakref")} - {None}
     waiting = [
-        ddp
-        for ddp in {node.ddp_weakref() for node in nodes if hasattr(node, "ddp_weakref")} - {None}
-        if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+        ddp for ddp in models if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
     ]
     try:
         for ddp in waiting:

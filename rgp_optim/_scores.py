@@ -36,10 +36,8 @@ def check_loss(name: str, loss: Any) -> None:
     if loss.numel() != 1:
         refuse(name, "be a scalar", f"shape {tuple(loss.shape)}", "Reduce it with .mean().")
     if not loss.requires_grad:
-        hint = (
-            hint or "Compute it from the model's output with gradients enabled; do not detach it."
-        )
-        refuse(name, "carry a graph", "requires_grad = False", hint)
+        attached = "Compute it from the model's output with gradients enabled; do not detach it."
+        refuse(name, "carry a graph", "requires_grad = False", hint or attached)
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> NoReturn:
@@ -146,12 +144,10 @@ class Scores:
             apart: dict[str, Tensor] = {}
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
-                first = None
-                if role in repeated:
-                    found = distributed.take(role, loss, params, factor)
-                    first = [None if g is None else local(g).clone() for g in found]
+                found = distributed.take(role, loss, params, factor) if role in repeated else ()
+                first = [None if g is None else local(g).clone() for g in found]
                 gradients = distributed.take(role, loss, params, factor)
-                if first is not None:
+                if role in repeated:
                     apart[role] = _apart(first, gradients, grad.device)
                 self._add(role, params, gradients)
             passed = test and _same(apart, grad.device, ranks)

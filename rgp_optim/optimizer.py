@@ -371,8 +371,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             TypeError: a loss is not a tensor.
             ValueError: a loss is not a scalar or carries no graph; both scored losses are None.
             RuntimeError: in the backward pass: a loss depends on no selected parameter;
-                activations are checkpointed with ``use_reentrant=True``; FSDP2 holds gradients
-                that are not reduced.
+                a graph cannot run several times, as with ``use_reentrant=True`` (looked at in the
+                first pass; under torch.distributed in each); FSDP2 holds unreduced gradients.
         """
         if not torch.is_grad_enabled():
             return loss
@@ -736,11 +736,9 @@ def _capturing(params: Sequence[Tensor]) -> bool:
 def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
     """Refuse subclasses whose values cannot be put back: put back none of them."""
     odd = [w for w in map(local, masks) if type(w) not in (Tensor, nn.Parameter)]
-    if not odd:
-        return
     try:
-        rows = [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]
-        functional.restore_(rows, backend=backend)
+        if rows := [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]:
+            functional.restore_(rows, backend=backend)
     except Exception as error:
         hint = "Set 'rgp_select': False for its group, or conserve='gradients'."
         found = f"{type(odd[0]).__name__}, {type(error).__name__}: {error}"
