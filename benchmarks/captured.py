@@ -1,4 +1,4 @@
-"""An attack without the host: compiled, and replayed as a CUDA graph.
+"""The training attack, compiled and replayed as a CUDA graph.
 
 An attack of ten steps launches thousands of small kernels, which takes the host longer than the
 GPU where networks or batches are small. Captured once, it is one launch.
@@ -19,7 +19,7 @@ WAYS = ("eager", "compile", "graph", "compile-graph")
 
 
 class Captured:
-    """A function from a batch to a batch, as a CUDA graph for each shape; on a CPU as it is.
+    """A function from batch to batch as a CUDA graph for each shape; on a CPU the plain function.
 
     What it returns is overwritten by the next call. It should read parameters in place, so that
     each replay sees what they have become: under autocast without its cache, which would keep the

@@ -1,4 +1,4 @@
-"""Optimizers of other packages under the wrapper: one row for each, in optimizers.csv.
+"""Test optimizers of other packages under the wrapper; one row for each in optimizers.csv.
 
 ``python benchmarks/optimizers.py [--only NAME]``. Packages that are not installed are named and
 left out. Columns hold ``yes``, ``no`` with what was found, or ``refused`` with the message:

@@ -1,12 +1,12 @@
-"""Train CURE on digits or CIFAR-10 and evaluate it, on its own or beside TRADES.
+"""Train CURE on digits or CIFAR-10 and evaluate it, alone or with TRADES.
 
     python examples/cifar10_cure.py                        # digits: about two minutes
     python examples/cifar10_cure.py --compare              # adds TRADES, from the same warm-up
     python examples/cifar10_cure.py --data cifar10 --download        # the published settings
 
-It begins with a natural warm-up, as in the paper, which is kept beside ``--out`` for other runs. It
-prints a table and leaves results.json, curves.png, weights and checkpoints in ``--out``;
-``--resume`` continues an interrupted run bit for bit. What surrounds the loop is in harness/.
+Natural training comes first, as in the paper; its weights are saved beside ``--out`` for other
+runs. The script prints a table and writes results.json, curves.png, weights and checkpoints to
+``--out``; ``--resume`` continues an interrupted run bit for bit. harness/ has the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PHASES = ("warm-up", "cure", "trades")
 CURE = dict(update_fraction=0.7, alpha=0.1, scope="tensor", conserve="weights")
 CURE |= dict(gamma=1.0, rate=0.2, horizon=0.064)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # One thread is as fast as two for so small a network, and sums alike whatever the cores.
+    # One thread is as fast as two for so small a network, and gives the same sums on any machine.
     "digits": asdict(Settings(**DIGITS)) | CURE | dict(beta=6.0, threads=1),
     "cifar10": asdict(Settings(**CIFAR10)) | CURE | dict(beta=5.0, threads=None),
 }
@@ -124,7 +124,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     data = LOADERS[args.data](args.data_dir, args.download)
     setup = Setup(settings, args.seed, args.device, data)
-    make_reviser(setup, args, setup.network())  # what is wrong with its settings is said now
+    make_reviser(setup, args, setup.network())  # refuses wrong settings before training
     claim(Path(args.out), PHASES, args.resume or adds_trades(args), args.overwrite)
     return setup
 
@@ -208,8 +208,8 @@ FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "lr": (POSITIVE, "highest learning rate of both phases"),
     "momentum": (NOT_NEGATIVE, "SGD momentum"),
     "weight_decay": (NOT_NEGATIVE, "the paper has 5e-3, its code 5e-4"),
-    "schedule": (["steps", "cosine"], "a tenth at 50 %% and 75 %% of a phase, or a cosine"),
-    "lr_warmup": (FRACTION, "share of the steps over which the learning rate rises from 0"),
+    "schedule": (["steps", "cosine"], "divide by ten at 50 %% and 75 %% of a phase, or cosine"),
+    "lr_warmup": (FRACTION, "share of the steps in which the learning rate rises from 0"),
     "eps": (
         number(float, "above 0 and at most 1, as pixels are", lambda v: 0 < v <= 1),
         "radius of the attacks, in pixels of [0, 1]",
@@ -219,14 +219,14 @@ FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "beta": (NOT_NEGATIVE, "weight of the KL term; the paper has 1, its code 5, TRADES 6"),
     "update_fraction": (FRACTION, "share of weights updated"),
     "alpha": (FRACTION, "natural share of the score"),
-    "scope": (["tensor", "global"], "the share holds in each tensor, or over all of them"),
-    "conserve": (["weights", "gradients", "update"], "what is conserved"),
+    "scope": (["tensor", "global"], "select in each tensor, or over all of them"),
+    "conserve": (["weights", "gradients", "update"], "what a step conserves"),
     "gamma": (NOT_NEGATIVE, "weight of the consistency loss"),
     "rate": (FRACTION, "probability of an update of the averaged copy"),
     "horizon": (POSITIVE, "averaging time of the copy as a fraction of the run"),
-    "train_size": (COUNT, "use that many training images only"),
-    "val_size": (COUNT, "training images held out to choose the best epoch"),
-    "test_size": (COUNT, "use that many test images only"),
+    "train_size": (COUNT, "number of training images"),
+    "val_size": (COUNT, "validation images, held out of the training images"),
+    "test_size": (COUNT, "number of test images"),
     "threads": (COUNT, "CPU threads; torch's choice if not given"),
 }
 
@@ -258,7 +258,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", help="folder of the run (runs/DATA-seedN)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
-    either.add_argument("--overwrite", action="store_true", help="begin anew over the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.data].items():
         if getattr(args, name, None) is None:
@@ -277,7 +277,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def way_on(setup: Setup | None, args: argparse.Namespace) -> str:
-    """Say what a run that stopped has saved, and which command continues it."""
+    """Say what an interrupted run has saved, and which command continues it."""
     if setup is None:
         resumes = " and resumes the download" if args.download else ""
         return f"Training had not begun; the same command starts again{resumes}."

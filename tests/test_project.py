@@ -1,4 +1,4 @@
-"""The house: import arrows, public names, what importing costs, README and changelog."""
+"""Code layout: import arrows, public names, what importing costs, README and changelog."""
 
 import ast
 import inspect

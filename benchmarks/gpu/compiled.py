@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for a GPU that need not be here.
+"""Report registers and instructions of the compiled kernels; needs no GPU.
 
     python benchmarks/gpu/compiled.py     # sm_90: H100, H200
 

@@ -1,4 +1,4 @@
-"""Hold the GPU's masks against torch.topk and a stable sort on large data, again and again.
+"""Compare the GPU's masks with torch.topk and a stable sort, on large data, repeatedly.
 
     python benchmarks/gpu/exact.py                       # on a GPU, about three minutes
     python benchmarks/gpu/exact.py --small               # little data, references on the CPU
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - start
         print(f"{'ok    ' if good else 'FAILED'}  {name}  ({seconds:.1f} s)", flush=True)
-    print("all masks are as they should be" if not failed else f"{failed} checks failed")
+    print("all masks are correct" if not failed else f"{failed} checks failed")
     return int(failed > 0)
 
 

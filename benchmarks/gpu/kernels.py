@@ -1,4 +1,4 @@
-"""Time each kernel by itself, also with other block sizes and warps.
+"""Time each kernel alone, also with other block sizes and warps.
 
     python benchmarks/gpu/kernels.py --models resnet18,vit-b --dtypes float32,bfloat16
     python benchmarks/gpu/kernels.py --variants all       # the same with other sizes

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, of the kinds of work that selection is made of.
+"""Upper bounds of a GPU for the operations that selection consists of.
 
     python benchmarks/gpu/roofs.py --csv roofs.csv
     python benchmarks/gpu/roofs.py --device cpu          # a rehearsal, in Triton's interpreter

@@ -1,4 +1,4 @@
-"""Our attacks beside those of others, on networks that run.py has trained.
+"""Compare our attacks with Foolbox's and AutoAttack's, on networks trained by run.py.
 
     python benchmarks/robustness/crosscheck.py --preset digits --json crosscheck.json
 
@@ -92,7 +92,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--methods", default="at,trades,cure", help="by commas (at,trades,cure)")
+    add("--methods", default="at,trades,cure", help="comma-separated methods (at,trades,cure)")
     add("--seed", type=int, default=0)
     add("--images", type=int, default=200, help="test images (200)")
     add("--json", type=Path, help="write the rows here")

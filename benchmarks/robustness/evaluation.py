@@ -1,4 +1,4 @@
-"""AutoAttack, and whether a network's gradients can be believed.
+"""AutoAttack, and tests for masked gradients.
 
 Everything in full precision, in eval mode, on images in [0, 1]; accuracies in percent.
 """
@@ -37,7 +37,7 @@ def auto_attack(
 def masking(
     model: nn.Module, batches: Batches, eps: float, surrogate: nn.Module | None = None
 ) -> dict[str, float]:
-    """Return what the field's tests for masked gradients look at, in percent.
+    """Return the accuracies that tests for masked gradients compare, in percent.
 
     An honest network loses little more to 100 steps than to 20, everything at a large radius, and
     less to images that fool another network than to its own (Athalye et al., ICML 2018; Carlini et
@@ -55,7 +55,7 @@ def masking(
 
 
 def is_masked(row: dict[str, float], *, few: float = 3.0) -> list[str]:
-    """Return which tests speak of masked gradients; ``few`` is a margin in points."""
+    """Return which tests indicate masked gradients; ``few`` is a margin in points."""
     found = []
     if row["pgd100"] < row["pgd20"] - few:
         found.append("100 steps find much more than 20")

@@ -4,9 +4,9 @@
     python benchmarks/robustness/run.py --methods cure,trades --seeds 0   # some of it
     python benchmarks/robustness/run.py --preset ranking-digits --report  # tables, no training
 
-Every run has the same data, network, schedule and evaluation. What is finished is skipped, what was
-interrupted goes on from its last epoch: the same command, started again, loses nothing. Each run
-leaves a JSON under benchmarks/robustness/results/PRESET; the table is made of these.
+All runs share data, network, schedule and evaluation. Rerun an interrupted command: it skips what is
+finished and resumes the rest from the last epoch. Each run writes a JSON file to
+benchmarks/robustness/results/PRESET; the table is made from these.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ from trainer import EXPERIMENTS, PRESETS, Preset, Trainer, needs
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--methods", default="all", help=f"of the preset, by commas (all): {', '.join(ROWS)}")
-    add("--seeds", default="0,1,2", help="by commas (0,1,2)")
+    add(
+        "--methods",
+        default="all",
+        help=f"comma-separated methods (all of the preset): {', '.join(ROWS)}",
+    )
+    add("--seeds", default="0,1,2", help="comma-separated seeds (0,1,2)")
     add("--network", help="another of the examples' networks")
-    add("--epochs", type=int, help="of each method")
-    add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
+    add("--epochs", type=int, help="epochs of each method")
+    add("--auto-attack", type=int, metavar="N", help="images for AutoAttack; 0 skips it")
     add("--jobs", type=int, default=1, help="seeds at the same time, one thread each (1)")
     add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    add("--report", action="store_true", help="print the table of what is there, and train nothing")
+    add("--report", action="store_true", help="print the table of finished runs; train nothing")
     add("--figure", type=Path, metavar="PNG", help="draw what the preset compares")
-    add("--curves", type=Path, metavar="PNG", help="draw how the runs went")
-    add("--quiet", action="store_true", help="say only what is finished")
+    add("--curves", type=Path, metavar="PNG", help="draw training curves")
+    add("--quiet", action="store_true", help="print finished runs only")
     add("--no-table", action="store_true", help="print no table at the end")
     args = parser.parse_args(argv)
     _, rows, args.beside = EXPERIMENTS.get(args.preset, (None, list(ROWS), ()))
@@ -55,9 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
-        parser.error(f"--seeds should be integers by commas, not {args.seeds!r}.")
+        parser.error(f"--seeds should be comma-separated integers, not {args.seeds!r}.")
     if args.epochs is not None and args.epochs < 1:
-        parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
+        parser.error(f"--epochs: should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
     args.given = sys.argv[1:] if argv is None else argv
     args.place = replace(trainer.place_of(args, name), download=args.download)
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         except DataError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            sys.exit("\nstopped; the same command goes on")
+            sys.exit("\nstopped; rerun the command to resume")
     if args.no_table:
         return
     place = args.place.results
@@ -102,7 +106,7 @@ def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
 
 
 def ordered(methods: list[str], preset: Preset) -> list[str]:
-    """Return the methods and what they need, those needed first."""
+    """Return the methods and those that they depend on, in order of training."""
     found: list[str] = []
     for name in methods:
         found += [each for each in (*needs(name, preset), name) if each not in found]

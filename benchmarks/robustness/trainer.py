@@ -101,8 +101,8 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--preset", choices=PRESETS, default="digits")
-    add("--data-dir", default="data", help="where cifar-10-batches-py is (data)")
-    add("--data-label", help="name of the data beside results, when the files are not originals")
+    add("--data-dir", default="data", help="directory of cifar-10-batches-py (data)")
+    add("--data-label", help="name of the data in results, for files that are not the originals")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=Path, help="folder of checkpoints and weights (runs/robustness/PRESET)")
     add("--results", type=Path, help="folder of the JSON files")

@@ -1,4 +1,4 @@
-"""What the wrapper adds: its step beside the plain SGD's, its passes beside three plain ones.
+"""Overhead of the wrapper: its step against SGD's, its passes against three plain ones.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/speed/host.py [--csv FILE]
     python benchmarks/speed/host.py --device cuda --models resnet18,wrn34-10,vit-b    # fused SGD
@@ -82,7 +82,7 @@ class Loop:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, "cpu")
     parser.add_argument("--models", type=selection.names_of(*selection.MODELS), default=[TINY])
-    parser.add_argument("--keep", type=float, default=0.7, help="share that is updated")
+    parser.add_argument("--keep", type=float, default=0.7, help="fraction updated")
     parser.add_argument("--repeats", type=measure.positive, default=300)
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)

@@ -1,4 +1,4 @@
-"""How long score, exact selection and masking of a model's gradients take, against other ways.
+"""Time score, exact selection and masking of a model's gradients, against other methods.
 
     python benchmarks/speed/selection.py --device cpu               # ResNet-18, one thread
     python benchmarks/speed/selection.py --device cuda --models resnet18,wrn34-10,vit-b,1b
@@ -247,7 +247,7 @@ def names_of(*known: str) -> Callable[[str], list[str]]:
         names = text.split(",")
         for name in names:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
         return names
 
     return parse
@@ -266,10 +266,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add("--models", type=names_of(*MODELS), default=["resnet18"])
     add("--dtypes", type=names_of(*DTYPES), default=["float32"])
     add("--scopes", type=names_of("tensor", "global"), default=["tensor"])
-    add("--keep", type=fractions, default=[0.5, 0.1], help="share that is updated")
+    add("--keep", type=fractions, default=[0.5, 0.1], help="fraction updated")
     add("--rounds", type=measure.positive, default=9)
     add("--providers", type=names_of(*ways), default=ways)
-    add("--sizes", action="store_true", help="one tensor of many sizes instead")
+    add("--sizes", action="store_true", help="time one tensor of many sizes instead")
     args = parser.parse_args(argv)
     device = measure.device_of(args, parser)
     if device.type == "cpu":

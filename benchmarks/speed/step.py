@@ -1,4 +1,4 @@
-"""A whole training step: plain, TRADES, CURE with this library, and the authors' implementation.
+"""Time a training step: standard, TRADES, CURE with this library and as the authors wrote it.
 
     python benchmarks/speed/step.py                                  # a small network on a CPU
     python benchmarks/speed/step.py --device cuda --network resnet18 --amp       # bfloat16
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     add = parser.add_argument
     add("--network", choices=tuple(NETWORKS), default="resnet8")
     add("--batch-sizes", type=measure.positive, nargs="+", default=[128])
-    add("--steps", type=measure.positive, default=10, help="of the attack")
+    add("--steps", type=measure.positive, default=10, help="attack steps")
     add("--rounds", type=measure.positive, default=9)
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true")

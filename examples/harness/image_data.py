@@ -41,7 +41,7 @@ REPLACE = "move the folder away and add --download."
 
 
 class DataError(RuntimeError):
-    """The data is missing or is not what it should be; the message says what to do."""
+    """Missing or wrong data; the message says what to do."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Images:
     Attributes:
         pixels: uint8, [n, channels, height, width], from 0 to ``scale``.
         labels: int64, [n].
-        scale: What counts as 1.
+        scale: The pixel value that becomes 1.
         crop: Padding of the random crop in training, in pixels; with it goes a horizontal flip. 0:
             none.
     """
@@ -129,7 +129,7 @@ class Data:
     """A data set.
 
     Attributes:
-        label: How to name it beside a result.
+        label: Its name in results.
         train: Training images.
         test: Test images.
     """
@@ -177,7 +177,7 @@ def load_cifar10(data_dir: str | Path, download: bool = False) -> Data:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Load arrays, numbers, texts and containers, and nothing that could run."""
+    """Load arrays, numbers, texts and containers only: no code."""
 
     ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"),
@@ -189,7 +189,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         if name == "_reconstruct":
             return np.ndarray([0]).__reduce__()[0]
         return super().find_class(module, name)
@@ -211,7 +211,7 @@ def _read_batch(path: Path, content: bytes) -> tuple[Tensor, Tensor]:
 
 
 def fetch_cifar10(data_dir: Path) -> None:
-    """Download the official archive, going on where an earlier try stopped, check and unpack it.
+    """Download the official archive, or resume, then check and unpack it.
 
     The folder appears whole or not at all.
     """
@@ -233,7 +233,7 @@ def fetch_cifar10(data_dir: Path) -> None:
         target = data_dir / FOLDER
         try:
             os.replace(Path(scratch) / FOLDER, target)
-        except OSError as error:  # something is there: it is not ours to delete
+        except OSError as error:  # the target exists, and may be the user's
             raise DataError(
                 f"{target} cannot be put in place ({error.strerror}): move it away and rerun."
             ) from error

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a JSON file and a picture of the training curves."""
+"""Output of a run: a table, a JSON file and a figure of the training curves."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def updated_text(updated: dict[str, float], never: float) -> str:
-    """Say which share of the weights the steps of an epoch have updated, 80 columns wide."""
+    """Describe which share of the weights an epoch's steps updated, in 80 columns."""
     shares = {name.removesuffix(".weight"): s for name, s in updated.items() if s < 1}
     if not shares:
-        return "each step updated all weights"
+        return "each step updated all weights."
     low, high = (f(shares, key=shares.__getitem__) for f in (min, max))
     text = f"each step of the last epoch updated {shares[low]:.0%} of each layer's weights"
     if shares[high] - shares[low] > 0.01:
@@ -49,11 +49,11 @@ def updated_text(updated: dict[str, float], never: float) -> str:
             "updated by each step of the last epoch:\n"
             f"  least in {low}, {shares[low]:.1%}; most in {high}, {shares[high]:.1%}"
         )
-    return f"{text};\nthe choice changes: {never:.2%} of these layers' weights were never updated"
+    return f"{text}.\nThe selection varies: {never:.2%} of these weights were never updated."
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """Return what a number depends on besides the settings: versions, device, commit."""
+    """Return versions, device and commit, for the record."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

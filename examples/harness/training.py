@@ -1,4 +1,4 @@
-"""What surrounds a training loop: settings, data, schedule, validation, history, checkpoints.
+"""Everything around a training loop: settings, data, schedule, validation, checkpoints.
 
 A `Setup` holds what the phases of a run share, and a `Phase` is one of them:
 
@@ -65,7 +65,7 @@ class Settings:
         epochs: Of the method.
         warmup_epochs: Of the natural training that it starts from.
         batch_size, lr, momentum, weight_decay: Of SGD, in both phases.
-        schedule: "cosine", or "steps": a tenth at 50 % and 75 %.
+        schedule: "cosine", or "steps": divided by ten at 50 % and 75 %.
         lr_warmup: Share of the method's steps over which the learning rate rises from 0: the full
             rate breaks the natural network that some methods start from.
         eps, attack_steps, step_size: Of the training attack; None: eps / 4.
@@ -192,7 +192,7 @@ class Setup:
     def loader(
         self, images: Images, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches to train on, or, without a generator, to judge by."""
+        """Yield batches for training, or, without a generator, for evaluation."""
         size = 500 if generator is None else self.settings.batch_size
         for x, y in images.batches(size, generator):
             yield x.contiguous(memory_format=self.memory_format), y
@@ -206,12 +206,12 @@ class Setup:
     def warm_up(
         self, model: nn.Module, file: Path, checkpoint: Path, report: Report | None = None
     ) -> list[dict[str, Any]]:
-        """Train naturally, or take what a run with the same settings has left; return the history.
+        """Train naturally, or load the weights of an earlier run; return the history.
 
         Args:
             model: Gets the weights.
-            file: Where the warm-up is kept for other runs.
-            checkpoint: Where it is kept while it lasts.
+            file: Keeps the result for other runs.
+            checkpoint: Keeps finished epochs until then.
             report: As of a `Phase`.
         """
         epochs, report = self.settings.warmup_epochs, report or say
@@ -259,9 +259,9 @@ class Phase:
         epochs: Number of epochs.
         checkpoint: A file. If it exists, training goes on from there, bit for bit.
         generator: Of the order, the augmentation and the attacks; None: a new one.
-        settings: What a checkpoint must agree in, besides those of the setup.
+        settings: Must equal those of a checkpoint, besides the setup's.
         report: Gets a line for each epoch; None: it is printed.
-        **kept: What else has a ``state_dict``.
+        **kept: Other objects to save, with a ``state_dict``.
     """
 
     def __init__(
@@ -381,7 +381,7 @@ class Phase:
         save_checked(self.checkpoint, state)
 
     def _load(self) -> int:
-        """Go on from the checkpoint if there is one; return the epochs that are done."""
+        """Load the checkpoint if there is one; return the number of finished epochs."""
         if not self.checkpoint.exists():
             return 0
         state = read(self.checkpoint, self.setup.device)
@@ -414,7 +414,7 @@ class Phase:
 
 
 def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a run in ``out`` unasked; delete what is left of an old one."""
+    """Refuse to overwrite a run in ``out`` unless asked to; delete an old one."""
     results = out / "results.json"
     started = [file for phase in phases if (file := out / f"{phase}.pt").exists()]
     if resume:
@@ -454,7 +454,7 @@ def accuracy(
     """Return the accuracy, under PGD if ``attack`` has its settings; in percent.
 
     Args:
-        model: Is judged.
+        model: The network to evaluate.
         batches: Yields images and labels.
         attacked: The network whose gradients the attack follows; None is ``model``.
         seed: Of the attack's start.

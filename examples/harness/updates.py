@@ -1,4 +1,4 @@
-"""Where an optimizer has updated weights: fractions by parameter, averaged over steps."""
+"""Count which weights an optimizer has updated: fractions by parameter, averaged over steps."""
 
 from __future__ import annotations
 

@@ -434,11 +434,12 @@ def test_updates_are_counted_as_a_loop_does():
 
 def test_what_was_updated_is_said_in_eighty_columns():
     updated = {"conv.weight": 0.7, "fc.weight": 0.7, "fc.bias": 1.0}
-    assert "updated 70% of each layer's weights;\nthe choice changes: 0.40%" in report.updated_text(
-        updated, 0.004
+    assert (
+        "updated 70% of each layer's weights.\nThe selection varies: 0.40%"
+        in report.updated_text(updated, 0.004)
     )
     updated["stages.1.0.shortcut.0.weight"] = 0.25
     text = report.updated_text(updated, 0.004)
     assert "least in stages.1.0.shortcut.0, 25.0%; most in conv, 70.0%" in text
     assert max(map(len, text.splitlines())) <= 80
-    assert report.updated_text({"fc.bias": 1.0}, 0.0) == "each step updated all weights"
+    assert report.updated_text({"fc.bias": 1.0}, 0.0) == "each step updated all weights."

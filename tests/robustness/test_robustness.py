@@ -635,8 +635,8 @@ def test_jobs_at_the_same_time(tmp_path, capsys):
     ("words", "said"),
     [
         (["--methods", "best"], "no method best"),
-        (["--seeds", "a"], "integers by commas"),
-        (["--epochs", "0"], "--epochs: it should be at least 1"),
+        (["--seeds", "a"], "comma-separated integers"),
+        (["--epochs", "0"], "--epochs: should be at least 1"),
     ],
 )
 def test_bad_flags_are_refused(words, said, capsys):

@@ -165,7 +165,7 @@ def test_figures_are_drawn_from_the_rows(tmp_path):
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (selection.main, ["--models", "vgg"], "'vgg' is none of resnet18"),
+        (selection.main, ["--models", "vgg"], "'vgg' is not one of resnet18"),
         (selection.main, ["--keep", "1.5"], "between 0 and 1"),
         (step.main, ["--rounds", "0"], "--rounds: it should be at least 1"),
         (step.main, ["--batch-sizes", "8", "0"], "--batch-sizes: it should be at least 1"),

@@ -1,6 +1,6 @@
 """Accuracy under common corruptions, by type and severity.
 
-Made anew on the images at hand with the constants of ``make_cifar_c.py`` (Hendrycks and Dietterich,
+Generated from our images with the constants of ``make_cifar_c.py`` (Hendrycks and Dietterich,
 ICLR 2019): results are in the style of CIFAR-10-C, not on CIFAR-10-C. Images are [batch, channels,
 height, width] in [0, 1]; the constants are for images of 32 x 32 pixels.
 """
