@@ -1,4 +1,4 @@
-"""Draw figures of finished runs, and write the numbers behind them.
+"""Look at what finished runs have learnt: figures, and the numbers they are drawn from.
 
     python benchmarks/robustness/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
 
@@ -203,8 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure-global,cure")
-    add("--seeds", default="0,1,2", help="comma-separated seeds (0,1,2)")
-    add("--blocks", type=int, default=8, help="epochs of the block study (8); 0 skips it")
+    add("--seeds", default="0,1,2", help="by commas (0,1,2)")
+    add("--blocks", type=int, default=8, help="epochs of the block study (8); 0: none")
     args = parser.parse_args(argv)
     place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
     names, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]

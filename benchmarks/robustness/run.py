@@ -4,7 +4,7 @@
     python benchmarks/robustness/run.py --methods cure,trades --seeds 0   # some of it
     python benchmarks/robustness/run.py --preset ranking-digits --report  # tables, no training
 
-All runs share data, network, schedule and evaluation. Rerun an interrupted command: it skips what is
+All runs share data, network, schedule and evaluation. An interrupted command, rerun, skips what is
 finished and resumes the rest from the last epoch. Each run writes a JSON file to
 benchmarks/robustness/results/PRESET; the table is made from these.
 """
