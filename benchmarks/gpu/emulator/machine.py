@@ -1,0 +1,122 @@
+"""Blocks of warps that take turns at random, several blocks at a time."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+from .instructions import ALL, END, LANE, LANES, Array, Program
+from .memory import SECTOR, Clocks, Memory, Region
+from .parse import Fault
+
+RESIDENT = 3  # blocks at a time
+TURNS = (1, 5, 40, 300)  # instructions until another warp's turn
+
+
+class Launch(NamedTuple):
+    """What a launch has done."""
+
+    instructions: int  # of warps
+    read: int  # bytes of global memory, in whole sectors, as the warps ask for them
+    written: int
+    atomic: int
+
+
+class Warp:
+    """32 lanes, which share their place in the code until a branch parts them."""
+
+    def __init__(self, block: Block, index: int, clocks: Clocks) -> None:
+        self.block, self.clocks, self.waiting = block, clocks, False
+        self.registers = list(block.program.registers)
+        self.special = {"%tid.x": LANES * index + LANE, "%ctaid.x": np.full(LANES, block.index)}
+        self.places = {0: ALL}  # positions in the code, and which lanes are there
+
+    def step(self) -> None:
+        """Take the lanes furthest behind by one instruction; those at a ``.sync`` wait for all."""
+        steps = self.block.program.steps
+        at = min(self.places, key=lambda place: (steps[place].together, place))
+        lanes, step = self.places.pop(at), steps[at]
+        active = lanes if step.guard is None else _mask(lanes & step.guard(self))
+        if step.target is not None:
+            self._go(step.target, active)
+            self._go(at + 1, lanes & ~active)
+            return
+        if active is ALL or active.any():
+            try:
+                if active is not ALL and step.together:
+                    raise Fault("some lanes of the warp are elsewhere")
+                step.run(self, active)
+            except Fault as fault:
+                where = f"{self.block.program.name}, warp {self.clocks.me}"
+                raise Fault(f"{where}: {step.text}: {fault}") from None
+        self._go(at + 1, lanes)
+
+    def _go(self, at: int, lanes: Array) -> None:
+        if at in self.places:
+            lanes = lanes | self.places[at]
+        if at != END and (lanes is ALL or lanes.any()):
+            self.places[at] = _mask(lanes)
+
+
+def _mask(lanes: Array) -> Array:
+    return ALL if lanes.all() else lanes
+
+
+class Block:
+    """Warps that share memory and a barrier."""
+
+    def __init__(
+        self, machine: Machine, program: Program, index: int, grid: int, arguments: list[Array]
+    ) -> None:
+        self.machine, self.program, self.arguments = machine, program, arguments
+        self.index, self.shared = index, Memory()
+        garbage = np.random.default_rng(index).integers(256, size=program.shared, dtype=np.uint8)
+        self.shared.regions.append(Region(0, garbage, "shared memory", {}, None))
+        count = program.listing.threads // LANES
+        clocks = (np.zeros(count * grid, np.int32) for _ in range(count))
+        self.warps = [Warp(self, i, Clocks(count * index + i, c)) for i, c in enumerate(clocks)]
+        for warp in self.warps:
+            warp.clocks.tick(warp.clocks.known)
+
+    def ready(self) -> list[Warp]:
+        """Return the warps that can go on; the barrier opens once all have come."""
+        ready = [warp for warp in self.warps if warp.places and not warp.waiting]
+        if not ready and any(warp.waiting for warp in self.warps):
+            if not all(warp.waiting for warp in self.warps):
+                raise Fault(f"{self.program.name}: a barrier waits for warps that have ended")
+            known = np.max([warp.clocks.known for warp in self.warps], 0)
+            for warp in self.warps:
+                warp.clocks.tick(known)
+                warp.waiting = False
+            ready = self.warps
+        return ready
+
+
+class Machine:
+    """Runs kernels in its memory, and keeps a record of the launches."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.memory, self.random = Memory(), random.Random(seed)
+        self.launches: list[Launch] = []
+
+    def launch(self, program: Program, grid: int, arguments: list[Array]) -> None:
+        self.memory.begin()
+        indices, blocks, count = self.random.sample(range(grid), grid), [], 0
+        while indices or blocks:
+            while indices and len(blocks) < RESIDENT:
+                blocks.append(Block(self, program, indices.pop(), grid, arguments))
+            block = self.random.choice(blocks)
+            ready = block.ready()
+            if not ready:
+                blocks.remove(block)
+                continue
+            warp = self.random.choice(ready)
+            for _ in range(self.random.choice(TURNS)):
+                warp.step()
+                count += 1
+                if warp.waiting or not warp.places:
+                    break
+        moved = (SECTOR * self.memory.sectors[kind] for kind in ("read", "write", "atomic"))
+        self.launches.append(Launch(count, *moved))
