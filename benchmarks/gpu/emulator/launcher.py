@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,15 +19,13 @@ from triton.runtime import JITFunction, driver
 from .instructions import LANES, Program
 from .machine import Machine
 
-_programs: dict[str, Program] = {}
+_program = cache(Program)
 
 
 class _Watch(TorchDispatchMode):
-    """Makes new tensors known to a memory; those without values get garbage."""
+    """Makes new tensors known to a machine's memory; those without values get garbage."""
 
-    def __init__(self, machine: Machine) -> None:
-        super().__init__()
-        self.machine = machine
+    machine: Machine
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -39,28 +38,24 @@ class _Watch(TorchDispatchMode):
 @contextmanager
 def emulated(machine: Machine, arch: int) -> Iterator[None]:
     """Run every kernel on a machine, compiled for an architecture: 90 is sm_90."""
-    original = JITFunction.run
+    original, gpu = JITFunction.run, SimpleNamespace()
+    gpu.get_current_device = lambda: arch  # Triton keeps by device what it has compiled
+    gpu.get_current_stream = lambda device: 0
+    gpu.get_current_target = lambda: GPUTarget("cuda", arch, LANES)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         # A warm-up compiles, specialised as for a launch, and launches nothing.
         compiled = original(kernel, *args, grid=grid, warmup=True, **kwargs)
-        ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-        if ptx not in _programs:
-            _programs[ptx] = Program(ptx, shared, kernel.__name__)
+        program = _program(compiled.asm["ptx"], compiled.metadata.shared, kernel.__name__)
         named = dict(zip(kernel.arg_names, args, strict=False))
-        kinds = compiled.src.signature
-        given = [named[name] for name in kinds if kinds[name] != "constexpr"]
-        values = [each.data_ptr() if isinstance(each, Tensor) else each for each in given]
+        kinds = compiled.src.signature.items()
+        tensors = [named[name] for name, kind in kinds if kind != "constexpr"]
+        arguments = [np.full(LANES, tensor.data_ptr()) for tensor in tensors]
         with np.errstate(all="ignore"):  # lanes that take no part hold anything
-            arguments = [np.full(LANES, value) for value in values]
-            machine.launch(_programs[ptx], grid[0], arguments)
+            machine.launch(program, grid[0], arguments)
 
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: arch,  # Triton keeps by device what it has compiled
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        )
-    )
-    with mock.patch.object(JITFunction, "run", run), _Watch(machine):
+    driver.set_active(gpu)
+    watch = _Watch()
+    watch.machine = machine
+    with mock.patch.object(JITFunction, "run", run), watch:
         yield

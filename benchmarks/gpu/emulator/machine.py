@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,42 +14,32 @@ RESIDENT = 3  # blocks at a time
 TURNS = (1, 5, 40, 300)  # instructions until another warp's turn
 
 
-class Launch(NamedTuple):
-    """What a launch has done."""
-
-    instructions: int  # of warps
-    read: int  # bytes of global memory, in whole sectors, as the warps ask for them
-    written: int
-    atomic: int
-
-
 class Warp:
     """32 lanes, which share their place in the code until a branch parts them."""
 
     def __init__(self, block: Block, index: int, clocks: Clocks) -> None:
         self.block, self.clocks, self.waiting = block, clocks, False
-        self.registers = list(block.program.registers)
-        self.special = {"%tid.x": LANES * index + LANE, "%ctaid.x": np.full(LANES, block.index)}
+        own = {"%tid.x": LANES * index + LANE, "%ctaid.x": np.full(LANES, block.index)}
+        self.registers = [own.get(name, value) for name, value in block.program.registers.items()]
         self.places = {0: ALL}  # positions in the code, and which lanes are there
 
     def step(self) -> None:
         """Take the lanes furthest behind by one instruction; those at a ``.sync`` wait for all."""
         steps = self.block.program.steps
         at = min(self.places, key=lambda place: (steps[place].together, place))
-        lanes, step = self.places.pop(at), steps[at]
-        active = lanes if step.guard is None else _mask(lanes & step.guard(self))
-        if step.target is not None:
-            self._go(step.target, active)
-            self._go(at + 1, lanes & ~active)
-            return
-        if active is ALL or active.any():
+        lanes, (it, together, guard, act) = self.places.pop(at), steps[at]
+        active = lanes if guard is None else _mask(lanes & (guard(self) != it.negated))
+        if isinstance(act, int):
+            self._go(act, active)
+            lanes = lanes & ~active
+        elif active is ALL or active.any():
             try:
-                if active is not ALL and step.together:
+                if active is not ALL and together:
                     raise Fault("some lanes of the warp are elsewhere")
-                step.run(self, active)
+                act(self, active)
             except Fault as fault:
-                where = f"{self.block.program.name}, warp {self.clocks.me}"
-                raise Fault(f"{where}: {step.text}: {fault}") from None
+                name = f"{self.block.program.name}, warp {self.clocks.me}"
+                raise Fault(f"{name}: {it.text}: {fault}") from None
         self._go(at + 1, lanes)
 
     def _go(self, at: int, lanes: Array) -> None:
@@ -67,18 +56,13 @@ def _mask(lanes: Array) -> Array:
 class Block:
     """Warps that share memory and a barrier."""
 
-    def __init__(
-        self, machine: Machine, program: Program, index: int, grid: int, arguments: list[Array]
-    ) -> None:
-        self.machine, self.program, self.arguments = machine, program, arguments
-        self.index, self.shared = index, Memory()
+    def __init__(self, machine: Machine, program: Program, index: int, grid: int) -> None:
+        self.machine, self.program, self.index, self.shared = machine, program, index, Memory()
         garbage = np.random.default_rng(index).integers(256, size=program.shared, dtype=np.uint8)
         self.shared.regions.append(Region(0, garbage, "shared memory", {}, None))
-        count = program.listing.threads // LANES
-        clocks = (np.zeros(count * grid, np.int32) for _ in range(count))
-        self.warps = [Warp(self, i, Clocks(count * index + i, c)) for i, c in enumerate(clocks)]
-        for warp in self.warps:
-            warp.clocks.tick(warp.clocks.known)
+        count = program.threads // LANES
+        times = np.eye(count, count * grid, count * index, np.int32)  # each warp knows its own
+        self.warps = [Warp(self, i, Clocks(count * index + i, times[i])) for i in range(count)]
 
     def ready(self) -> list[Warp]:
         """Return the warps that can go on; the barrier opens once all have come."""
@@ -95,18 +79,23 @@ class Block:
 
 
 class Machine:
-    """Runs kernels in its memory, and keeps a record of the launches."""
+    """Runs kernels in its memory, and counts what each launch does.
+
+    The bytes are those of global memory, in whole sectors, as the warps ask for them.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.memory, self.random = Memory(), random.Random(seed)
-        self.launches: list[Launch] = []
+        self.launches: list[dict[str, int]] = []
+        self.arguments: list[Array] = []
 
     def launch(self, program: Program, grid: int, arguments: list[Array]) -> None:
         self.memory.begin()
+        self.arguments = arguments
         indices, blocks, count = self.random.sample(range(grid), grid), [], 0
         while indices or blocks:
             while indices and len(blocks) < RESIDENT:
-                blocks.append(Block(self, program, indices.pop(), grid, arguments))
+                blocks.append(Block(self, program, indices.pop(), grid))
             block = self.random.choice(blocks)
             ready = block.ready()
             if not ready:
@@ -118,5 +107,5 @@ class Machine:
                 count += 1
                 if warp.waiting or not warp.places:
                     break
-        moved = (SECTOR * self.memory.sectors[kind] for kind in ("read", "write", "atomic"))
-        self.launches.append(Launch(count, *moved))
+        moved = {f"{kind}_bytes": SECTOR * n for kind, n in self.memory.sectors.items()}
+        self.launches.append({"warp_instructions": count} | moved)

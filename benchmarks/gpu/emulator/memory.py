@@ -32,36 +32,29 @@ class Clocks(NamedTuple):
 
 
 class History:
-    """The accesses of one kind to each byte of a region: the last, or several unordered ones.
+    """The accesses of one kind to each byte of a region.
 
-    As FastTrack does (Flanagan and Freund, PLDI 2009), a byte has one warp and its time while each
-    access comes after the one before, and a row of times, one per warp, once it has not.
+    As FastTrack does (Flanagan and Freund, PLDI 2009), a byte has the last warp and its time while
+    each access comes after the one before, and a time of each warp once they have no order.
     """
 
     def __init__(self, size: int, warps: int) -> None:
-        self.who, self.when, self.row = (np.zeros(size, np.int32) for _ in range(3))
-        self.rows, self.used = np.zeros((16, warps), np.int32), 1  # row 0: none
+        self.who, self.when = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        self.several = np.zeros(size, bool)
+        self.times = np.zeros((size, warps), np.int32)  # of those: most of it is never touched
 
     def unordered(self, where: Array, known: Array) -> bool:
         """Return whether an access is not known to come before now."""
-        if (self.when[where] > known[self.who[where]]).any():
-            return True
-        return self.used > 1 and bool((self.rows[np.unique(self.row[where])] > known).any())
+        several = where[self.several[where]]
+        late = self.when[where] > known[self.who[where]]
+        return bool(late.any() or (self.times[several] > known).any())
 
     def add(self, where: Array, clocks: Clocks) -> None:
-        late = self.when[where] > clocks.known[self.who[where]]
-        if late.any():
-            several = np.unique(where[late])
-            fresh = several[self.row[several] == 0]
-            while len(self.rows) < self.used + len(fresh):
-                self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
-            self.row[fresh] = np.arange(self.used, self.used + len(fresh))
-            self.used += len(fresh)
-            self.rows[self.row[several], self.who[several]] = self.when[several]
+        late = where[self.when[where] > clocks.known[self.who[where]]]
+        self.times[late, self.who[late]] = self.when[late]
+        self.several[late] = True
         now = clocks.known[clocks.me]
-        if self.used > 1:
-            rows = np.unique(self.row[where])
-            self.rows[rows[rows > 0], clocks.me] = now
+        self.times[where[self.several[where]], clocks.me] = now
         self.who[where], self.when[where] = clocks.me, now
 
 
@@ -99,7 +92,7 @@ class Memory:
     def begin(self) -> None:
         """Begin a launch: all that came before is ordered, and what was freed is gone."""
         self.regions = [r for r in self.regions if not r.storage.expired()]
-        self.released, self.sectors = {}, Counter()
+        self.released, self.sectors = {}, Counter(read=0, write=0, atomic=0)
         for region in self.regions:
             region.histories.clear()
 
