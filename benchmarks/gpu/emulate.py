@@ -35,7 +35,9 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "select"), str(HERE.parent / "speed")]
 
 import measure
-from emulator import Fault, Machine, emulated
+from emulator.launcher import emulated
+from emulator.machine import Machine
+from emulator.parse import Fault
 from test_backends import CASES, LAYOUTS, ONE_TERM, heavy, special
 
 from rgp_optim import _reference, _triton
@@ -162,7 +164,7 @@ def fault(kernels: ModuleType, case: Case, machine: Machine, arch: int) -> str |
 
 def bits(t: Tensor | None) -> Any:
     """Return what tells a tensor from another."""
-    return t if t is None else (t.shape, t.dtype, t.reshape(-1).contiguous().view(torch.uint8).tolist())
+    return t if t is None else (t.shape, t.dtype, t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def counts(arch: int, seed: int) -> list[dict[str, Any]]:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .parse import Fault, Instruction, parse
-
-if TYPE_CHECKING:
-    from .machine import Warp
 
 Array = np.ndarray
 LANES = 32
@@ -29,8 +26,7 @@ SIZES = (1, 2, 4, 8)
 TYPES = {f"{t}{8 * n}": np.dtype(f"{'i' if t == 's' else 'u'}{n}") for t in "bus" for n in SIZES}
 TYPES |= {"f32": np.dtype("f4"), "f32x2": np.dtype(("f4", 2)), "f16": np.dtype("f2")}
 TYPES |= {"bf16": np.dtype("u2"), "pred": np.dtype(bool)}
-RAW = {kind: np.dtype(f"u{dtype.itemsize}") for kind, dtype in TYPES.items()}
-RAW["pred"] = TYPES["pred"]
+RAW = {k: t if k == "pred" else np.dtype(f"u{t.itemsize}") for k, t in TYPES.items()}
 BITS = ("b16", "b32", "b64")
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
@@ -180,7 +176,7 @@ class Program:
         reads = [self._read(name, kind) for name, kind in zip(source, kinds, strict=True)]
         slots = [(self.slots[name], RAW[self.kinds[name]]) for name in target]
 
-        def run(warp: Warp, lanes: Array) -> None:
+        def run(warp: Any, lanes: Array) -> None:
             found = act(warp, lanes, *[read(warp) for read in reads])
             for (slot, raw), new in zip(slots, found, strict=True):
                 new = new.view(raw).ravel() if new.dtype.kind == "f" else new.astype(raw)
@@ -211,7 +207,7 @@ class Program:
         width = raw.itemsize * len(target or source)
         rows, columns = np.divmod(np.arange(64), 8)[:: -1 if ".trans" in it.name else 1]
 
-        def access(warp: Warp, lanes: Array, start: Array, by: Array, *values: Array) -> Any:
+        def access(warp: Any, lanes: Array, start: Array, by: Array, *values: Array) -> Any:
             memory = warp.block.shared if "shared" in it.name else warp.block.machine.memory
             at = (start + by).astype(np.int64)[lanes]  # 32-bit addresses wrap
             if matrix:  # lane 8 i + j has the address of row j of matrix i, of 8 x 8 numbers

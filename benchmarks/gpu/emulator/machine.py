@@ -25,9 +25,9 @@ class Warp:
 
     def step(self) -> None:
         """Take the lanes furthest behind by one instruction; those at a ``.sync`` wait for all."""
-        steps = self.block.program.steps
-        at = min(self.places, key=lambda place: (steps[place].together, place))
-        lanes, (it, together, guard, act) = self.places.pop(at), steps[at]
+        program = self.block.program
+        at = min(self.places, key=lambda place: (program.steps[place].together, place))
+        lanes, (it, together, guard, act) = self.places.pop(at), program.steps[at]
         active = lanes if guard is None else _mask(lanes & (guard(self) != it.negated))
         if isinstance(act, int):
             self._go(act, active)
@@ -38,8 +38,8 @@ class Warp:
                     raise Fault("some lanes of the warp are elsewhere")
                 act(self, active)
             except Fault as fault:
-                name = f"{self.block.program.name}, warp {self.clocks.me}"
-                raise Fault(f"{name}: {it.text}: {fault}") from None
+                name = f"{program.name}, warp {self.clocks.me}"
+                raise Fault(f"{name}, {it.text}: {fault}") from None
         self._go(at + 1, lanes)
 
     def _go(self, at: int, lanes: Array) -> None:
@@ -66,15 +66,14 @@ class Block:
 
     def ready(self) -> list[Warp]:
         """Return the warps that can go on; the barrier opens once all have come."""
-        ready = [warp for warp in self.warps if warp.places and not warp.waiting]
-        if not ready and any(warp.waiting for warp in self.warps):
-            if not all(warp.waiting for warp in self.warps):
-                raise Fault(f"{self.program.name}: a barrier waits for warps that have ended")
+        if all(warp.waiting for warp in self.warps):
             known = np.max([warp.clocks.known for warp in self.warps], 0)
             for warp in self.warps:
                 warp.clocks.tick(known)
                 warp.waiting = False
-            ready = self.warps
+        ready = [warp for warp in self.warps if warp.places and not warp.waiting]
+        if not ready and any(warp.waiting for warp in self.warps):
+            raise Fault(f"{self.program.name}: a barrier waits for warps that have ended")
         return ready
 
 

@@ -14,9 +14,8 @@ from .parse import Fault
 
 Array = np.ndarray
 SECTOR = 32  # bytes that a GPU moves at once
-# Two accesses of one byte are a race if nothing orders them, unless both read or both are atomic.
-CONFLICTS = {"read": ("write", "atomic"), "atomic": ("write", "read")}
-CONFLICTS["write"] = ("write", "read", "atomic")
+# Accesses of one byte that need no order; any others are a race without one.
+PEACEFUL = (("read", "read"), ("atomic", "atomic"))
 
 
 class Clocks(NamedTuple):
@@ -45,9 +44,8 @@ class History:
 
     def unordered(self, where: Array, known: Array) -> bool:
         """Return whether an access is not known to come before now."""
-        several = where[self.several[where]]
         late = self.when[where] > known[self.who[where]]
-        return bool(late.any() or (self.times[several] > known).any())
+        return bool(late.any() or (self.times[where[self.several[where]]] > known).any())
 
     def add(self, where: Array, clocks: Clocks) -> None:
         late = where[self.when[where] > clocks.known[self.who[where]]]
@@ -135,13 +133,11 @@ class Memory:
             raise Fault(f"an address is {beyond} bytes beyond the end of {region.name}")
         self.sectors[kind] += len(np.unique(at // SECTOR)) * -(-width // SECTOR)
         where = (at - region.start)[:, None] + np.arange(width)
-        for other in CONFLICTS[kind]:
-            if other in region.histories:
-                if region.histories[other].unordered(where.ravel(), clocks.known):
-                    raise Fault(
-                        f"a data race in {region.name}: {kind}, and no order after a {other}"
-                    )
+        flat = where.ravel()
+        for other, history in region.histories.items():
+            if (other, kind) not in PEACEFUL and history.unordered(flat, clocks.known):
+                raise Fault(f"a data race in {region.name}: {kind}, not ordered after a {other}")
         if kind not in region.histories:
             region.histories[kind] = History(len(region.data), len(clocks.known))
-        region.histories[kind].add(where.ravel(), clocks)
+        region.histories[kind].add(flat, clocks)
         return region.data, where
