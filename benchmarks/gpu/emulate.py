@@ -4,8 +4,8 @@
     python benchmarks/gpu/emulate.py --arch 80,90,100,120 --csv benchmarks/gpu/emulated.csv
     python benchmarks/gpu/emulate.py --table                    # of the rows in that file
 
-Prints each case that differs from the reference, breaks a rule of memory or races, and exits with 1
-then. The rows count what a step does to one tensor: see emulator/README.md.
+Prints each case that differs from the reference, reaches where it must not, or races, and exits
+with 1 then. The rows count what a step does to one tensor. See emulator/README.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import csv
 import datetime
 import importlib.util
-import math
 import os
 import sys
 import time
@@ -30,9 +29,9 @@ import triton
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "select"), str(HERE.parent / "speed")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "select"))
 
 import measure
 from emulator.launcher import emulated
@@ -42,7 +41,6 @@ from test_backends import CASES, LAYOUTS, ONE_TERM, heavy, special
 
 from rgp_optim import _reference, _triton
 
-ARCHS = (80, 90, 100, 120)
 COUNTED = 8 * _triton.CHUNK  # weights of the tensor whose step is counted
 # The launches of a step, with the bytes per weight that each has to move: per element of the
 # gradients' dtype, and of the keys and masks.
@@ -70,14 +68,29 @@ def selection(
     every = [x if isinstance(x, list) else [x] * count for x in (alphas, fractions)]
     rest = every[1], list(range(count)) if pools is None else [0] * count if pools == 0 else pools
     if alphas is None:
-        return Case(f"{name}, scores", "topk_masks", ([b if a is None else a for a, b in pairs], *rest))
+        return Case(
+            f"{name}, scores", "topk_masks", ([b if a is None else a for a, b in pairs], *rest)
+        )
     return Case(name, "select", (*zip(*pairs, strict=True), every[0], *rest))
 
 
 def cases(seed: int) -> Iterator[Case]:
     """Yield selections, then merges."""
     block, chunk = _triton.BLOCK, _triton.CHUNK
-    for n in (1, 7, 255, 1024, block - 1, block, block + 1, 5000, chunk - 1, chunk, chunk + 1, 70001):
+    for n in (
+        1,
+        7,
+        255,
+        1024,
+        block - 1,
+        block,
+        block + 1,
+        5000,
+        chunk - 1,
+        chunk,
+        chunk + 1,
+        70001,
+    ):
         yield selection(f"{n} weights", [(heavy(n, seed=seed), heavy(n, seed=seed + 1))])
     for name, draw in CASES.items():
         if "float64" not in name:  # not for the kernels
@@ -106,7 +119,9 @@ def cases(seed: int) -> Iterator[Case]:
     many = [*zip(nats, advs, strict=True)]
     yield selection("many tensors", many)
     yield selection("many tensors, all together", many, pools=0)
-    yield selection("two pools", many, [0.1, 0.7] * 3 + [0.2], [0.3, 0.6] * 3 + [0.3], [0, 1] * 3 + [0])
+    yield selection(
+        "two pools", many, [0.1, 0.7] * 3 + [0.2], [0.3, 0.6] * 3 + [0.3], [0, 1] * 3 + [0]
+    )
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         what = str(dtype).removeprefix("torch.")
         layouts = LAYOUTS | {"sliced": lambda t: t[:, 1:3]}
@@ -164,58 +179,127 @@ def fault(kernels: ModuleType, case: Case, machine: Machine, arch: int) -> str |
 
 def bits(t: Tensor | None) -> Any:
     """Return what tells a tensor from another."""
-    return t if t is None else (t.shape, t.dtype, t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return (
+        t
+        if t is None
+        else (t.shape, t.dtype, t.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    )
 
 
 def counts(arch: int, seed: int) -> list[dict[str, Any]]:
-    """Return the rows of a step: what each launch does."""
+    """Return the rows of a step on one tensor: what each launch does."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        nat, adv, weight = (heavy(COUNTED, seed=seed + i, dtype=dtype) for i in range(3))
         machine = Machine(seed)
-        case = selection("a step", [(nat, adv)], 0.1, 0.5)
-        (mask,) = called(_reference, case, machine)
-        wrong = fault(_triton, case, machine, arch)
-        wrong = wrong or fault(_triton, Case("", "merge", ([mask], [adv], [weight])), machine, arch)
-        if wrong is not None:
-            raise Fault(wrong)
-        for name, launch in zip(STEP, machine.launches, strict=True):
-            row = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "weights": COUNTED}
-            rows.append(row | dict(zip(COLUMNS[-4:], launch[1:], strict=True)))
+        nat, adv, weight = (heavy(COUNTED, seed=seed + i, dtype=dtype) for i in range(3))
+        chosen = selection("a step", [(nat, adv)], 0.1, 0.5)
+        (mask,) = called(_reference, chosen, Machine())
+        for case in (chosen, Case("a step", "merge", ([mask], [adv], [weight]))):
+            wrong = fault(_triton, case, machine, arch)
+            if wrong is not None:
+                raise Fault(wrong)
+        name = str(dtype).removeprefix("torch.")
+        for kernel, launch in zip(STEP, machine.launches, strict=True):
+            rows.append({"kernel": kernel, "dtype": name, "weights": COUNTED} | launch)
     return rows
 
 
 def table(path: Path) -> str:
-    """Return the rows of a file as a table: bytes and instructions per weight."""
+    """Return the rows of a file as a table: bytes and instructions of a thread, per weight."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     archs = sorted({int(row["arch"]) for row in rows})
-    head = ["kernel", "bytes, predicted", "bytes", *(f"instructions, sm_{arch}" for arch in archs)]
+    head = ["Triton, dtype", "kernel", "bytes, predicted", "bytes", *(f"sm_{a}" for a in archs)]
     lines = [head, ["---"] * len(head)]
-    keys = dict.fromkeys((r["triton"], r["dtype"], r["kernel"]) for r in rows)
-    for version, dtype, kernel in keys:
-        found = {int(r["arch"]): r for r in rows if (r["triton"], r["dtype"], r["kernel"]) == (version, dtype, kernel)}
-        size = 4 if dtype == "float32" else 2
-        each, rest = BYTES.get(kernel, (0, 4))
-        moved = {int(r["read_bytes"]) + int(r["written_bytes"]) + int(r["atomic_bytes"]) for r in found.values()}
-        shown = " to ".join(f"{m / COUNTED:.1f}" for m in sorted({min(moved), max(moved)}))
-        cells = [f"{32 * int(found[a]['warp_instructions']) / COUNTED:.1f}" if a in found else "" for a in archs]
-        lines.append([f"{version}, {dtype}, {kernel}", str(each * size + rest), shown, *cells])
+    for key in dict.fromkeys((row["triton"], row["dtype"], row["kernel"]) for row in rows):
+        found = {int(r["arch"]): r for r in rows if (r["triton"], r["dtype"], r["kernel"]) == key}
+        gradients, others = BYTES.get(key[2], (0, 4))
+        predicted = gradients * (4 if key[1] == "float32" else 2) + others
+        moved = [sum(int(r[name]) for name in COLUMNS[-3:]) for r in found.values()]
+        issued = {arch: 32 * int(r["warp_instructions"]) for arch, r in found.items()}
+        counted = [f"{issued[a] / COUNTED:.1f}" if a in issued else "" for a in archs]
+        line = [", ".join(key[:2]), key[2], str(predicted), f"{max(moved) / COUNTED:.1f}", *counted]
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a file."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def unable() -> str | None:
+    """Say why nothing can be compiled here."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    if "nvidia" not in triton.backends.backends:
+        return "this Triton has no compiler for NVIDIA's GPUs"
+    return None
+
+
+def loaded(path: Path) -> ModuleType:
+    """Return a version of `rgp_optim._triton` from another file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(kernels: ModuleType, arch: int, seed: int, only: Sequence[str]) -> tuple[int, int]:
+    """Run cases, and print what is wrong; return how many there are, and how many are right."""
+    start, count, right, instructions = time.perf_counter(), 0, 0, 0
+    for case in cases(seed):
+        if not only or case.name in only:
+            machine = Machine(seed + count)
+            wrong = fault(kernels, case, machine, arch)
+            count, right = count + 1, right + (wrong is None)
+            instructions += sum(launch["warp_instructions"] for launch in machine.launches)
+            if wrong is not None:
+                print(f"{kernels.__name__}, sm_{arch}, {case.name}: {wrong}", flush=True)
+    print(
+        f"Triton {triton.__version__}, sm_{arch}: {right} of {count} cases of {kernels.__name__} "
+        f"right, {instructions:,} warp instructions, {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    return count, right
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     add = parser.add_argument
-    add("--arch", type=lambda text: [int(a) for a in text.split(",")], default=[90])
+    add("--arch", type=lambda archs: [int(a) for a in archs.split(",")], default=[90])
     add("--seed", type=int, default=0, help="of the data, and of whose turn it is")
-    add("--only", help="cases whose name contains one of these, separated by |")
-    add("--kernels", type=Path, action="append", help="a file in place of rgp_optim/_triton.py")
-    add("--csv", type=Path, help="append the counts to this file")
-    add("--table", action="store_true", help="print a table of the file's counts, and nothing else")
+    add("--only", action="append", default=[], help="a case by its name; can be repeated")
+    add("--kernels", type=Path, nargs="+", help="files in place of rgp_optim/_triton.py")
+    add("--csv", type=Path, help="append the counts of a step to this file")
+    add("--table", action="store_true", help="print the committed counts, and run nothing")
     args = parser.parse_args(argv)
-    args
-    return 0
+    if args.table:
+        print(table(Path(__file__).with_name("emulated.csv")))
+        return 0
+    reason = unable()
+    if reason is not None:
+        print(f"not able to compile: {reason}")
+        return 3
+    failed = 0
+    for arch in args.arch:
+        for kernels in map(loaded, args.kernels or ()) if args.kernels else [_triton]:
+            count, right = run(kernels, arch, args.seed, args.only)
+            failed += count - right
+        if args.csv is not None and not failed:
+            where = {"commit": measure.commit(), "date": datetime.date.today().isoformat()}
+            where |= {"torch": torch.__version__, "triton": triton.__version__}
+            where |= {"arch": arch, "seed": args.seed, "cases": count, "right": right}
+            keep(args.csv, [where | row for row in counts(arch, args.seed)])
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
