@@ -48,7 +48,7 @@ STEP = [f"count {i + 1}" for i in range(len(_triton.DIGITS))] + ["mask", "zero a
 BYTES = {"count 1": (2, 4), "mask": (0, 5), "zero and save": (4, 1), "restore": (3, 1)}
 COLUMNS = (
     "commit", "date", "torch", "triton", "arch", "seed", "cases", "right", "kernel", "dtype",
-    "weights", "warp_instructions", "read_bytes", "written_bytes", "atomic_bytes",
+    "weights", "warp_instructions", "read_bytes", "write_bytes", "atomic_bytes",
 )  # fmt: skip
 
 
