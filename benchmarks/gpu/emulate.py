@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--arch", type=lambda archs: [int(a) for a in archs.split(",")], default=[90])
     add("--seed", type=int, default=0, help="of the data, and of whose turn it is")
     add("--only", action="append", default=[], help="a case by its name; can be repeated")
-    add("--kernels", type=Path, nargs="+", help="files in place of rgp_optim/_triton.py")
+    add("--kernels", type=Path, help="a file in place of rgp_optim/_triton.py")
     add("--csv", type=Path, help="append the counts of a step to this file")
     add("--table", action="store_true", help="print the committed counts, and run nothing")
     args = parser.parse_args(argv)
@@ -291,9 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     failed = 0
     for arch in args.arch:
-        for kernels in map(loaded, args.kernels or ()) if args.kernels else [_triton]:
-            count, right = run(kernels, arch, args.seed, args.only)
-            failed += count - right
+        kernels = loaded(args.kernels) if args.kernels else _triton
+        count, right = run(kernels, arch, args.seed, args.only)
+        failed += count - right
         if args.csv is not None and not failed:
             where = {"commit": measure.commit(), "date": datetime.date.today().isoformat()}
             where |= {"torch": torch.__version__, "triton": triton.__version__}
