@@ -1,12 +1,12 @@
 """Train CURE on digits or CIFAR-10 and evaluate it, on its own or beside TRADES.
 
     python examples/cifar10_cure.py                        # digits: about two minutes
-    python examples/cifar10_cure.py --compare              # beside TRADES, from one start
+    python examples/cifar10_cure.py --compare              # adds TRADES, from the same warm-up
     python examples/cifar10_cure.py --data cifar10 --download        # the published settings
 
-It begins with a natural warm-up, as in the paper. It leaves a table on the screen and, under
-``--out``, results.json, curves.png, weights, and checkpoints from which ``--resume`` continues bit
-for bit. What surrounds the loop is in training.py.
+It begins with a natural warm-up, as in the paper, which is kept beside ``--out`` for other runs. It
+prints a table and leaves results.json, curves.png, weights and checkpoints in ``--out``;
+``--resume`` continues an interrupted run bit for bit. What surrounds the loop is in harness/.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from image_data import DataError
-from networks import NETWORKS
-from report import plot, table, updated_text, versions, writable, write_json
+from harness.image_data import DataError
+from harness.networks import NETWORKS
+from harness.report import plot, table, updated_text, versions, writable, write_json
+from harness.training import CIFAR10, DIGITS, LOADERS, FlagError, Phase, Settings, Setup, claim
 from torch import nn
 from tqdm import tqdm
-from training import CIFAR10, DIGITS, LOADERS, Phase, Settings, Setup, claim
 
 from rgp_optim import (
     ConsistencyReviser,
@@ -38,6 +38,7 @@ from rgp_optim import (
     rgp_param_groups,
 )
 
+PHASES = ("warm-up", "cure", "trades")
 CURE = dict(update_fraction=0.7, alpha=0.1, scope="tensor", conserve="weights")
 CURE |= dict(gamma=1.0, rate=0.2, horizon=0.064)
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,19 +52,19 @@ def train(setup: Setup, args: argparse.Namespace, method: str, model: nn.Module)
     """Train by "cure" or "trades": the loop of the README."""
     cure = method == "cure"
     opt: Any = setup.sgd(rgp_param_groups(model) if cure else model.parameters())
-    kept = {}
     if cure:
+        reviser = make_reviser(setup, args, model)
         opt = RGPSelectiveOptimizer(
             opt,
             update_fraction=args.update_fraction,
             alpha=args.alpha,
             scope=args.scope,
             conserve=args.conserve,
+            reviser=reviser,
         )
-        reviser = kept["reviser"] = make_reviser(setup, args, model)
     settings = {name: getattr(args, name) for name in ["beta", *(CURE if cure else [])]}
     file = Path(args.out) / f"{method}.pt"
-    phase = Phase(setup, method, model, opt, args.epochs, file, settings=settings, **kept)
+    phase = Phase(setup, method, model, opt, args.epochs, file, settings=settings)
     quiet, steps = not sys.stderr.isatty(), setup.steps_an_epoch
     attack = dict(eps=args.eps, step_size=setup.step_size, steps=args.attack_steps)
     for _ in phase.epochs():
@@ -82,8 +83,6 @@ def train(setup: Setup, args: argparse.Namespace, method: str, model: nn.Module)
             loss.backward()
             opt.step()
             phase.scheduler.step()
-            if cure:
-                reviser.update()
             phase.log(loss=loss, loss_natural=natural, loss_adversarial=adversarial)
     return phase
 
@@ -94,19 +93,51 @@ def make_reviser(setup: Setup, args: argparse.Namespace, model: nn.Module) -> Co
     try:
         return ConsistencyReviser(model, **how)
     except ValueError as error:
-        raise DataError(f"--rate, --horizon: {error}") from error
+        raise FlagError(f"--rate, --horizon: {error}") from error
 
 
-def run(args: argparse.Namespace) -> None:
-    """Warm up, train, evaluate; print the table, write results and picture."""
-    out, methods = Path(args.out), ("cure", "trades")[: 1 + args.compare]
+def adds_trades(args: argparse.Namespace) -> bool:
+    """Whether ``--compare`` finds a finished run of CURE alone, which it keeps."""
+    out = Path(args.out)
+    results = out / "results.json"
+    if args.overwrite or not (args.compare and results.exists() and (out / "cure.pt").exists()):
+        return False
+    found = json.loads(results.read_text())
+    if "trades" in found["results"]:
+        return False
+    was = found["settings"] | {"seed": found["seed"]}
+    changed = [
+        f"{k} was {v}, is {getattr(args, k, None)}" for k, v in was.items() if getattr(args, k) != v
+    ]
+    if changed:
+        raise FlagError(
+            f"{out} holds a finished run with other settings ({', '.join(changed)}): repeat its "
+            "settings to add TRADES, add --overwrite to begin anew, or give another --out."
+        )
+    return True
+
+
+def prepare(args: argparse.Namespace) -> Setup:
+    """Load the data, check the settings, make room for the run."""
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
     data = LOADERS[args.data](args.data_dir, args.download)
     setup = Setup(settings, args.seed, args.device, data)
     make_reviser(setup, args, setup.network())  # what is wrong with its settings is said now
-    claim(out, ("warm-up", "cure", "trades"), args.resume, args.overwrite)
+    claim(Path(args.out), PHASES, args.resume or adds_trades(args), args.overwrite)
+    return setup
+
+
+def warm_file(setup: Setup, args: argparse.Namespace) -> Path:
+    """Return where runs with the same warm-up share it: beside ``--out``."""
+    digest = hashlib.sha256(json.dumps(setup.warm_key).encode()).hexdigest()[:12]
+    return Path(args.out).parent / f"warmup-{args.data}-{digest}.pt"
+
+
+def run(setup: Setup, args: argparse.Namespace) -> None:
+    """Warm up, train, evaluate; print the table, write results and picture."""
+    out = Path(args.out)
     eps = f"{args.eps * 255:g}/255" if args.data == "cifar10" else f"{args.eps:g}"
     print(
         f"{setup.label}: {len(setup.train)} training, {len(setup.val)} validation, "
@@ -115,12 +146,12 @@ def run(args: argparse.Namespace) -> None:
         f"natural, robust: accuracy on validation images, clean and under PGD-{args.attack_steps}\n"
         "never updated: share of the selected layers' weights, since the warm-up"
     )
-    digest = hashlib.sha256(json.dumps(setup.warm_key).encode()).hexdigest()[:12]
-    warm = out.parent / f"warmup-{args.data}-{digest}.pt"
-    history, results, seconds = {}, {}, {}
-    for method in methods:
+    start = setup.network()
+    history = {"warm-up": setup.warm_up(start, warm_file(setup, args), out / "warm-up.pt")}
+    results, seconds = {}, {}
+    for method in ("cure", "trades")[: 1 + args.compare]:
         model = setup.network()
-        history["warm-up"] = setup.warm_up(model, warm, out / "warm-up.pt")
+        model.load_state_dict(start.state_dict())
         phase = train(setup, args, method, model)
         history[method], seconds[method] = phase.history, phase.seconds
         results[method] = phase.judge(out / method)
@@ -174,16 +205,17 @@ FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "epochs": (COUNT, "epochs after the warm-up"),
     "warmup_epochs": (number(int, "at least 0", lambda v: v >= 0), "epochs of natural training"),
     "batch_size": (COUNT, "images in a batch"),
-    "lr": (POSITIVE, "learning rate at the start of both phases"),
-    "momentum": (NOT_NEGATIVE, "of SGD"),
+    "lr": (POSITIVE, "highest learning rate of both phases"),
+    "momentum": (NOT_NEGATIVE, "SGD momentum"),
     "weight_decay": (NOT_NEGATIVE, "the paper has 5e-3, its code 5e-4"),
     "schedule": (["steps", "cosine"], "a tenth at 50 %% and 75 %% of a phase, or a cosine"),
+    "lr_warmup": (FRACTION, "share of the steps over which the learning rate rises from 0"),
     "eps": (
         number(float, "above 0 and at most 1, as pixels are", lambda v: 0 < v <= 1),
         "radius of the attacks, in pixels of [0, 1]",
     ),
     "attack_steps": (COUNT, "steps of the attack in training"),
-    "step_size": (POSITIVE, "their length, eps / 4 if not given"),
+    "step_size": (POSITIVE, "attack step size; eps / 4 if not given"),
     "beta": (NOT_NEGATIVE, "weight of the KL term; the paper has 1, its code 5, TRADES 6"),
     "update_fraction": (FRACTION, "share of weights updated"),
     "alpha": (FRACTION, "natural share of the score"),
@@ -191,36 +223,41 @@ FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "conserve": (["weights", "gradients", "update"], "what is conserved"),
     "gamma": (NOT_NEGATIVE, "weight of the consistency loss"),
     "rate": (FRACTION, "probability of an update of the averaged copy"),
-    "horizon": (POSITIVE, "its averaging time as a fraction of the run"),
+    "horizon": (POSITIVE, "averaging time of the copy as a fraction of the run"),
     "train_size": (COUNT, "use that many training images only"),
     "val_size": (COUNT, "training images held out to choose the best epoch"),
     "test_size": (COUNT, "use that many test images only"),
-    "threads": (COUNT, "of the CPU; torch's choice if not given"),
+    "threads": (COUNT, "CPU threads; torch's choice if not given"),
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag with one line; the usage is for ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=list(DEFAULTS), default="digits")
-    add("--data-dir", default="data", help="where cifar-10-batches-py is, or goes (data)")
+    add("--data-dir", default="data", help="directory of cifar-10-batches-py (data)")
     add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
-    add("--compare", action="store_true", help="train TRADES, too, from the same warm-up")
+    add("--compare", action="store_true", help="add TRADES, also to a finished run")
     for name, (kind, text) in FLAGS.items():
         both = (DEFAULTS[data][name] for data in DEFAULTS)
         values = " / ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in both)
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         add(f"--{name.replace('_', '-')}", help=f"{text} ({values})", **how)
     seeds = number(int, "at least 0 and below 2**31", lambda v: 0 <= v < 2**31)
-    add("--seed", type=seeds, default=0, help="of everything that is drawn (0)")
+    add("--seed", type=seeds, default=0, help="random seed (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, ...")
     add("--bf16", action="store_true", help="bfloat16 autocast")
     add("--channels-last", action="store_true", help="channels_last memory format")
-    add("--out", help="folder for what the run leaves (runs/DATA-seedN)")
+    add("--out", help="folder of the run (runs/DATA-seedN)")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="begin anew over the run in --out")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.data].items():
@@ -239,20 +276,41 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def way_on(setup: Setup | None, args: argparse.Namespace) -> str:
+    """Say what a run that stopped has saved, and which command continues it."""
+    if setup is None:
+        resumes = " and resumes the download" if args.download else ""
+        return f"Training had not begun; the same command starts again{resumes}."
+    out, same = Path(args.out), "the same command"
+    if any((out / f"{phase}.pt").exists() for phase in PHASES):
+        if not args.resume and not (out / "results.json").exists():
+            same += " with --resume" + (" in place of --overwrite" if args.overwrite else "")
+        return f"Finished epochs are saved in {out}; {same} continues from there."
+    if args.resume:  # the warm-up, which is complete now, was all there was
+        same += " without --resume"
+    if (warm := warm_file(setup, args)).exists():
+        return f"The warm-up is saved as {warm}; {same} continues from it."
+    return f"No epoch was finished, nothing is saved; {same} starts again."
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args, setup = parse(argv), None
     try:
-        run(args)
+        setup = prepare(args)
+        run(setup, args)
+        return
+    except FlagError as error:
+        code, said = 2, f"error: {error}"
     except DataError as error:
-        sys.exit(f"error: {error}")
+        code, said = 1, f"error: {error}"
     except OSError as error:  # a full disk, say; files are whole or not there
         place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror}. Free space or change --out, then --resume.")
+        said = f"error: {place}{error.strerror}. Free space or change permissions. "
+        code, said = 1, said + way_on(setup, args)
     except KeyboardInterrupt:
-        if any(Path(args.out).glob("*.pt")):
-            instead = " in place of --overwrite" if args.overwrite else ""
-            sys.exit(f"\nstopped; the same command with --resume{instead} goes on from {args.out}")
-        sys.exit("\nstopped before the first checkpoint; the same command begins anew")
+        code, said = 130, f"\nstopped. {way_on(setup, args)}"
+    print(said, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

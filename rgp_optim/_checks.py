@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -21,29 +21,25 @@ def refuse(
 
 
 def _refuse_type(name: str, rule: str, value: object, hint: str = "") -> NoReturn:
-    shown = repr(value)
-    kind = type(value).__name__
-    found = f"{name}: {kind} {shown}" if len(shown) <= 40 else f"{name}: {kind}"
-    refuse(name, rule, found, hint, TypeError)
+    shown = f" {value!r}" if len(repr(value)) <= 40 else ""
+    refuse(name, rule, f"{name}: {type(value).__name__}{shown}", hint, TypeError)
 
 
 def real(
     name: str, value: Any, high: float = math.inf, *, strict: bool = False, hint: str = ""
 ) -> float:
     """Return ``value`` as a float in [0, high], finite, and above 0 if ``strict``."""
-    bound = "> 0" if strict else ">= 0"
-    if high < math.inf:
-        bound = f"in {'(' if strict else '['}0, {high:g}]"
+    bounds = f"in {'(' if strict else '['}0, {high:g}{']' if high < math.inf else ')'}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        _refuse_type(name, f"be a number {bound}", value, hint)
+        _refuse_type(name, f"be a number {bounds}", value, hint)
     number = float(value)
-    if not (0.0 <= number <= high and number < math.inf) or (strict and number == 0.0):
-        refuse(name, f"be {bound}" if high < math.inf else f"be finite and {bound}", value, hint)
+    if not 0.0 <= number <= high or number == math.inf or (strict and number == 0.0):
+        refuse(name, f"be {bounds}", value, hint)
     return number
 
 
 def fraction(name: str, value: Any, hint: str = "") -> float:
-    """Return ``value`` as a float in [0, 1]; a tensor, a bool, NaN or a number outside raises."""
+    """Return ``value`` as a float in [0, 1]."""
     return real(name, value, 1.0, hint=hint)
 
 
@@ -88,9 +84,8 @@ def match(first: Tensor, second: Tensor, name: str, partner: str) -> None:
 def model(model: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(model, nn.Module):
-        hint = "The model is the first argument."
-        if callable(model):
-            hint = "Wrap a function in an nn.Module that calls it and holds its networks."
+        hint = "Wrap a function in an nn.Module that calls it and holds its networks."
+        hint = hint if callable(model) else "The model is the first argument."
         refuse("model", "be a torch.nn.Module", type(model).__name__, hint, TypeError)
 
 
@@ -105,46 +100,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def set_eval(model: nn.Module) -> None:
-    """Call ``eval`` unless all modules are in eval mode already."""
-    if any(module.training for module in model.modules()):
-        model.eval()
+def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the ``training`` flag of each module; a frozen script has none."""
+    return {module: module.training for module in model.modules() if hasattr(module, "training")}
 
 
-def modes_of(model: nn.Module) -> dict[str, bool]:
-    """Return the ``training`` flag of each module by name."""
-    return {name: module.training for name, module in model.named_modules()}
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Call ``train`` or ``eval`` where a module has another mode.
+
+    Parents come first, since their calls reach their children; the second pass corrects modules
+    with several parents. A model from torch.export raises: it has one mode for good.
+    """
+    for _ in range(2):
+        for module, training in modes.items():
+            if module.training != training:
+                with suppress(NotImplementedError):
+                    (module.train if training else module.eval)()
 
 
 @contextmanager
-def switched(model: nn.Module, modes: Mapping[str, bool] | None = None) -> Iterator[None]:
+def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
     """Switch to ``modes``, by default to eval mode, and back, by calls of ``train`` and ``eval``.
 
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
+    Where a module's own ``train`` refuses its old mode, the flag is set, as its owner did.
     """
     before = modes_of(model)
     try:
-        if modes is None:
-            set_eval(model)
-        else:
-            _set_modes(model, modes)
+        set_modes(dict.fromkeys(before, False) if modes is None else modes)
         yield
     finally:
-        _set_modes(model, before)
-
-
-def _set_modes(model: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Switch parents first, since their calls reach their children.
-
-    The second pass corrects modules with several parents. Where a module's own ``train`` refuses
-    the mode, the flag is set, as its owner did.
-    """
-    for _ in range(2):
-        for name, module in list(model.named_modules()):
-            if module.training != modes.get(name, module.training):
-                (module.eval if module.training else module.train)()
-    for name, module in model.named_modules():
-        module.training = modes.get(name, module.training)
+        set_modes(before)
+        for module, training in before.items():
+            module.training = training
 
 
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
@@ -169,12 +157,11 @@ def target(target: Tensor, logits: Tensor, *, probabilities: bool) -> None:
     tensor("target", target, floating=False)
     one_each = target.shape == logits.shape[:1]
     soft = probabilities and target.is_floating_point() and target.shape == logits.shape
-    if not (soft or (one_each and target.dtype == torch.int64)):
-        rule = f"be class indices, int64, [{logits.shape[0]}]"
-        if probabilities:
-            rule += f", or class probabilities, {list(logits.shape)}"
+    if not soft and not (one_each and target.dtype == torch.int64):
+        either = f", or class probabilities, {list(logits.shape)}" if probabilities else ""
         whole = not (target.is_floating_point() or target.is_complex())
         hint = "Write target.long()." if whole and one_each else ""
+        rule = f"be class indices, int64, [{logits.shape[0]}]{either}"
         refuse("target", rule, f"{tuple(target.shape)} {target.dtype}", hint)
     if target.device != logits.device:
         refuse("target", f"be on {logits.device}", str(target.device))
@@ -185,6 +172,5 @@ def classes(target: Tensor, logits: Tensor) -> None:
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in target.aminmax())
         if low < 0 or high >= logits.shape[1]:
-            hint = "Leave out samples without a label."
-            rule = f"be in [0, {logits.shape[1] - 1}]"
-            refuse("target", rule, f"labels from {low} to {high}", hint)
+            rule, found = f"be in [0, {logits.shape[1] - 1}]", f"labels from {low} to {high}"
+            refuse("target", rule, found, "Leave out samples without a label.")

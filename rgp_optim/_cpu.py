@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from rgp_optim import _reference
-from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
+from rgp_optim._reference import Entries, update_count
 
 restore_, zero_and_save_ = _reference.restore_, _reference.zero_and_save_
 
 Array = npt.NDArray[Any]
-Source = tuple[Sequence[Tensor], Sequence[float]]  # flat gradients of a tensor and their factors
+Source = Sequence[tuple[Tensor, float]]  # flat gradients of a tensor and their factors
 
 CHUNK = 1 << 17  # scores per chunk: the buffers stay in the cache
 SMALL = 1 << 14  # smaller pools are ranked whole: a sample would not pay
@@ -35,45 +35,25 @@ NAN = {4: 0x7F800001, 8: 0x7FF0000000000001}  # key of every NaN, above infinity
 WIDTH = 4.0  # half the bracket, in standard deviations of the sample's count
 
 
-def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
-    """Select by given scores, negative ones with the reference; see `_reference.topk_masks`."""
-    if any(score.itemsize < 2 or bool((score < 0).any()) for score in scores):  # float8: no "<"
-        return _reference.topk_masks(scores, fractions, pools)
-    return select(scores, [None] * len(scores), [1.0] * len(scores), fractions, pools)
-
-
-def select(
-    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
-) -> list[Tensor]:
+def select(entries: Entries) -> list[Tensor]:
     """Score and select; see `_reference.select`."""
-    sources, shapes = [], []
-    for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
-        terms = ((g_nat, float(alpha)), (g_adv, 1.0 - float(alpha)))
-        present = [(g, factor) for g, factor in terms if g is not None]
-        used = [term for term in present if term[1] != 0.0]
-        used = used or [(torch.zeros_like(present[0][0]), 1.0)]
-        flats = [(g.detach() if g.requires_grad else g).reshape(-1) for g, _ in used]
-        sources.append((flats, [factor for _, factor in used]))
-        shapes.append(used[0][0].shape)
-    if len({flats[0].dtype == torch.float64 for flats, _ in sources}) > 1:
-        return _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    masks: dict[int, Tensor] = {}
     with np.errstate(all="ignore"):  # infinite and NaN gradients are legitimate
-        for indices in by_pool(pools):
-            sizes = [shapes[i].numel() for i in indices]
-            size, fraction = sum(sizes), fractions[indices[0]]
-            k = update_count(size, fraction)
-            if fraction == 1.0 or k == 0:
-                joined = np.full(size, k > 0)
-            else:
-                joined = _pool_mask([sources[i] for i in indices], size, k)
-            parts = torch.from_numpy(joined).split_with_sizes(sizes)
-            for i, part in zip(indices, parts, strict=True):
-                masks[i] = part.view(shapes[i])
-    return [masks[i] for i in range(len(shapes))]
+        return _reference.select(entries, pool_mask)
 
 
-def _pool_mask(pool: Sequence[Source], size: int, k: int) -> Array:
+def pool_mask(entries: Entries) -> Tensor:
+    """Score and select in one pool, in rare cases with the reference; see there."""
+    pool = [[(g.reshape(-1), factor) for g, factor in each.terms] for each in entries]
+    flats, fraction = [source[0][0] for source in pool], entries[0].fraction
+    size, given = sum(flat.numel() for flat in flats), entries[0].alpha is None
+    k, dtypes = update_count(size, fraction), {flat.dtype for flat in flats}
+    rare = k == 0 or fraction == 1.0 or (len(dtypes) > 1 and torch.float64 in dtypes)
+    if rare or (given and any(s.itemsize < 2 or bool((s < 0).any()) for s in flats)):  # float8
+        return _reference.pool_mask(entries)
+    return torch.from_numpy(_bracketed(pool, size, k))
+
+
+def _bracketed(pool: Sequence[Source], size: int, k: int) -> Array:
     """Return a flat mask of the k highest scores of a pool, its tensors one after another."""
     if size < SMALL:
         return _highest(_keys(pool), k)
@@ -83,10 +63,11 @@ def _pool_mask(pool: Sequence[Source], size: int, k: int) -> Array:
     (work, spare), inner = _empty_keys(pool, chunk), np.empty(chunk, bool)
     places, inside = [], []
     start = above = 0
-    for flats, factors in pool:
-        for parts in zip(*(torch.split(flat, chunk) for flat in flats), strict=True):
-            keys = work[: parts[0].numel()]
-            _write_keys((parts, factors), keys, spare)
+    for source in pool:
+        chunks = ([(part, factor) for part in torch.split(flat, chunk)] for flat, factor in source)
+        for parts in zip(*chunks, strict=True):
+            keys = work[: parts[0][0].numel()]
+            _write_keys(parts, keys, spare)
             marks, between = mask[start : start + keys.size], inner[: keys.size]
             np.greater(keys, high, out=marks)
             np.greater_equal(keys, low, out=between)
@@ -108,10 +89,10 @@ def _pool_mask(pool: Sequence[Source], size: int, k: int) -> Array:
 def _bracket(pool: Sequence[Source], size: int, k: int) -> tuple[int, int]:
     """Return two keys between which the k-th highest almost surely lies."""
     sample: list[Source] = []
-    for flats, factors in pool:
-        runs = _runs(flats[0].numel() // RUN, min(1.0, (SAMPLE * size) ** (2 / 3) / size))
-        rows = [flat[: flat.numel() // RUN * RUN].view(-1, RUN) for flat in flats]
-        sample.append(([row.index_select(0, runs).view(-1) for row in rows], factors))
+    for source in pool:
+        runs = _runs(source[0][0].numel() // RUN, min(1.0, (SAMPLE * size) ** (2 / 3) / size))
+        rows = [(flat[: flat.numel() // RUN * RUN].view(-1, RUN), f) for flat, f in source]
+        sample.append([(row.index_select(0, runs).view(-1), factor) for row, factor in rows])
     keys = _keys(sample)
     n, nan = keys.size, NAN[keys.itemsize]
     rank, spread = n * (1 - k / size), (n * k * (size - k)) ** 0.5 / size
@@ -127,7 +108,7 @@ def _bracket(pool: Sequence[Source], size: int, k: int) -> tuple[int, int]:
 def _runs(total: int, share: float) -> Tensor:
     """Return indices of sampled runs, one per stratum: a fixed stride would follow the channels."""
     count = round(total * share)
-    edges = np.arange(count + 1) * total // max(1, count)
+    edges = np.arange(count + 1, dtype=np.int64) * total // max(1, count)
     return torch.from_numpy(np.random.default_rng(total).integers(edges[:-1], edges[1:]))
 
 
@@ -139,7 +120,7 @@ def _empty_keys(pool: Sequence[Source], size: int) -> tuple[Array, Array]:
 
 def _keys(pool: Sequence[Source]) -> Array:
     """Return all keys of a pool."""
-    keys, spare = _empty_keys(pool, sum(flats[0].numel() for flats, _ in pool))
+    keys, spare = _empty_keys(pool, sum(source[0][0].numel() for source in pool))
     start = 0
     for source in pool:
         stop = start + source[0][0].numel()
@@ -150,7 +131,7 @@ def _keys(pool: Sequence[Source]) -> Array:
 
 def _write_keys(source: Source, keys: Array, spare: Array) -> None:
     """Write the keys of scores: the sum of factor * |gradient|, each step rounded."""
-    for i, (flat, factor) in enumerate(zip(*source, strict=True)):
+    for i, (flat, factor) in enumerate(source):
         gradient = (flat if flat.itemsize > 2 else flat.float()).numpy()
         out = (spare[: keys.size] if i else keys).view(gradient.dtype)
         if factor != 1.0:

@@ -7,6 +7,10 @@ Either way every rank selects in the same whole tensors, with the ordinary backe
 
 from __future__ import annotations
 
+import gc
+import math
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +21,16 @@ from torch import distributed as dist
 
 from rgp_optim._checks import refuse
 
+ONCE = (
+    "Scoring runs the graph of a loss more than once, and this graph cannot: give `natural` and "
+    '`adversarial` forward passes of their own (see "One graph per loss" in the recipes).'
+)
+LOOK_AT = 10_000  # nodes of a graph, in the first scored pass
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Refused(RuntimeError):
+    """An error of this package in a backward pass, with its own way out."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -40,6 +53,7 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
+        self._models: list[weakref.ref[Any]] = []  # those that can join early
         if group is not None and not initialised():
             rule = "be given after `torch.distributed.init_process_group`"
             refuse("process_group", rule, f"{group}", error=RuntimeError)
@@ -60,6 +74,21 @@ class Ranks:
     def size(self) -> int:
         """Number of processes."""
         return dist.get_world_size(self.group) if initialised() else 1
+
+    def find_models(self) -> None:
+        """Look for models of DistributedDataParallel among all objects."""
+        kind = torch.nn.parallel.DistributedDataParallel
+        self._models = [weakref.ref(o) for o in gc.get_objects() if issubclass(type(o), kind)]
+
+    def refuse_join(self) -> None:
+        """Refuse a step within ``join()``: a rank without batches averages no scores."""
+        models = [model for ref in self._models if (model := ref()) is not None]
+        if any(model._join_config.enable for model in models):
+            raise RuntimeError(
+                "step() within `DistributedDataParallel.join()`: ranks that have no batch left "
+                "cannot average scores. Give each rank as many batches, with `DistributedSampler` "
+                "or `drop_last=True`, and leave out `join()`."
+            )
 
     def average(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the means over all ranks: contiguous tensors, one all-reduce per dtype."""
@@ -141,30 +170,53 @@ def own_part(mask: Tensor, p: Any) -> Tensor:
 # Gradients for the score, which must reach nothing else.
 
 
-def take(loss: Tensor, params: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor | None]:
+def take(
+    role: str, loss: Tensor, params: Sequence[Tensor], grad: Tensor
+) -> Sequence[Tensor | None]:
     """Return the gradients of ``loss`` with respect to ``params``; keep the graph.
 
     Nothing arrives in ``.grad``, and DistributedDataParallel, which reduces what arrives there
     once per forward pass, keeps that reduction for the training loss. FSDP2 reduces only what goes
     through ``.grad``: there it is emptied for the pass and put back.
     """
-    nodes = _nodes(loss)
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+    nodes = _scored_nodes(loss) if initialised() else set()
+    groups = _fsdp_groups() if any(is_sharded(p) for p in params) else []
+    if groups:
+        _refuse_unreduced(groups, params)
+    try:
+        if groups:
+            return _take_sharded(loss, params, grad, groups, nodes)
+        with _first_pass_unrecorded(nodes):
+            return torch.autograd.grad(loss, params, grad, retain_graph=True, allow_unused=True)
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise RuntimeError(
-            "Activations are checkpointed with `use_reentrant=True`, which loses gradients when a "
-            "loss is scored. Set `use_reentrant=False`."
-        )
-    if any(is_sharded(p) for p in params) and (groups := _fsdp_groups()):
-        return _take_sharded(loss, params, grad, groups, nodes)
-    with _first_pass_unrecorded(nodes):
-        return torch.autograd.grad(loss, params, grad, retain_graph=True, allow_unused=True)
+            f"scored: the backward pass of the {role} loss failed. {ONCE} It failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def repeated(losses: Mapping[str, Tensor], node: Any) -> list[str]:
+    """Return the roles whose graph runs again for another loss.
+
+    ``node`` is that of the training loss. A graph too large to look at counts as repeated.
+    """
+    graphs = {role: _scored_nodes(loss, LOOK_AT) for role, loss in losses.items()}
+    graphs["training"] = _nodes(node, LOOK_AT)
+    found = []
+    for role in losses:
+        inner = {each for each in graphs[role] if each.next_functions}
+        others = [graph for name, graph in graphs.items() if name != role]
+        if len(graphs[role]) >= LOOK_AT or any(inner & graph for graph in others):
+            found.append(role)
+    return found
 
 
 def _take_sharded(
     loss: Tensor, params: Sequence[Tensor], grad: Tensor, groups: Sequence[Any], nodes: set[Any]
 ) -> list[Tensor | None]:
     """Run a backward pass through FSDP2's hooks and take what it leaves in ``.grad``."""
-    _refuse_unreduced(groups, params)
     reached = [each.sharded_param for group in groups for each in group.fsdp_params]
     reached += [node.variable for node in nodes if hasattr(node, "variable")]
     outside = {p: p.grad for p in (*params, *reached)}
@@ -203,7 +255,7 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
             held |= each.unsharded_accumulated_grad is not None
             held |= unsharded is not None and unsharded.grad is not None
         if held and any(each.sharded_param in scored for each in group.fsdp_params):
-            raise RuntimeError(
+            raise Refused(
                 "FSDP2 holds gradients that are not reduced yet and would be added to the score. "
                 "Reduce every micro-batch: leave `set_requires_gradient_sync(True)` and "
                 "`set_requires_all_reduce(True)`; in Accelerate use "
@@ -229,13 +281,28 @@ def _first_pass_unrecorded(nodes: set[Any]) -> Iterator[None]:
             ddp._static_graph_delay_allreduce_enqueued = False
 
 
-def _nodes(loss: Tensor) -> set[Any]:
-    """Return every node of the graph of ``loss``."""
+def _nodes(root: Any, limit: float = math.inf) -> set[Any]:
+    """Return the nodes of a graph, the nearest to its root first, ``limit`` of them or a few more.
+
+    Once a node has been seen from Python PyTorch frees its graph recursively: 100,000 nodes in a
+    row would end the process.
+    """
     found: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
+    waiting = deque([root])
+    while waiting and len(found) < limit:
+        node = waiting.popleft()
         if node is not None and node not in found:
             found.add(node)
             waiting += [upstream for upstream, _ in node.next_functions]
     return found
+
+
+def _scored_nodes(loss: Tensor, limit: float = math.inf) -> set[Any]:
+    """Return the nodes of a loss's graph; refuse reentrant checkpoints among them."""
+    nodes = _nodes(loss.grad_fn, limit)
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
+        raise Refused(
+            "Activations are checkpointed with `use_reentrant=True`, which loses gradients when a "
+            "loss is scored. Set `use_reentrant=False`."
+        )
+    return nodes

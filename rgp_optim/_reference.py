@@ -6,14 +6,41 @@ Nothing here checks its arguments; `functional` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-Tensors = Sequence[Tensor]
-Floats = Sequence[float]
-Column = Sequence[Tensor | None]  # one entry per parameter
+Entries = Sequence["Entry"]
+Masking = tuple[Tensor, Tensor | None, Tensor | None]  # mask, gradient, weight
+Restoring = tuple[Tensor, Tensor, Tensor]  # mask, weight, saved weight
+
+
+class Entry(NamedTuple):
+    """A tensor to select in, by its two gradients or by given scores; one kind in a call."""
+
+    natural: Tensor | None
+    adversarial: Tensor | None
+    alpha: float | None  # None: `natural` has the scores, of any sign
+    fraction: float
+    pool: Hashable = 0  # entries with equal ones share a threshold
+
+    @property
+    def present(self) -> Tensor:
+        """A tensor that is there; all have one shape, dtype and device."""
+        return self.natural if self.natural is not None else cast(Tensor, self.adversarial)
+
+    @property
+    def terms(self) -> list[tuple[Tensor, float]]:
+        """The gradients that count, one or two, and their factors; the scores and 1.
+
+        A missing gradient counts as 0; a factor of 0 leaves out its term, infinite or not.
+        """
+        alpha = 1.0 if self.alpha is None else float(self.alpha)
+        pairs = (self.natural, alpha), (self.adversarial, 1.0 - alpha)
+        terms = [(g, factor) for g, factor in pairs if g is not None and factor != 0.0]
+        return terms or [(torch.zeros_like(self.present), 1.0)]
 
 
 def update_count(n: int, update_fraction: float) -> int:
@@ -29,21 +56,13 @@ def score_dtype(gradient: Tensor) -> torch.dtype:
 
 
 def rgp_score(g_nat: Tensor | None, g_adv: Tensor | None, alpha: float) -> Tensor:
-    """Return alpha * |g_nat| + (1 - alpha) * |g_adv|; a missing gradient counts as 0.
+    """Return alpha * |g_nat| + (1 - alpha) * |g_adv|; see `Entry.terms`.
 
-    Two products and one sum, each rounded: no fused multiply-add, so that all backends agree. A
-    factor of 0 leaves its term out, so that an infinite gradient there gives no NaN.
+    Two products and one sum, each rounded: no fused multiply-add, so that all backends agree.
     """
-    terms = []
-    for gradient, share in ((g_nat, alpha), (g_adv, 1.0 - alpha)):
-        if gradient is not None and share != 0.0:
-            size = gradient.abs().to(score_dtype(gradient))
-            terms.append(size if share == 1.0 else size * share)
-    if not terms:
-        present = g_nat if g_nat is not None else g_adv
-        assert present is not None
-        return torch.zeros_like(present, dtype=score_dtype(present))
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    terms = Entry(g_nat, g_adv, alpha, 1.0).terms
+    scores = [g.abs().to(score_dtype(g)) * factor for g, factor in terms]
+    return scores[0] if len(scores) == 1 else scores[0] + scores[1]
 
 
 def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
@@ -61,45 +80,42 @@ def topk_mask(score: Tensor, update_fraction: float) -> Tensor:
     return (mask & (flat != 0)).view(score.shape)
 
 
-def by_pool(pools: Sequence[int]) -> list[list[int]]:
+def by_pool(pools: Sequence[Hashable]) -> list[list[int]]:
     """Return the positions of each pool's members."""
-    members: dict[int, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for i, pool in enumerate(pools):
         members.setdefault(pool, []).append(i)
     return list(members.values())
 
 
-def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
-    """Return one mask per score; scores with equal pool numbers share one threshold."""
+def pool_mask(entries: Entries) -> Tensor:
+    """Score and select in one pool; return its masks one after another, flat."""
+    scores = [e.present if e.alpha is None else rgp_score(*e[:2], e.alpha) for e in entries]
+    joined = torch.cat([score.reshape(-1).to(score_dtype(score)) for score in scores])
+    return topk_mask(joined, entries[0].fraction)
+
+
+def select(entries: Entries, pool_mask: Callable[[Entries], Tensor] = pool_mask) -> list[Tensor]:
+    """Return one mask per entry, cut from the masks of the pools."""
     masks: dict[int, Tensor] = {}
-    for indices in by_pool(pools):
-        parts = [scores[i] for i in indices]
-        joined = torch.cat([score.reshape(-1).to(score_dtype(score)) for score in parts])
-        mask = topk_mask(joined, fractions[indices[0]])
-        pieces = torch.split(mask, [score.numel() for score in parts])
-        for i, score, piece in zip(indices, parts, pieces, strict=True):
-            masks[i] = piece.view(score.shape)
-    return [masks[i] for i in range(len(scores))]
+    for indices in by_pool([each.pool for each in entries]):
+        members = [entries[i] for i in indices]
+        mask, shapes = pool_mask(members), [each.present.shape for each in members]
+        parts = mask.split_with_sizes([s.numel() for s in shapes]) if len(shapes) > 1 else [mask]
+        for i, part, shape in zip(indices, parts, shapes, strict=True):
+            masks[i] = part.view(shape)
+    return [masks[i] for i in range(len(entries))]
 
 
-def select(
-    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
-) -> list[Tensor]:
-    """Score and select; see `rgp_score` and `topk_masks`."""
-    pairs = zip(g_nats, g_advs, alphas, strict=True)
-    return topk_masks([rgp_score(*pair) for pair in pairs], fractions, pools)
-
-
-def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
+def zero_and_save_(rows: Sequence[Masking]) -> list[Tensor | None]:
     """Zero each gradient outside its mask, in place, NaN and infinity too; copy each weight."""
-    for mask, gradient in zip(masks, gradients, strict=True):
+    for mask, gradient, _ in rows:
         if gradient is not None:
             gradient.masked_fill_(~mask, 0)
-    return [None if weight is None else weight.clone() for weight in weights]
+    return [None if weight is None else weight.clone() for _, _, weight in rows]
 
 
-def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
+def restore_(rows: Sequence[Restoring]) -> None:
     """Put back the saved value of each weight outside its mask, in place and bit for bit."""
-    for mask, weight, old in zip(masks, weights, saved, strict=True):
-        if old is not None:
-            torch.where(mask, weight, old, out=weight)
+    for mask, weight, saved in rows:
+        torch.where(mask, weight, saved, out=weight)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from rgp_optim import _distributed as distributed
 from rgp_optim._checks import refuse
-from rgp_optim._distributed import Ranks, is_sharded, local, shard
+from rgp_optim._distributed import Ranks, Refused, is_sharded, local, shard
 from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
@@ -27,13 +30,14 @@ DONATED = (
 
 def check_loss(name: str, loss: Any) -> None:
     """Refuse everything but one number with a graph."""
+    hint = "Without an attack yet, pass the natural loss." if name == "adversarial" else ""
     if not isinstance(loss, Tensor):
-        refuse(name, "be a scalar tensor", type(loss).__name__, error=TypeError)
+        refuse(name, "be a scalar tensor", type(loss).__name__, hint, TypeError)
     if loss.numel() != 1:
         refuse(name, "be a scalar", f"shape {tuple(loss.shape)}", "Reduce it with .mean().")
     if not loss.requires_grad:
-        hint = "Compute it from the model's output with gradients enabled; do not detach it."
-        refuse(name, "carry a graph", "requires_grad = False", hint)
+        attached = "Compute it from the model's output with gradients enabled; do not detach it."
+        refuse(name, "carry a graph", "requires_grad = False", hint or attached)
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> NoReturn:
@@ -48,28 +52,31 @@ class Scored(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, take: Callable[..., None], losses: dict[str, Tensor]
+        ctx: Any, loss: Tensor, take: Callable[..., Tensor], losses: dict[str, Tensor]
     ) -> Any:
         """Keep the losses of the score until the graph of ``loss`` is freed."""
-        ctx.take, ctx.roles = take, list(losses)
+        ctx.take, ctx.roles, ctx.token = take, list(losses), object()
         ctx.save_for_backward(*losses.values())
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Take the scores under the incoming gradient, then pass it on."""
-        ctx.take(dict(zip(ctx.roles, ctx.saved_tensors, strict=True)), grads[0])
-        return grads[0], None, None
+        losses = dict(zip(ctx.roles, ctx.saved_tensors, strict=True))
+        return grads[0] + ctx.take(losses, grads[0], ctx), None, None
 
 
-class NothingScored(RuntimeError):
+class NothingScored(Refused):
     """A score was asked for, but its gradients were not taken since the last step."""
 
     def __init__(self, role: str) -> None:
         super().__init__(
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
             "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
-            "run `loss.backward()` before `step()`, under the same settings."
+            "run `loss.backward()` before `step()`, under the same settings. Without an attack "
+            "yet, pass the natural loss as both. Engines that step copies of the weights "
+            "(DeepSpeed's bf16 and fp16) leave nothing to score: use DistributedDataParallel or "
+            "FSDP2's `fully_shard`."
         )
 
 
@@ -78,42 +85,102 @@ class Scores:
     """The gradients of both losses since the last step, by role and parameter."""
 
     taken: dict[str, dict[Tensor, Tensor | None]] = field(default_factory=dict)  # None: unused
-    taking: bool = False
+    thread: int = 0  # which takes scores now
+    _tokens: set[object] = field(default_factory=set)  # of the scored losses that gave them
+    _tested: bool = False  # whether graphs can run several times
+    _retained: bool = False  # whether tensors with `retain_grad` were found then
     _warned: bool = False
     _pass: int = -1  # the backward pass that took last
 
     @property
     def waiting(self) -> bool:
         """Whether scores wait for a step, or are being taken."""
-        return bool(self.taken) or self.taking
+        return bool(self.taken or self.thread)
 
     @property
     def running(self) -> bool:
         """Whether the backward pass that takes the scores still runs."""
-        return self.taking or self._pass == torch._C._current_graph_task_id() != -1
+        return bool(self.thread) or self._pass == torch._C._current_graph_task_id() != -1
+
+    def clear(self) -> None:
+        """Forget the scores: they are used up, or a new window begins."""
+        self.taken.clear()
+        self._tokens.clear()
 
     @torch.no_grad()
-    def take(self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor) -> None:
-        """Add the gradients of the losses, each seeded with the incoming gradient."""
-        if self.taking:
-            raise RuntimeError("A scored loss was given as `natural` or `adversarial`: score once.")
-        if not params:  # frozen, say
-            return
-        if not self.running and all(p.grad is None for p in params):
+    def take(
+        self,
+        losses: dict[str, Tensor],
+        params: Sequence[Tensor],
+        grad: Tensor,
+        node: Any,
+        ranks: Ranks,
+    ) -> Tensor:
+        """Add the gradients of the losses, each seeded with the gradient that reached ``node``.
+
+        Returns 0, or NaN if one of them is not finite: for the training gradient, so that a
+        gradient scaler skips the step.
+        """
+        if self.thread:
+            raise Refused(
+                "A scored loss was given as `natural` or `adversarial`: score once."
+                if self.thread == get_ident()
+                else "Two threads run scored backward passes of one optimizer at the same time. "
+                "Let one wait for the other, with a lock."
+            )
+        if not params:
+            return torch.zeros_like(grad)
+        fresh = node.token not in self._tokens and not self.running
+        if fresh and all(p.grad is None for p in params):
             self._drop()
+        self._tokens.add(node.token)
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
-        self.taking = True
+        waits = grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing())
+        test = not self._tested and not waits
+        before = _gradients(params) if test or self._retained else {}
+        self.thread = get_ident()
         try:
+            repeated = distributed.repeated(losses, node) if test else []
+            apart: dict[str, Tensor] = {}
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
-                self._add(role, params, distributed.take(loss, params, factor))
+                found = distributed.take(role, loss, params, factor) if role in repeated else ()
+                first = [None if g is None else local(g).clone() for g in found]
+                gradients = distributed.take(role, loss, params, factor)
+                if role in repeated:
+                    apart[role] = _apart(first, gradients, grad.device)
+                self._add(role, params, gradients)
+            passed = test and _same(apart, grad.device, ranks)
+            self._put_back(before)
+            self._tested |= passed
+            return self._not_finite(grad)
         except BaseException as error:
-            self.taken.clear()  # half a score would select the wrong weights
+            self.clear()  # half a score would select the wrong weights
             if "donated buffers" in str(error):
                 raise RuntimeError(DONATED) from error
             raise
         finally:
-            self.taking = False
+            self.thread = 0
+
+    def _put_back(self, before: dict[Tensor, tuple[Tensor | None, int]]) -> None:
+        """Give tensors with `retain_grad` their gradients back; refuse if a leaf's has changed."""
+        for tensor, (gradient, version) in before.items():
+            if not tensor.is_leaf:
+                tensor.grad, self._retained = gradient, True
+            elif tensor.grad is not gradient or (
+                gradient is not None and gradient._version != version
+            ):
+                raise Refused(
+                    f"scored: the `.grad` of a tensor of shape {tuple(tensor.shape)} changed while "
+                    "the scores were taken: a layer calls `backward` inside its own backward pass, "
+                    f"or another thread ran one. {distributed.ONCE}"
+                )
+
+    def _not_finite(self, grad: Tensor) -> Tensor:
+        """Return 0, or NaN if a gradient that was taken is not finite; without a wait."""
+        taken = [local(g) for held in self.taken.values() for g in held.values() if g is not None]
+        largest = get_total_norm([g for g in taken if g.numel()], float("inf"))
+        return (largest * 0.0).to(grad.device, grad.dtype)
 
     def _drop(self) -> None:
         """Forget scores whose gradients are gone, as after a skipped step."""
@@ -125,7 +192,7 @@ class Scores:
                 "count: keep them in `.grad` until the step, or score the sum of the losses once.",
                 stacklevel=2,
             )
-        self.taken.clear()
+        self.clear()
 
     def _add(self, role: str, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
@@ -137,7 +204,7 @@ class Scores:
                     "`set_requires_gradient_sync(True)`; in Accelerate use "
                     "`GradientAccumulationPlugin(sync_each_batch=True)`."
                 )
-            raise RuntimeError(
+            raise Refused(
                 f"scored: the {role} loss depends on no parameter in which weights are selected. "
                 f"{hint}"
             )
@@ -151,13 +218,41 @@ class Scores:
                 held[p] = gradient if earlier is None else earlier + gradient
 
     def average(self, ranks: Ranks, params: Sequence[Tensor]) -> None:
-        """Replace gradients by their means over ranks that each have a batch of their own."""
+        """Replace gradients by their means over ranks that each have a batch of their own.
+
+        A loss that reaches a parameter on one rank reaches it on all.
+        """
+        for p in params:
+            if p.requires_grad and any(p not in held for held in self.taken.values()):
+                raise RuntimeError(
+                    f"step(): a parameter of shape {tuple(p.shape)} is selected in, but was not "
+                    "when the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
+                    "`requires_grad` before `scored`, or after the step."
+                )
         keys = [(r, p) for r in ROLES if r in self.taken for p in params if not is_sharded(p)]
         if ranks.size > 1 and keys:
-            held = [(self.taken[role].get(p), p) for role, p in keys]  # None: unused on this rank
+            held = [(self.taken[role].get(p), p) for role, p in keys]
             filled = [torch.zeros_like(p) if g is None else g for g, p in held]
-            for (role, p), mean in zip(keys, ranks.average(filled), strict=True):
-                self.taken[role][p] = mean
+            reached = torch.ones(len(keys), device=filled[0].device)
+            unused = [i for i, (g, _) in enumerate(held) if g is None]
+            for i in unused:
+                reached[i] = 0.0
+            *means, reached = ranks.average([*filled, reached])
+            # Read on the host only where a loss leaves a parameter out.
+            nowhere = {i for i in unused if float(reached[i]) == 0.0}
+            for i, ((role, p), mean) in enumerate(zip(keys, means, strict=True)):
+                self.taken[role][p] = None if i in nowhere else mean
+
+    def reaches(self, p: Tensor, alpha: float, rule: Any) -> bool:
+        """Return whether a loss that the score reads depends on a parameter."""
+        read = list(self.taken)
+        if rule == "rgp":
+            read = [r for r, factor in zip(ROLES, (alpha, 1.0 - alpha), strict=True) if factor]
+        for role in read:
+            if role not in self.taken:
+                raise NothingScored(role)
+        held = [self.taken[role].get(p) for role in read]
+        return not held or any(g is not None for g in held) or not p.requires_grad
 
     def get(self, role: str, p: Tensor) -> Tensor | None:
         """Return this rank's gradient of a role; None where the loss does not depend on ``p``.
@@ -166,12 +261,6 @@ class Scores:
         """
         if role not in self.taken:
             raise NothingScored(role)
-        if p not in self.taken[role] and p.requires_grad:
-            raise RuntimeError(
-                f"step(): a parameter of shape {tuple(p.shape)} is selected in, but was not when "
-                "the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
-                "`requires_grad` before `scored`, or after the step."
-            )
         gradient: Tensor | None = shard(self.taken[role].get(p), p)
         return gradient
 
@@ -196,6 +285,45 @@ class Scores:
             rule = f"return the weight's shape and device, {tuple(weight.shape)} on {weight.device}"
             refuse("score", rule, f"{tuple(score.shape)} on {score.device}")
         return score.detach()
+
+
+def _gradients(params: Sequence[Tensor]) -> dict[Tensor, tuple[Tensor | None, int]]:
+    """Return `.grad` and its version of parameters and of all tensors with `retain_grad`.
+
+    Other leaves are left out: a thread may train another model meanwhile.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.requires_grad]
+        held = [(t, t.grad) for t in [*params, *(t for t in found if t.retains_grad)]]
+        return {t: (g, 0 if g is None or g.is_inference() else g._version) for t, g in held}
+
+
+def _apart(first: Sequence[Any], second: Sequence[Any], device: torch.device) -> Tensor:
+    """Return the norm of a difference, the norm of the first, and 1: they were compared."""
+    pairs = [(a, local(b)) for a, b in zip(first, second, strict=True) if a is not None]
+    sizes = [torch.stack([(a - b).float().norm(), a.float().norm()]).to(device) for a, b in pairs]
+    both = torch.stack(sizes).norm(dim=0) if sizes else torch.zeros(2, device=device)
+    return torch.cat([both, torch.ones(1, device=device)])
+
+
+def _same(found: dict[str, Tensor], device: torch.device, ranks: Ranks) -> bool:
+    """Refuse gradients of two passes that differ; False if finite nonzero ones must decide.
+
+    All ranks decide alike: a rank without weights, or alone with an overflow, would otherwise
+    repeat passes, and their collectives, by itself.
+    """
+    table = torch.stack([found.get(role, torch.zeros(3, device=device)) for role in ROLES])
+    if ranks.size > 1:
+        (table,) = ranks.average([table])
+    passed = True
+    for role, (apart, size, compared) in zip(ROLES, table.tolist(), strict=True):
+        if apart > 0.01 * size:  # kernels that add in any order differ by far less
+            raise Refused(
+                f"scored: two backward passes of the {role} loss give gradients "
+                f"{apart / size:.0%} apart. {distributed.ONCE}"
+            )
+        passed &= not compared or 0.0 < size < float("inf")
+    return passed
 
 
 @dataclass(frozen=True)

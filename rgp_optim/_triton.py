@@ -5,12 +5,11 @@ found digit by digit: a counting pass counts the values of the next digit among 
 with the digits found so far, and the pool's last program to finish (a ticket tells) picks the digit
 of the k-th highest. A mask kernel then compares keys with the threshold.
 
-A table of addresses, sizes and strides describes the tensors: each launch handles all of them, and
-the host never reads a result. Indices are row-major whatever the strides. Memory that the table
-cannot describe takes one PyTorch operation per tensor.
+A table of addresses, sizes and strides describes the tensors, all on one device: each launch
+handles all of them, and the host never reads a result. Indices are row-major whatever the strides.
+Memory that the table cannot describe takes one PyTorch operation per tensor.
 
-All tensors of a call are on one device. The digits and the ticket follow AIR Top-K (Zhang et al.,
-SC 2023), the tables apex.
+The digits and the ticket follow AIR Top-K (Zhang et al., SC 2023), the tables apex.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rgp_optim import _reference
-from rgp_optim._reference import Column, Floats, Tensors, by_pool, update_count
+from rgp_optim._reference import Entries, Masking, Restoring, by_pool, update_count
 
 CHUNK = 32768  # elements per program, a multiple of BLOCK
 BLOCK = 2048  # elements at a time
 PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a tensor's end
 # Bits per counting pass, 32 in all. Before Triton 3.8 histograms cost an instruction for every few
 # bins and element: four passes of 256 bins are faster there than three of 2048.
-_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
-DIGITS = (11, 11, 10) if _VERSION >= (3, 8) else (8, 8, 8, 8)
-CAPTURE_SPACE = 1 << 20  # int64 values of pinned memory for the tables of CUDA graphs
+VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+DIGITS = (11, 11, 10) if VERSION >= (3, 8) else (8, 8, 8, 8)
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
@@ -53,7 +51,7 @@ PREFIX, WANTED, TICKET, COUNTS = (tl.constexpr(i) for i in (0, 1, 2, 4))
 
 EVERYTHING = tl.constexpr(-1)  # k of a fraction of 1: zeros too
 ALL_TIES = tl.constexpr(1 << 30)
-ABSENT = -1  # bits of a share whose term is left out
+ABSENT = -1  # in place of a second share's bits
 NAN_KEY = tl.constexpr(0x7F800001)  # one key above infinity
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAT = (1, 1, 1, 0, 0)  # N1 .. S2 of contiguous memory
@@ -321,13 +319,10 @@ def _merge_chunk(
 # Tables.
 
 
-_captured: dict[tuple[int, ...], Tensor] = {}  # graphs copy these at each replay: never freed
-_capture_space: list[Tensor] = []  # pinned memory for them, made before the first capture
+Table = list[list[int]]
 
 
-def _tables(
-    rows: list[list[int]], pools: list[list[int]], device: torch.device
-) -> tuple[Tensor, ...]:
+def _tables(rows: Table, pools: Table, device: torch.device) -> tuple[Tensor, ...]:
     """Return rows, pools and the owner of each chunk on the device."""
     counts = [-(-row[SIZE.value] // CHUNK) for row in rows]
     for row, first in zip(rows, accumulate(counts, initial=0), strict=False):
@@ -336,28 +331,8 @@ def _tables(
     owners = torch.repeat_interleave(torch.tensor(counts, device="cpu"))
     table = torch.cat([numbers, owners])
     if device.type == "cuda":
-        table = _pinned(table).to(device, non_blocking=True)
+        table = table.pin_memory().to(device, non_blocking=True)
     return table.tensor_split([len(rows) * WIDTH.value, numbers.numel()])
-
-
-def _pinned(table: Tensor) -> Tensor:
-    """Return a table in pinned memory."""
-    if not torch.cuda.is_current_stream_capturing():
-        if not _capture_space:
-            with torch.inference_mode(False):
-                space = torch.empty(CAPTURE_SPACE, dtype=torch.int64, pin_memory=True, device="cpu")
-            _capture_space.append(space)
-        return table.pin_memory()
-    values = tuple(table.tolist())
-    if values not in _captured:
-        if not _capture_space or _capture_space[0].numel() < table.numel():
-            raise RuntimeError(
-                "The tables of this step do not fit into the pinned memory for CUDA graphs. Run an "
-                "eager step before the first capture; capture once and replay that graph."
-            )
-        _captured[values], _capture_space[0] = _capture_space[0].tensor_split([table.numel()])
-        _captured[values].copy_(table)
-    return _captured[values]
 
 
 @lru_cache(maxsize=4096)
@@ -382,57 +357,29 @@ def _row(size: int, layout: tuple[int, ...], code: int, *rest: int) -> list[int]
     return row + [0] * (WIDTH.value - len(row))
 
 
-# Select.
+# Select, mask, restore.
 
 
-def topk_masks(scores: Tensors, fractions: Floats, pools: Sequence[int]) -> list[Tensor]:
-    """Select by scores of any sign; see `_reference.topk_masks`."""
-    if any(score.dtype not in CODES for score in scores):
-        return _reference.topk_masks(scores, fractions, pools)
-    shares = [(ABSENT, ABSENT)] * len(scores)
-    return _select([(score, score) for score in scores], shares, fractions, pools, SCORES.value)
-
-
-def select(
-    g_nats: Column, g_advs: Column, alphas: Floats, fractions: Floats, pools: Sequence[int]
-) -> list[Tensor]:
-    """Score and select; see `_reference.select`."""
-    pairs, shares = [], []
-    for g_nat, g_adv, alpha in zip(g_nats, g_advs, alphas, strict=True):
-        present = next(g for g in (g_nat, g_adv) if g is not None)  # read in place of the other
-        pairs.append((present if g_nat is None else g_nat, present if g_adv is None else g_adv))
-        shares.append((_share_bits(g_nat, alpha), _share_bits(g_adv, 1.0 - alpha)))
-    if any(nat.dtype not in CODES for nat, _ in pairs):
-        return _reference.select(g_nats, g_advs, alphas, fractions, pools)
-    return _select(pairs, shares, fractions, pools, GRADIENTS.value)
-
-
-def _share_bits(gradient: Tensor | None, share: float) -> int:
-    """Return the bits of a float32, ABSENT for a term that is left out."""
-    if gradient is None or share == 0.0:
-        return ABSENT
-    return int(struct.unpack("<i", struct.pack("<f", share))[0])
-
-
-def _select(
-    pairs: list[tuple[Tensor, Tensor]],
-    shares: list[tuple[int, int]],
-    fractions: Sequence[float],
-    pools: Sequence[int],
-    read: int,
-) -> list[Tensor]:
-    masks = [torch.empty(nat.shape, dtype=torch.bool, device=nat.device) for nat, _ in pairs]
+def select(entries: Entries) -> list[Tensor]:
+    """Score and select, or select by scores of any sign; see `_reference.select`."""
+    present = [each.present for each in entries]
+    if any(g.dtype not in CODES for g in present):
+        return _reference.select(entries)
+    masks = [torch.empty(g.shape, dtype=torch.bool, device=g.device) for g in present]
     rows, pool_rows, owned = [], [], []
     chunk = place = 0
-    for pool, indices in enumerate(by_pool(pools)):
-        fraction, first = fractions[indices[0]], chunk
+    for pool, indices in enumerate(by_pool([each.pool for each in entries])):
+        fraction, first = entries[indices[0]].fraction, chunk
         n = sum(masks[i].numel() for i in indices)
         for i in indices:
-            nat, adv, layout = _same_layout(*pairs[i])
+            gradients, factors = zip(*entries[i].terms, strict=True)
+            nat, adv, layout = _same_layout(gradients[0], gradients[-1])
             owned += [nat, adv]  # copies live until they are read
             size = nat.numel()
             addresses = masks[i].data_ptr(), nat.data_ptr(), adv.data_ptr()
-            rows.append(_row(size, layout, CODES[nat.dtype], *addresses, *shares[i], place, pool))
+            shares = [struct.unpack("<i", struct.pack("<f", factor))[0] for factor in factors]
+            shares = [*shares, ABSENT][:2]
+            rows.append(_row(size, layout, CODES[nat.dtype], *addresses, *shares, place, pool))
             chunk += -(-size // CHUNK)
             place += -(-size // BLOCK) * BLOCK
         k = EVERYTHING.value if fraction == 1.0 else update_count(n, fraction)
@@ -448,7 +395,7 @@ def _select(
         keys = torch.empty(place, dtype=torch.int32, device=device)
         ties = torch.empty(chunk << DIGITS[-1], dtype=torch.int32, device=device)
         rooms = torch.empty(chunk, dtype=torch.int32, device=device)
-        shift = 32
+        shift, read = 32, (SCORES if entries[0].alpha is None else GRADIENTS).value
         for bits in DIGITS:
             shift -= bits
             _count[(chunk,)](
@@ -470,51 +417,43 @@ def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, .
     return nat, adv, layout
 
 
-# Mask and restore.
-
-
-def zero_and_save_(masks: Tensors, gradients: Column, weights: Column) -> list[Tensor | None]:
+def zero_and_save_(rows: Sequence[Masking]) -> list[Tensor | None]:
     """Zero each gradient outside its mask and copy each weight; see `_reference`."""
-    masks = [mask.contiguous() for mask in masks]
-    rows: list[list[int]] = []
-    for mask, gradient in zip(masks, gradients, strict=True):
-        if gradient is not None and not _add_row(rows, gradient, None, mask):
-            gradient.masked_fill_(~mask, 0)
-    saved = [None if weight is None else torch.empty_like(weight) for weight in weights]
-    for weight, copy in zip(weights, saved, strict=True):
-        if weight is not None and copy is not None and not _add_row(rows, copy, weight, None):
-            copy.copy_(weight)
-    _launch_merge(rows, masks)
+    masks, table = [mask.contiguous() for mask, _, _ in rows], Table()
+    saved = [None if weight is None else torch.empty_like(weight) for _, _, weight in rows]
+    for mask, copy, (_, gradient, weight) in zip(masks, saved, rows, strict=True):
+        if gradient is not None:
+            _add_row(table, gradient, None, mask)
+        if copy is not None:
+            _add_row(table, copy, weight, None)
+    _launch_merge(table, masks)
     return saved
 
 
-def restore_(masks: Tensors, weights: Tensors, saved: Column) -> None:
+def restore_(rows: Sequence[Restoring]) -> None:
     """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
-    masks = [mask.contiguous() for mask in masks]
-    rows: list[list[int]] = []
-    for mask, weight, old in zip(masks, weights, saved, strict=True):
-        if old is not None and not _add_row(rows, weight, old, mask):
-            torch.where(mask, weight, old, out=weight)
-    _launch_merge(rows, masks)
+    masks, table = [mask.contiguous() for mask, _, _ in rows], Table()
+    for mask, (_, weight, saved) in zip(masks, rows, strict=True):
+        _add_row(table, weight, saved, mask)
+    _launch_merge(table, masks)
 
 
-def _add_row(
-    rows: list[list[int]], target: Tensor, source: Tensor | None, mask: Tensor | None
-) -> bool:
-    """Add a row of `_merge`; return False for the rare tensors that it cannot take."""
+def _add_row(table: Table, target: Tensor, source: Tensor | None, mask: Tensor | None) -> None:
+    """Add a row of `_merge`; merge the rare tensors that it cannot take at once."""
     layout = FLAT if mask is None else _layout(target.shape, target.stride())
     # With equal strides `torch.empty_like` has found the tensor dense.
     alike = source is None or source.stride() == target.stride()
     if layout is None or not alike or target.element_size() not in (2, 4, 8):
-        return False
+        new = torch.zeros_like(target) if source is None else source
+        target.copy_(new if mask is None else torch.where(mask, target, new))
+        return
     addresses = [0 if t is None else t.data_ptr() for t in (mask, target, source)]
-    rows.append(_row(target.numel(), layout, target.element_size(), *addresses))
-    return True
+    table.append(_row(target.numel(), layout, target.element_size(), *addresses))
 
 
-def _launch_merge(rows: list[list[int]], masks: Sequence[Tensor]) -> None:
-    if any(row[SIZE.value] for row in rows):
+def _launch_merge(table: Table, masks: Sequence[Tensor]) -> None:
+    if any(row[SIZE.value] for row in table):
         with torch.cuda.device_of(masks[0]):
-            table, _, owners = _tables(rows, [], masks[0].device)
+            rows, _, owners = _tables(table, [], masks[0].device)
             sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK, "PIECE": PIECE, **OPTIONS}
-            _merge[(owners.numel(),)](table, owners, **sizes)
+            _merge[(owners.numel(),)](rows, owners, **sizes)

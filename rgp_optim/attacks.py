@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,9 +40,9 @@ def kl_attack(
     Projected ascent by the sign of the gradient; p(x) is computed once. As in TRADES, the start
     ``x + 0.001 N(0, 1)`` is not clipped; every later iterate lies in the ball and the bounds.
 
-    The model runs in eval mode; afterwards ``train`` and ``eval`` give each module its own mode
-    back. No ``.grad`` changes. Buffers that a module writes in eval mode are not restored. Of a
-    DistributedDataParallel model the inner module is attacked, without communication.
+    The model runs in eval mode (a model from torch.export as it was exported); afterwards ``train``
+    and ``eval`` restore the mode of each module. No ``.grad`` changes. Buffers written in eval mode
+    are not restored. Of a DistributedDataParallel model the module inside is attacked.
 
     Args:
         model: Maps images within ``bounds`` to logits, [batch, classes]: normalise inside.
@@ -50,8 +51,8 @@ def kl_attack(
         step_size: Length of a step, > 0, in units of ``x``. None is ``eps / 4``.
         steps: Number of steps, >= 0.
         bounds: Lowest and highest value of a pixel; None does not clip. The range of ``x`` is
-            validated on the CPU only: on a GPU the check would synchronise.
-        generator: Of the start: a generator on the device of ``x``, a seed, or None (torch's own).
+            validated on the CPU only: a GPU would synchronise.
+        generator: For the start: a generator on the device of ``x``, a seed, or None (torch's own).
 
     Returns:
         The attacked images: shape, dtype and device of ``x``, without a graph.
@@ -64,17 +65,12 @@ def kl_attack(
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
-    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
     step = eps / 4 if step_size is None else check.real("step_size", step_size, strict=True)
-    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x = x.detach().clone()
         noise = torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device)
-        clean = logits_of(net, x)
-
-        def distance(logits: Tensor) -> Tensor:
-            return kl_divergence(clean, logits, reduction="sum")
-
+        distance = partial(kl_divergence, logits_of(net, x.clone()), reduction="sum")
         return _ascend(net, x + START_NOISE * noise, distance, _ball(x, eps, bounds), step, steps)
 
 
@@ -103,8 +99,7 @@ def pgd_attack(
     Args:
         model: As in `kl_attack`.
         x: As in `kl_attack`.
-        target: Class indices, [batch], int64, on the device of ``x``; the range is validated on the
-            CPU only.
+        target: Class indices, [batch], int64, as `kl_adv_loss` takes them; device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
         eps: As in `kl_attack`.
         step_size: Length of a step, > 0, in units of ``x``. None is ``0.003 * eps / (8 / 255)``.
@@ -114,19 +109,18 @@ def pgd_attack(
         generator: As in `kl_attack`.
 
     Returns:
-        The attacked images: shape, dtype and device of ``x``, without a graph.
+        The attacked images, as in `kl_attack`.
 
     Raises:
         ValueError: a label is out of range; other errors as in `kl_attack`.
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
-    eps, draws = _check_inputs(model, x, eps, bounds, generator)
+    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
     check.target(target, x, probabilities=False)
     check.choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
     default = PGD_STEP * (eps / (8 / 255))
     step = default if step_size is None else check.real("step_size", step_size, strict=True)
-    steps = check.count("steps", steps)
     with _frozen(model) as net:
         x, labels = x.detach().clone(), target.clone()
         low, high = _ball(x, eps, bounds)
@@ -156,28 +150,28 @@ def _ascend(
 ) -> Tensor:
     """Take ``steps`` signed steps up ``objective``, a sum over the batch, clipped to ``ball``."""
     for _ in range(steps):
-        x_adv.requires_grad_()
+        given = x_adv.clone().requires_grad_()  # the model may write into it
         with torch.enable_grad():
-            logits = logits_of(model, x_adv)
+            logits = logits_of(model, given)
             wide = widen(logits.detach()).requires_grad_()
             (pull,) = torch.autograd.grad(objective(wide), wide)
         gradient = None
         if logits.requires_grad:
             try:
-                pull = _scaled(pull).to(logits.dtype)
-                (gradient,) = torch.autograd.grad(logits, x_adv, pull, allow_unused=True)
+                pull = _scaled(pull, logits.detach()).to(logits.dtype)
+                (gradient,) = torch.autograd.grad(logits, given, pull, allow_unused=True)
             except RuntimeError as error:
                 if "use_reentrant" not in str(error):
                     raise
-                hint = "Reentrant checkpointing gives no gradient of the images alone."
                 rule = "checkpoint activations with use_reentrant=False"
+                hint = "Reentrant checkpointing gives no gradient of the images alone."
                 refuse("model", rule, "use_reentrant=True", hint, RuntimeError)
         if gradient is None:
             hint = "Remove detach(), no_grad() or inference_mode() from the model's forward."
             rule = "depend on the images through autograd"
             refuse("model(x)", rule, "no graph from the logits to x", hint)
         # The sign of a NaN is 0: where the model overflows, the pixel stays.
-        x_adv = (x_adv.detach() + step_size * gradient.sign()).clamp_(*ball)
+        x_adv = (x_adv + step_size * gradient.sign()).clamp_(*ball)
     return x_adv.clamp(*ball)
 
 
@@ -200,13 +194,21 @@ def _ball(x: Tensor, eps: float, bounds: tuple[float, float] | None) -> tuple[Te
     return round_up((wide - eps).clamp_(min=lowest)), -round_up(-(wide + eps).clamp_(max=highest))
 
 
-def _scaled(gradient: Tensor) -> Tensor:
-    """Scale the largest entry of each row to 2**8 or more, by a power of two.
+def _scaled(gradient: Tensor, logits: Tensor) -> Tensor:
+    """Scale the gradient by a power of two: its largest entry is then 2**8 or more.
 
-    In float16 the gradient of a confident prediction would underflow; only its sign counts.
+    Only its sign counts, and in float16 the gradient of a confident prediction would underflow.
+    Samples may depend on each other, so all rows have one factor. In 16 bits a row below 2**-12 of
+    the largest is raised to that: beside the largest it is still lost in rounding.
     """
     exponent = gradient.abs().amax(1, keepdim=True).log2().floor()
-    return gradient * torch.exp2((8 - exponent).clamp(max=100))  # finite for a row of zeros
+    finite = exponent.nan_to_num(nan=-1e4, posinf=-1e4, neginf=-1e4)
+    top = F.pad(finite, (0, 0, 0, 1), value=-1e4).amax(0)  # the batch may be empty
+    kind = logits.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    exact = ((logits.half() - logits).nan_to_num() == 0).all()  # 16 bits, perhaps widened
+    rise = torch.where(exact | autocast, (top - 12 - exponent).clamp(min=0), 0.0)
+    return gradient * torch.exp2((8 - top + rise).clamp(max=100))  # finite for a row of zeros
 
 
 @contextmanager
@@ -218,12 +220,12 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
-    constant: list[nn.Parameter] = []
     with switched(model):
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in net.modules()):
-            # A compiled backward pass computes the gradient of every parameter that requires one.
-            whole = (p for p in net.parameters() if not is_sharded(p))
-            constant = [p for p in whole if p.requires_grad and p.is_leaf]
+        # A compiled backward pass computes the gradient of every parameter that requires one.
+        ways = ((hasattr(m, "_orig_mod"), m._compiled_call_impl) for m in net.modules())
+        compiled = any(wrapped or call is not None for wrapped, call in ways)
+        whole = (p for p in net.parameters() if compiled and not is_sharded(p))
+        constant = [p for p in whole if p.requires_grad and p.is_leaf]
         try:
             for p in constant:
                 p.requires_grad = False
@@ -236,12 +238,13 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_inputs(
-    model: Any, x: Any, radius: Any, bounds: Any, draws: Any
+    model: Any, x: Any, radius: Any, steps: Any, bounds: Any, draws: Any
 ) -> tuple[float, torch.Generator | None]:
     """Return radius and generator; refuse what does not fit the bounds."""
     check.model(model)
     check.tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
     eps = check.real("eps", radius)
+    check.count("steps", steps)
     if draws is not None and not isinstance(draws, torch.Generator):
         draws = torch.Generator(x.device).manual_seed(check.count("generator", draws))
     if bounds is None:

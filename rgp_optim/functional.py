@@ -22,6 +22,7 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no
 from rgp_optim import _checks as check
 from rgp_optim import _reference
 from rgp_optim._checks import refuse
+from rgp_optim._reference import Entries, Entry, by_pool
 
 __all__ = ["Backend", "Scope", "rgp_score", "rgp_topk_masks", "topk_mask"]
 
@@ -39,8 +40,7 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
 
     .. math:: s_i = \alpha\,|g^{\mathrm{nat}}_i| + (1 - \alpha)\,|g^{\mathrm{adv}}_i|
 
-    Each product and the sum are rounded. A factor of 0 leaves its term out, also where the gradient
-    is infinite or NaN.
+    Each product and the sum are rounded. A factor of 0 leaves its term out, infinite or NaN too.
 
     Args:
         g_nat: Gradient of the natural loss. Any shape; float16, bfloat16, float32 or float64.
@@ -48,12 +48,11 @@ def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
         alpha: Share of the natural term, dimensionless, in [0, 1]. 1 ignores ``g_adv``.
 
     Returns:
-        Scores >= 0, shape of ``g_nat``, float32 (float64 for float64 gradients), in loss units per
-        unit of weight.
+        Scores >= 0, shape of ``g_nat``, float32 (float64 for float64), in loss units per weight.
 
     Raises:
-        TypeError, ValueError: a gradient is not dense, real and floating, or does not match the
-            other; ``alpha`` is outside [0, 1].
+        TypeError: a gradient is not a dense tensor of a real floating dtype.
+        ValueError: the gradients do not match, or ``alpha`` is outside [0, 1].
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6.
     """
@@ -80,7 +79,7 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
 
     Raises:
         TypeError: ``score`` is not a dense tensor of a real floating dtype.
-        ValueError: ``update_fraction`` is outside [0, 1].
+        ValueError: ``update_fraction`` is outside [0, 1], or the backend is unknown.
         RuntimeError: the named backend cannot run on this tensor.
 
     Reference: Gowda et al., CURE, ICLR 2024, Algorithm 1.
@@ -88,8 +87,7 @@ def topk_mask(score: Tensor, *, update_fraction: float, backend: Backend = "auto
     check.tensor("score", score)
     check.choice("backend", backend, BACKENDS)
     fraction = check.fraction("update_fraction", update_fraction)
-    masks: list[Tensor] = select_scores([score], [fraction], [0], backend=backend)
-    return masks[0]
+    return select([Entry(score, None, None, fraction)], backend=backend)[0]
 
 
 def rgp_topk_masks(
@@ -101,30 +99,25 @@ def rgp_topk_masks(
     scope: Scope = "tensor",
     backend: Backend = "auto",
 ) -> list[Tensor]:
-    r"""Score and select over the tensors of a model: which weights are updated, which conserved.
-
-    The rule is `topk_mask`'s over `rgp_score`'s scores: in each tensor (``scope="tensor"``, the
-    paper), or over all weights together (``scope="global"``: n is the sum of the sizes, and ties go
-    to the earlier tensor).
+    r"""Apply `topk_mask` to the `rgp_score` of each tensor of a model, or of all together.
 
     Args:
         g_nats: Gradients of the natural loss, one per tensor; any shapes and real floating dtypes.
             None counts as 0; a pair of two None is refused.
         g_advs: Gradients of the adversarial loss, each with shape, dtype and device of its partner.
         alpha: Share of the natural term, in [0, 1]; one number, or one per tensor.
-        update_fraction: Share of the weights that is updated, in [0, 1]; one number, or, under
-            ``scope="tensor"``, one per tensor.
-        scope: ``"tensor"`` or ``"global"``; a global threshold needs all tensors on one device.
-        backend: ``"auto"`` takes the fastest that runs on these tensors; a named one must run.
+        update_fraction: As in `topk_mask`; one number, or one per tensor for ``"tensor"``.
+        scope: ``"tensor"``, the paper's, or ``"global"``: one threshold for all, which are on one
+            device; n is the sum of the sizes, and ties go to the earlier tensor.
+        backend: As in `topk_mask`.
 
     Returns:
-        One mask per tensor, bool, its shape and device: True where the weight is updated.
+        One mask per tensor, as in `topk_mask`.
 
     Raises:
-        TypeError: a gradient is not a dense floating tensor.
-        ValueError: a number is outside [0, 1], lengths or gradients do not match, or the scope is
-            unknown; under ``scope="global"`` several fractions or devices are given.
-        RuntimeError: the named backend cannot run on these tensors.
+        ValueError: lengths or gradients do not match, or the scope is unknown; under
+            ``scope="global"`` several fractions or devices are given. Other errors as in
+            `topk_mask`.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
     """
@@ -141,35 +134,32 @@ def rgp_topk_masks(
         rule = "be one number under scope='global', where all tensors share a threshold"
         refuse("update_fraction", rule, update_fraction)
     pools = [0] * count if scope == "global" else list(range(count))
-    return select(g_nats, g_advs, alphas, fractions, pools, backend=backend)
+    return select([*map(Entry, g_nats, g_advs, alphas, fractions, pools)], backend=backend)
+
+
+def select(entries: Entries, *, backend: str = "auto") -> list[Tensor]:
+    """Score and select without checks, for the optimizer; a pool must be on one device."""
+    if len({each.pool for each in entries}) < len(entries):
+        homes = {(each.pool, each.present.device) for each in entries}
+        if len(homes) > len(dict(homes)):
+            rule = "be 'tensor' where weights that share a threshold lie on several devices"
+            refuse("scope", rule, ", ".join(sorted({str(device) for _, device in homes})))
+    return _run("select", entries, backend=backend)
 
 
 @_disable_dynamo  # backends work on memory, not on operations that could be traced
 @torch.no_grad()
-def _run(name: str, *columns: Sequence[Any], backend: str = "auto") -> list[Any]:
-    """Call a function of `_reference`, or a backend's, once per device; one entry per tensor."""
-    rows = list(zip(*columns, strict=True))
-    tensors = [[t for t in row if isinstance(t, Tensor) and t.dtype != torch.bool] for row in rows]
-    members: dict[torch.device, list[int]] = {}
-    homes: dict[int, torch.device] = {}
-    for i in [i for i, found in enumerate(tensors) if found]:
-        device = tensors[i][0].device
-        members.setdefault(device, []).append(i)
-        if name in RANKED and homes.setdefault(rows[i][-1], device) != device:  # -1: the pool
-            rule = "be 'tensor' where weights that share a threshold lie on several devices"
-            refuse("scope", rule, f"{homes[rows[i][-1]]} and {device}")
-    results: list[Any] = [None] * len(rows)
-    for indices in members.values():
+def _run(name: str, rows: Sequence[tuple[Any, ...]], *, backend: str = "auto") -> list[Any]:
+    """Call a function of `_reference`, or a backend's, once per device; one result per row."""
+    tensors = [[t for t in row if isinstance(t, Tensor)] for row in rows]
+    results: dict[int, Any] = {}
+    for indices in by_pool([first.device for first, *_ in tensors]):
         module = _module(backend, name, [t for i in indices for t in tensors[i]])
-        found = getattr(module, name)(*zip(*(rows[i] for i in indices), strict=True))
-        for i, result in zip(indices, found or (), strict=False):
-            results[i] = result
-    return results
+        found = getattr(module, name)([rows[i] for i in indices])
+        results |= zip(indices, found or (), strict=False)
+    return [results.get(i) for i in range(len(rows))]
 
 
-# Without checks, for the optimizer: the columns of `_reference`'s functions of these names.
-RANKED = ("select", "topk_masks")
-select, select_scores = partial(_run, "select"), partial(_run, "topk_masks")
 zero_and_save_, restore_ = partial(_run, "zero_and_save_"), partial(_run, "restore_")
 
 
@@ -192,12 +182,18 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     device = tensors[0].device.type
     if device not in (("cpu",) if backend == "cpu" or _INTERPRETED else ("cuda",)):
         return f"tensors on {device}"
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():  # replays reread the tables
+        return "a stream under CUDA graph capture"
     if not _installed("numpy" if backend == "cpu" else "triton"):
         return f"{'numpy' if backend == 'cpu' else 'triton'} is not installed"
+    if backend == "triton" and not _masks_histograms():
+        return "triton is older than 3.4"
     kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
     if kinds:  # a subclass need not have its values in memory
         return f"a {next(iter(kinds)).__name__}"
-    if backend == "triton" and name in RANKED and any(t.dtype == torch.float64 for t in tensors):
+    if any(tensor.is_neg() for tensor in tensors):  # values are the memory's, negated
+        return "a tensor with the negative bit"
+    if backend == "triton" and name == "select" and any(t.dtype == torch.float64 for t in tensors):
         return "a float64 tensor"
     return None
 
@@ -210,26 +206,26 @@ def _installed(package: str) -> bool:
         return False
 
 
+@cache
+def _masks_histograms() -> bool:
+    try:
+        return bool(import_module("rgp_optim._triton").VERSION >= (3, 4))
+    except Exception:  # `_fault` says what it is
+        return True
+
+
 def _fault(device: torch.device, warn: bool) -> str | None:
     """Compare the kernels with the reference once per process and device; say what is wrong."""
     if device not in _faults:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "The kernels are compared with the reference before their first use, which a CUDA "
-                "graph cannot capture. Take one step before the capture."
-            )
         try:
             agrees = _agrees(import_module("rgp_optim._triton"), device)
             _faults[device] = None if agrees else "whose masks differ from the reference's"
         except Exception as error:  # a driver, a compiler: whatever it is, the reference runs
             _faults[device] = f"which raises {type(error).__name__}: {error}"
         if _faults[device] is not None and warn:
-            warnings.warn(
-                f"The Triton backend, {_faults[device]}, is not used on {device}. Weights are "
-                "selected by a sort, which gives the same masks and is slower.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            text = f"The Triton backend, {_faults[device]}, is not used on {device}. Weights are "
+            text += "selected by a sort, which gives the same masks and is slower."
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
     return _faults[device]
 
 
@@ -238,20 +234,24 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
     draws = torch.Generator().manual_seed(0)
     size = 3_000_000 if device.type == "cuda" else 5000  # ties in many programs
     g_nat = torch.randn(size, generator=draws, device="cpu").round(decimals=1)
-    g_nat[:3] = float("nan")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        # The interpreter of the kernels takes subnormals of bfloat16 for zeros.
-        g_nat[3:6] = 1e-40 if dtype == torch.float32 else 1e-4
-        nat = [g.to(device, dtype) for g in (g_nat, g_nat[:700].view(7, 100).t())]
-        adv = [g.flip(0) for g in nat]
+    g_nat[:3], g_nat[-6:-3] = float("nan"), 0.0
+    # The interpreter of the kernels takes subnormals of bfloat16 for zeros.
+    for dtype, tiny in ((torch.float32, 1e-40), (torch.bfloat16, 1e-4), (torch.float16, 6e-8)):
+        g_nat[3:6] = tiny
         results = []
         for module in (kernels, _reference):
-            weights, gradients = [g.clone() for g in nat], [g.log() for g in adv]  # half are NaN
-            masks = module.select(nat, adv, [0.3, 0.3], [0.4, 0.4], [0, 0])
-            masks += module.select(nat, adv, [0.3, 0.0], [0.7, 0.1], [0, 1])
-            masks += module.topk_masks(nat, [0.6, 0.2], [0, 1])
-            saved = module.zero_and_save_(masks[:2], gradients, weights)
-            module.restore_(masks[:2], weights, [g.neg() for g in saved])
+            flat = g_nat.to(device, dtype, copy=True)
+            nat = [flat, flat[:700].view(7, 100).t().clone(), flat.clone()[1:]]  # not aligned
+            adv = [g.flip(0) for g in nat]
+            masks = module.select([Entry(*pair, 0.3, 0.4) for pair in zip(nat, adv, strict=True)])
+            settings = (0.3, 0.0, 1.0), (0.999, 0.1, 0.7), range(3)
+            masks += module.select(list(map(Entry, nat, adv, *settings)))
+            masks += module.select([Entry(g, None, None, 0.6, i) for i, g in enumerate(nat)])
+            weights = [*nat, nat[0].double()]
+            gradients = [g.flip(0).log() for g in weights]  # half are NaN
+            rows = [*zip(masks, gradients, weights, strict=False)]
+            saved = [old.neg() for old in module.zero_and_save_(rows)]
+            module.restore_([*zip(masks, weights, saved, strict=False)])
             results.append([*masks, *gradients, *weights])
         pairs = zip(*results, strict=True)
         if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs):

@@ -46,10 +46,9 @@ def rgp_param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into a selected group and one that is always updated whole.
 
-    Selected are real parameters with two or more dimensions: weights of linear layers and
-    convolutions, and of a transformer also embeddings (two dimensions), class tokens and position
-    embeddings (often three). Name these in ``leave_out`` to update them whole, as biases and
-    normalisation are. The groups carry the parameters' names::
+    Selected are real parameters with two or more dimensions, also embeddings, class
+    tokens, parameters of GRN and ``g`` of ``weight_norm``. Name in ``leave_out`` those to update
+    whole, as biases and normalisation are. The groups carry the parameters' names::
 
         groups = rgp_param_groups(model, leave_out=["cls_token", "pos_embed"], weight_decay=5e-4)
         opt = RGPSelectiveOptimizer(torch.optim.SGD(groups, lr=0.1))
@@ -59,8 +58,8 @@ def rgp_param_groups(
 
     Args:
         model: The model; frozen parameters are included, as in ``model.parameters()``.
-        leave_out: Names of modules or parameters, as in ``model.named_modules()``, with all that
-            they contain. Tied weights are left out if any of their names is.
+        leave_out: Names of modules, with all that they contain, or of parameters. Tied weights are
+            left out if any of their names is.
         **options: Options of both groups: ``lr``, ``weight_decay``, ``rgp_update_fraction``, ...
 
     Returns:
@@ -84,13 +83,10 @@ def rgp_param_groups(
             hint = f"The model has {', '.join(n for n, _ in model.named_children())}."
             refuse("leave_out", "name modules of the model", name, hint)
     outside = {p for n, p in parameters if any(n == o or n.startswith(f"{o}.") for o in left)}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "rgp_select": select, **options} for select in (True, False)
-    ]
+    params: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
     for name, p in model.named_parameters():
-        selected = p.is_floating_point() and p.dim() >= 2 and p not in outside
-        groups[0 if selected else 1]["params"].append((name, p))
-    return [group for group in groups if group["params"]]
+        params[p.is_floating_point() and p.dim() >= 2 and p not in outside].append((name, p))
+    return [{"params": ps, "rgp_select": select, **options} for select, ps in params.items() if ps]
 
 
 def _check_keys(name: str, keys: Iterable[str]) -> None:

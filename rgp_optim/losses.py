@@ -27,9 +27,8 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
         logits: Output on the natural batch, [batch, classes], floating; float16 and bfloat16 are
             computed in float32.
         logits_adv: Output on the attacked batch; shape, dtype and device of ``logits``.
-        target: Class indices, [batch], int64; or class probabilities, [batch, classes], floating.
-            There is no index to ignore, -100 included. Values are validated on the CPU only; on a
-            GPU the check would synchronise, and a label out of range fails inside the kernel.
+        target: Class indices, [batch], int64 (-100 is none); or probabilities, [batch, classes],
+            floating. The range is validated on the CPU only: a GPU would synchronise.
         beta: Weight of the divergence, >= 0, dimensionless. 1 is the paper's equation; the authors'
             code uses 5, TRADES 6.
 
@@ -38,8 +37,7 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
 
     Raises:
         TypeError: an argument is not a tensor of the required dtype.
-        ValueError: shapes, dtypes or devices do not match, a label is out of range, or ``beta`` is
-            negative.
+        ValueError: shapes, dtypes or devices do not match; a label or ``beta`` is out of range.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 5; Zhang et al., TRADES, ICML 2019, Eq. 5.
     """
@@ -65,8 +63,7 @@ def consistency_loss(
     Args:
         revised: The copy's logits on the natural batch, [batch, classes], floating; detached here.
         revised_adv: The copy's logits on the attacked batch, as ``revised``.
-        logits: The model's logits on the natural batch, with their graph; shape and device of
-            ``revised``.
+        logits: The model's logits on the natural batch, with graph; shape, device of ``revised``.
         logits_adv: The model's logits on the attacked batch, as ``logits``.
 
     Returns:

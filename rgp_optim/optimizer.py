@@ -9,28 +9,29 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no compiler
 
 from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
 from rgp_optim import functional
 from rgp_optim._checks import refuse
-from rgp_optim._distributed import Ranks, is_sharded, local
-from rgp_optim._reference import by_pool
+from rgp_optim._distributed import Ranks, Refused, is_sharded, local
+from rgp_optim._reference import Entry, by_pool
 from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss, refuse_sparse
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
+from rgp_optim.reviser import ConsistencyReviser
 
 __all__ = ["RGPSelectiveOptimizer", "ScoreInputs"]
 
 Conserve = Literal["weights", "gradients", "update"]
-GATHER_LIMIT = 2**26  # weights whose scores are gathered at a time
+REVISER = "rgp_reviser"  # in a checkpoint
 SAM_HINT = (
     "Wrap the optimizer inside it: SAM(params, lambda g, **k: RGPSelectiveOptimizer("
     "torch.optim.SGD(g, **k))), with the loss scored in the second pass."
@@ -48,12 +49,20 @@ class _Holder:
     score: str | Callable[[ScoreInputs], Tensor]
     backend: Backend
     ranks: Ranks
+    reviser: ConsistencyReviser | None = None
     scores: Scores = field(default_factory=Scores)
     masks: dict[Tensor, Tensor] = field(default_factory=dict)  # of the last step
     ranks_compared: bool = False  # once, and again after groups or a checkpoint have changed
     used_closure: bool = False
-    warned: bool = False
     needs_closure: bool = False
+    copies_checked: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, kind: str, text: str) -> None:
+        """Warn once of each kind."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(text, stacklevel=4)
 
 
 def _of_inner(name: str, doc: str) -> Any:
@@ -127,6 +136,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         score: ``"rgp"``, or a callable from `ScoreInputs` to a tensor of scores, the highest of
             which are updated: ``lambda s: (s.adversarial * s.weight).abs()``.
         backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
+        reviser: A `ConsistencyReviser` of the model that is optimized. ``step()`` calls its update,
+            and checkpoints carry it; skipped steps do not count. ``opt.reviser`` may be assigned,
+            say when natural training ends.
         process_group: With ``torch.distributed``: the processes that train this model together.
             None: all of them. Each must score and step alike.
 
@@ -159,7 +171,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         score: Literal["rgp"] | Callable[[ScoreInputs], Tensor] = "rgp",
         backend: Backend = "auto",
         process_group: torch.distributed.ProcessGroup | None = None,
+        reviser: ConsistencyReviser | None = None,
+        **options: Any,
     ) -> None:
+        inner = _check_inner(optimizer, options)
         if not callable(score):
             check.choice("score", score, ("rgp",), "Or pass a callable from ScoreInputs to scores.")
         check.choice("scope", scope, SCOPES)
@@ -167,7 +182,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         check.choice("backend", backend, BACKENDS)
         hint = "Conserving 30 % is update_fraction=0.7."
         holder = _Holder(
-            inner=_check_inner(optimizer),
+            inner=inner,
             defaults={
                 "rgp_update_fraction": check.fraction("update_fraction", update_fraction, hint),
                 "rgp_alpha": check.fraction("alpha", alpha),
@@ -178,17 +193,23 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             score=score,
             backend=backend,
             ranks=Ranks(process_group),
-            needs_closure=_needs_closure(optimizer),
+            needs_closure=_needs_closure(inner),
         )
-        for group in holder.inner.param_groups:
-            _check_group({**holder.defaults, **group})
+        for group in inner.param_groups:
+            _check_group(holder.defaults | group)
+        _check_memory(self._parameters(inner))
+        _check_reviser(reviser, self._parameters(inner))
+        for hook in inner._optimizer_step_pre_hooks.values():
+            if isinstance(hook, _Guard):  # of an earlier wrapper, whose settings are not the user's
+                hook.forget(inner.param_groups)
         self.__setstate__({"_holder": holder})
         self._complete_groups()
+        self.reviser = reviser
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up hook tables and the guard; so for copies and pickles too."""
         super().__setstate__(state)
-        _guard(self._holder)
+        self.inner.register_step_pre_hook(_Guard(self._holder))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the contents of a copy: not the ``step`` that schedulers put on an instance."""
@@ -206,14 +227,6 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         inner = self.__dict__["_holder"].inner if "_holder" in self.__dict__ else None
         if name.startswith("_") or "step" in name or not callable(getattr(inner, name, None)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name == "eval" and not self._holder.warned:
-            self._holder.warned = True
-            warnings.warn(
-                f"{type(inner).__name__}.eval() moves every weight that a step has updated, and "
-                "with weight decay or conserve='update' the others too. train() brings them back "
-                "up to rounding, not to the same bits.",
-                stacklevel=2,
-            )
         return getattr(inner, name)
 
     # The inner optimizer owns these; assigning here assigns there.
@@ -234,6 +247,26 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
     process_group = property(lambda self: self._holder.ranks.group, doc="``process_group``, fixed.")
 
+    @property
+    def reviser(self) -> ConsistencyReviser | None:
+        """The reviser that ``step()`` updates; may be assigned, None to take it off."""
+        return self._holder.reviser
+
+    @reviser.setter
+    def reviser(self, reviser: ConsistencyReviser | None) -> None:
+        holder = self._holder
+        _check_reviser(reviser, self._parameters())
+        if holder.reviser is not None and holder.reviser._joined is holder:
+            holder.reviser._joined = None
+        holder.reviser = reviser
+        if reviser is not None:
+            reviser._joined = holder  # and no other's: two optimizers would count a step twice
+
+    @property
+    def scoring(self) -> bool:
+        """Whether a pass that takes the scores runs, for hooks that should leave it out."""
+        return bool(self._holder.scores.thread)
+
     def _complete_groups(self) -> None:
         """Give each param group the ``rgp_*`` settings it lacks."""
         for group in self.param_groups:
@@ -250,16 +283,23 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             several = [params] if isinstance(params, Tensor) else params
             plain = [each[1] if isinstance(each, tuple) else each for each in several]
             _check_group({**self._holder.defaults, **param_group, "params": plain})
+            _check_memory([*self._parameters(), *plain])
         self._holder.inner.add_param_group(param_group)
         self._holder.ranks_compared = False
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's checkpoint, with the ``rgp_*`` settings in its groups."""
+        """Return the inner optimizer's checkpoint, with the ``rgp_*`` settings in its groups.
+
+        The state of a joined reviser is in it, as ``"rgp_reviser"``. Tools that keep only ``state``
+        and ``param_groups`` (torch.distributed.checkpoint) lose it: save ``reviser.state_dict()``.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self._complete_groups()
         state_dict = self._holder.inner.state_dict()
+        if self.reviser is not None:
+            state_dict = {**state_dict, REVISER: self.reviser.state_dict()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -269,7 +309,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Load a checkpoint of this wrapper, or of the plain inner optimizer.
 
         ``rgp_*`` settings in the checkpoint replace those of the groups, as torch does with ``lr``;
-        settings that it lacks stay.
+        settings that it lacks stay. A joined reviser is loaded, too, if the checkpoint has one.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -279,7 +319,18 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         ours = [{name: g[name] for name in self._holder.defaults} for g in self.param_groups]
         for group in state_dict.get("param_groups", ()):  # other formats are the inner one's
             Settings.of({**self._holder.defaults, **group})
+        copied = state_dict.pop(REVISER, None)
+        if self.reviser is not None and copied is not None:
+            self.reviser._check_state(copied)
         self._holder.inner.load_state_dict(state_dict)
+        if self.reviser is not None and copied is not None:
+            self.reviser.load_state_dict(copied)
+        elif self.reviser is not None and self.state:
+            text = (
+                "The checkpoint has no averaged copy: the reviser stays as it is. Load it with "
+                "`reviser.load_state_dict` if it was saved apart."
+            )
+            self._holder.warn("copy", text)
         for group, before in zip(self.param_groups, ours, strict=True):
             for name, value in before.items():
                 group.setdefault(name, value)
@@ -289,7 +340,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and scores. Scores of a loss whose backward pass comes later stay."""
-        self._holder.scores.taken.clear()
+        self._holder.scores.clear()
         options = {} if set_to_none else {"set_to_none": False}  # older ones have no options
         self._holder.inner.zero_grad(**options)
 
@@ -320,8 +371,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             TypeError: a loss is not a tensor.
             ValueError: a loss is not a scalar or carries no graph; both scored losses are None.
             RuntimeError: in the backward pass: a loss depends on no selected parameter;
-                activations are checkpointed with ``use_reentrant=True``; FSDP2 holds gradients
-                that are not reduced.
+                a graph cannot run several times, as with ``use_reentrant=True`` (looked at in the
+                first pass; under torch.distributed in each); FSDP2 holds unreduced gradients.
         """
         if not torch.is_grad_enabled():
             return loss
@@ -332,22 +383,46 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if not given:
             hint = "Pass the cross-entropies that score the weights."
             refuse("natural", "be given, or `adversarial`", "None", hint)
-        ranked = [each for each in self._selected().values() if each.update_fraction > 0.0]
+        selected = self._selected()
+        if not any(p.requires_grad for p in selected):
+            self._refuse_unselected()
+        ranked = [each for each in selected.values() if each.update_fraction > 0.0]
         always = bool(ranked) and self._holder.score != "rgp"
         factors = {
             "natural": [s.alpha for s in ranked],
             "adversarial": [1 - s.alpha for s in ranked],
         }
         wanted = {role: each for role, each in given.items() if always or any(factors[role])}
+        for role, each in wanted.items():
+            if each.dtype == torch.float16 != loss.dtype:
+                hint = f"Compute the cross-entropy of `logits.float()`, or pass {role}.float()."
+                refuse(role, f"be {loss.dtype} as `loss`: a loss scale overflows", each.dtype, hint)
         if not wanted:
             return loss
         return cast(Tensor, Scored.apply(loss, self._take, wanted))  # type: ignore[no-untyped-call]
 
-    def _take(self, losses: dict[str, Tensor], grad: Tensor) -> None:
-        """Take the scores, within the backward pass."""
+    def _take(self, losses: dict[str, Tensor], grad: Tensor, node: Any) -> Tensor:
+        """Take the scores, within the backward pass; see `Scores.take`."""
         ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
         params = [p for p in ranked if p.requires_grad]
-        self._holder.scores.take(losses, params, grad)
+        return self._holder.scores.take(losses, params, grad, node, self._holder.ranks)
+
+    def _refuse_unselected(self) -> None:
+        """Refuse groups in which weights should be selected, and none can be."""
+        for group in self.param_groups:
+            settings = Settings.of({**self._holder.defaults, **group})
+            chosen = settings.update_fraction == 1.0 or settings.select is False
+            taken_out = not self._parameters()  # by ZeRO 3, which puts them back for its step
+            if (group["params"] or taken_out) and not chosen:
+                shapes = _listed([str(tuple(p.shape)) for p in group["params"]])
+                refuse(
+                    "param_groups",
+                    "have a trainable parameter with two or more dimensions to select in",
+                    "empty groups" if taken_out else f"shapes {shapes}, or frozen ones",
+                    "Engines that flatten or copy the parameters (DeepSpeed's ZeRO and bf16) leave "
+                    "none: use DistributedDataParallel or FSDP2's `fully_shard`. To update all "
+                    "weights on purpose set `update_fraction` to 1.",
+                )
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -376,23 +451,36 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             holder.used_closure = True
         elif holder.needs_closure:
             refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
-        masks = self._select()
-        params, marks = list(masks), list(masks.values())
+        if holder.reviser is not None and _capturing(self._parameters()):
+            hint = "Set `opt.reviser = None`, and call `reviser.update()` after each replay."
+            refuse("reviser", "be None in a CUDA graph", "a reviser", hint, RuntimeError)
+        masks, steps = self._select()
+        mask_gradients, save = holder.conserve != "update", holder.conserve != "gradients"
         with torch.no_grad():
-            _own_gradients(params, self._parameters())
-            weights = [local(p) if holder.conserve != "gradients" else None for p in params]
-            gradients = [local(p.grad) if holder.conserve != "update" else None for p in params]
-            saved = functional.zero_and_save_(marks, gradients, weights, backend=holder.backend)
+            _own_gradients(list(masks), self._parameters())
+            if save:
+                _check_restorable(masks, holder.backend)
+            rows = [
+                (mask, local(p.grad) if mask_gradients else None, local(p) if save else None)
+                for p, mask in masks.items()
+            ]
+            saved = functional.zero_and_save_(rows, backend=holder.backend)
             holder.masks = masks
-            holder.scores.taken.clear()  # used up: the guard lets the inner step pass
+            holder.scores.clear()  # used up: the guard lets the inner step pass
             try:
                 arguments = [] if evaluated is None else [evaluated]
                 result = holder.inner.step(*arguments)
+                if save and masks and not holder.copies_checked:
+                    self._warn_of_copies(masks)
             finally:  # also where the inner step stops half-way
                 if evaluated is not None:
                     evaluated.undo()
-                now = [local(p) for p in params]  # it may have given them new memory
-                functional.restore_(marks, now, saved, backend=holder.backend)
+                if save:  # the inner step may have given weights new memory
+                    weights = map(local, masks)
+                    rows = [*zip(masks.values(), weights, saved, strict=True)]
+                    functional.restore_(rows, backend=holder.backend)
+        if steps and holder.reviser is not None and holder.reviser._joined is holder:
+            holder.reviser._update()
         return result if evaluated is None else evaluated.loss
 
     def masks(self) -> dict[Tensor, Tensor]:
@@ -403,16 +491,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """
         return dict(self._holder.masks)
 
-    def _select(self) -> dict[Tensor, Tensor]:
-        """Return the masks of this step, by parameter."""
+    def _select(self) -> tuple[dict[Tensor, Tensor], bool]:
+        """Return the masks of this step, by parameter, and whether it counts as one."""
         holder, params = self._holder, self._parameters()
         self._complete_groups()
         selected = {p: each for p, each in self._selected().items() if p.grad is not None}
         for p in selected:
             if p.grad is not None and p.grad.layout != torch.strided:
                 refuse_sparse(f"gradient of {_name(self.param_groups, p)}", p.grad)
-        if holder.scores.running and (holder.scores.taking or len(params) > 1):
-            raise RuntimeError(
+        if holder.scores.running and (holder.scores.thread or len(params) > 1):
+            raise Refused(
                 "step() was called within the backward pass, where other parameters may wait for "
                 "their gradient. Call it after `loss.backward()`, or wrap one optimizer per "
                 "parameter."
@@ -430,12 +518,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             if any(group.get("lr") != 0 for group in self.param_groups):
                 raise
             dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
-            return {p: _empty_mask(p) for p in dense}  # all of them: Rprop moves at a rate of 0
-        masks |= {p: _empty_mask(p) for p in selected if p not in masks}
+            return {p: _empty_mask(p) for p in dense}, False  # all: Rprop moves at a rate of 0
+        masks |= {p: _empty_mask(p) for p in selected if p not in ranked}
         if not holder.ranks_compared and holder.ranks.size > 1:
             self._compare_ranks(masks)
             holder.ranks_compared = True
-        return masks
+        return masks, True
 
     def _selected(self) -> dict[Tensor, Settings]:
         """Return the parameters in which some weights are conserved, with their settings."""
@@ -448,64 +536,83 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def _score_and_mask(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
-        holder, params = self._holder, list(selected)
-        fractions = [each.update_fraction for each in selected.values()]
-        pools = list(range(len(params)))
-        if holder.scope == "global":  # groups with different fractions cannot share a threshold
-            pools = [fractions.index(fraction) for fraction in fractions]
-        scores = holder.scores
-        scores.average(holder.ranks, params)
-        if holder.score == "rgp" and not any(is_sharded(p) for p in params):
-            alphas = [each.alpha for each in selected.values()]
-            pairs = map(scores.pair, params, alphas)
-            columns = *zip(*pairs, strict=True), alphas, fractions, pools
-            found = functional.select(*columns, backend=holder.backend)
-            return dict(zip(params, found, strict=True))
+        holder, scores = self._holder, self._holder.scores
+        if holder.ranks.size > 1:
+            if not holder.ranks_compared:
+                holder.ranks.find_models()
+                self._compare_ranks({})
+            holder.ranks.refuse_join()
+        scores.average(holder.ranks, list(selected))
+        params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
+        if len(params) < len(selected):
+            names = [_name(self.param_groups, p) for p in selected.keys() - set(params)]
+            text = (
+                f"No scored loss depends on {_listed(names)}, but the training loss does: all of "
+                "it is updated. If that is meant, set 'rgp_select': False for its group."
+            )
+            holder.warn("unreached", text)
+            selected = {p: selected[p] for p in params}
+        direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
+        # Under the global scope groups with different fractions cannot share a threshold.
+        shared = holder.scope == "global"
+        pools = [s.update_fraction if shared else i for i, s in enumerate(selected.values())]
         masks: dict[Tensor, Tensor] = {}
-        for indices in _batches(params, pools):
-            part = [params[i] for i in indices]
-            whole = [
-                distributed.whole(scores.score(p, selected[p].alpha, holder.score), p) for p in part
-            ]
-            columns = whole, [fractions[i] for i in indices], [pools[i] for i in indices]
-            found = functional.select_scores(*columns, backend=holder.backend)
+        for indices in [range(len(params))] if direct else by_pool(pools):  # gathered by pool
+            part, entries = [params[i] for i in indices], []
+            for i, p in zip(indices, part, strict=True):
+                alpha, last = selected[p].alpha, (selected[p].update_fraction, pools[i])
+                if direct:
+                    entries.append(Entry(*scores.pair(p, alpha), alpha, *last))
+                else:
+                    whole = distributed.whole(scores.score(p, alpha, holder.score), p)
+                    entries.append(Entry(whole, None, None, *last))
+            found = functional.select(entries, backend=holder.backend)
             masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
         return masks
 
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
-        """Raise if replicas differ in weights, gradients or masks."""
-        held: dict[str, Tensor | None] = {}
-        for p in self._parameters():
-            if not is_sharded(p):
-                name = _name(self.param_groups, p)
-                held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
-                held[f"the mask of {name}"] = masks.get(p)
+        """Raise if replicas differ: in their parameters before anything is averaged, in the rest.
+
+        Comparing more would fail where the parameters differ.
+        """
+        plain = [p for p in self._parameters() if not is_sharded(p)]
+        shapes = repr([(tuple(p.shape), p.dtype) for p in plain]).encode()
+        device = local(self._parameters()[0]).device
+        held: dict[str, Tensor | None] = {
+            "their parameters": torch.tensor(list(shapes), dtype=torch.uint8, device=device)
+        }
+        for p in plain if masks else ():
+            name = _name(self.param_groups, p)
+            held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
+            held[f"the mask of {name}"] = masks.get(p)
         if differing := self._holder.ranks.differing(held):
-            shown = ", ".join(differing[:4]) + ", ..." * (len(differing) > 4)
             raise RuntimeError(
-                f"step(): the ranks differ in {shown}. Nothing was changed. Weights differ if the "
-                "ranks start or load differently. A gradient differs if it was not reduced: the "
-                "model was not called through DistributedDataParallel, or another loss had its "
-                "backward pass first. Masks differ if a score rule draws at random. Models that "
-                "train apart need a `process_group` each."
+                f"step(): the ranks differ in {_listed(differing)}. Nothing was changed. Each rank "
+                "must hold the whole model: shard it with FSDP2's `fully_shard`, not with "
+                "ZeroRedundancyOptimizer around the wrapper. Weights differ if the ranks start or "
+                "load differently. A gradient differs if it was not reduced: the model was not "
+                "called through DistributedDataParallel, or another loss had its backward pass "
+                "first. Masks differ if a score rule draws at random. Models that train apart need "
+                "a `process_group` each."
             )
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _warn_of_copies(self, params: Iterable[Tensor]) -> None:
+        """Warn of weights that the inner optimizer keeps twice; looks once, and waits for it."""
+        self._holder.copies_checked = True
+        for p in [p for p in params if isinstance(self.state.get(p), dict) and not p.is_meta]:
+            for key, copy in self.state[p].items():
+                if isinstance(copy, Tensor) and copy.shape == p.shape and not copy.is_sparse:
+                    copy, weight = local(copy).to(p.dtype), local(p)
+                    if torch.equal(copy, weight) and weight.any():
+                        text = (
+                            f"{type(self.inner).__name__} keeps a copy of the weights in its state "
+                            f"({key!r}) that knows nothing of the selection: what a conserved "
+                            "weight is spared arrives later, with its next update or in eval()."
+                        )
+                        return self._holder.warn("copies", text)
 
-
-def _batches(params: Sequence[Tensor], pools: Sequence[int]) -> Iterator[list[int]]:
-    """Yield positions of whole pools, about `GATHER_LIMIT` weights at a time."""
-    batch: list[int] = []
-    size = 0
-    for indices in by_pool(pools):
-        batch += indices
-        size += sum(params[i].numel() for i in indices)
-        if size >= GATHER_LIMIT:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    def _parameters(self, inner: torch.optim.Optimizer | None = None) -> list[Tensor]:
+        return [p for group in (inner or self).param_groups for p in group["params"]]
 
 
 def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
@@ -518,15 +625,18 @@ def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
     return "a parameter"
 
 
-def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
+def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
     """Return the optimizer if it can be wrapped."""
     kind = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
-    rule, hint = "", ""
+    rule = ""
+    hint = "Write RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.1)."
     if isinstance(optimizer, type):
         rule, kind = "be an instance, not a class", f"the class {kind}"
         hint = f"Write RGPSelectiveOptimizer({optimizer.__name__}(model.parameters(), ...))."
     elif not isinstance(optimizer, torch.optim.Optimizer):
-        rule = "be a torch.optim.Optimizer"
+        rule = "be an instance of torch.optim.Optimizer"
+    elif options:
+        rule, kind = "have its options itself", f"the options {', '.join(options)}"
     elif isinstance(optimizer, RGPSelectiveOptimizer):
         rule = "not be wrapped already"
     elif not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # Accelerate's prepared one
@@ -537,12 +647,40 @@ def _check_inner(optimizer: Any) -> torch.optim.Optimizer:
     elif isinstance(optimizer, torch.optim.LBFGS) or kind.endswith("Closure"):
         rule = "evaluate its closure once per step, before it changes weights"
         hint = "Use a first-order optimizer."
+    elif hasattr(optimizer, "fused_backward"):
+        rule = "step in step(), not in the backward pass"
+        hint = "Use the variant of the optimizer that has a step()."
+    elif hasattr(optimizer, "synchronize"):
+        rule = "leave averaging to torch.distributed, where the scores are averaged too"
+        hint = "Use DistributedDataParallel, with the optimizer that this one wraps."
     elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         rule = "take one gradient per step"
         hint = SAM_HINT
     if rule:
         refuse("optimizer", rule, kind, hint, TypeError)
     return cast(torch.optim.Optimizer, optimizer)
+
+
+def _check_reviser(reviser: Any, params: Sequence[Tensor]) -> None:
+    """Refuse a reviser of another model."""
+    if reviser is None:
+        return
+    if not isinstance(reviser, ConsistencyReviser):
+        refuse("reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError)
+    if not set(params) & set(check.unwrapped(reviser._student).parameters()):
+        hint = "Make it of the model whose parameters the optimizer holds."
+        refuse("reviser", "average the model that is optimized", "no shared parameter", hint)
+
+
+def _check_memory(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that lie in the same memory: the mask of one would hold for the other."""
+    plain = [p for p in params if type(p) in (Tensor, nn.Parameter) and p.numel()]
+    starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: meta, XLA
+    for p in plain:
+        if starts[p.data_ptr()] > 1:
+            hint = "Tie weights by using one parameter twice, or give each memory of its own."
+            found = f"two parameters at one address, one of shape {tuple(p.shape)}"
+            refuse("optimizer", "have parameters with memory of their own", found, hint)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -555,19 +693,26 @@ def _check_group(group: dict[str, Any]) -> None:
         refuse("differentiable", "be False", True, hint)
 
 
-def _guard(holder: _Holder) -> None:
-    """Refuse a step of the inner optimizer that bypasses the wrapper while scores wait."""
-    reference = weakref.ref(holder)  # a dropped wrapper must not block its inner optimizer
+class _Guard:
+    """A step hook of the inner optimizer: refuses a step past the wrapper while scores wait."""
 
-    def hook(*_: Any) -> None:
-        held = reference()
+    def __init__(self, holder: _Holder) -> None:
+        self._holder = weakref.ref(holder)  # a dropped wrapper must not block its inner optimizer
+        self._defaults = holder.defaults
+
+    def __call__(self, *_: Any) -> None:
+        held = self._holder()
         if held is not None and held.scores.waiting:
-            raise RuntimeError(
+            raise Refused(
                 "The weights are scored, and the inner optimizer's step() was called: it would "
                 "update all of them. Call step() of the RGPSelectiveOptimizer around it."
             )
 
-    holder.inner.register_step_pre_hook(hook)
+    def forget(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Remove the settings that this wrapper gave to the groups."""
+        for group in groups:
+            for key in [k for k, value in self._defaults.items() if group.get(k) == value]:
+                del group[key]
 
 
 def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None:
@@ -578,6 +723,26 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
         gradient = cast(Tensor, p.grad)
         if starts[local(gradient).data_ptr()] > 1 or 0 in local(gradient).stride():
             p.grad = gradient.clone(memory_format=torch.contiguous_format)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+
+
+def _capturing(params: Sequence[Tensor]) -> bool:
+    return any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()
+
+
+def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
+    """Refuse subclasses whose values cannot be put back: put back none of them."""
+    odd = [w for w in map(local, masks) if type(w) not in (Tensor, nn.Parameter)]
+    try:
+        if rows := [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]:
+            functional.restore_(rows, backend=backend)
+    except Exception as error:
+        hint = "Set 'rgp_select': False for its group, or conserve='gradients'."
+        found = f"{type(odd[0]).__name__}, {type(error).__name__}: {error}"
+        refuse("conserve", "be able to put weights back", found, hint)
 
 
 def _empty_mask(p: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from rgp_optim import _checks as check
-from rgp_optim._checks import logits_of, modes_of, refuse, set_eval, switched, unwrapped
-from rgp_optim._distributed import initialised, local
+from rgp_optim._checks import logits_of, modes_of, refuse, set_modes, switched, unwrapped
+from rgp_optim._distributed import initialised, is_sharded, local
 from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]
 
 FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 100  # without an update
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm
+COUNTER = "num_batches_tracked"
 SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
 READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
 
@@ -29,18 +32,19 @@ class ConsistencyReviser:
     r"""Average the model's weights at random steps, and tie the model to the average.
 
     With probability ``rate`` per step, :math:`\theta_{rev} \leftarrow d\,\theta_{rev} + (1 -
-    d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``, and call
-    `update` after each step. CURE starts from a network trained on natural images; until the first
-    `update` the copy follows the model, so these weights may be loaded after the reviser is made.
+    d)\,\theta`. Train with ``loss + gamma * reviser(x, x_adv, logits, logits_adv)``. Give it to
+    ``RGPSelectiveOptimizer(..., reviser=reviser)``, whose ``step()`` calls `update` and whose
+    checkpoint carries it; on its own call ``update()`` after each step. CURE starts from a network
+    trained on natural images: load, move or convert it before the first `update`; until then the
+    copy follows. With FSDP2, ``fully_shard`` the model and ``reviser.model`` alike afterwards.
 
     d = 0.999 at rate 0.2 averages over 5,000 steps, 6.4 % of the published run. In a shorter run
     the copy would stay at its start and pull the model back: give ``horizon`` and ``total_steps``.
 
-    The copy runs in eval mode. Of its buffers, BatchNorm's ``running_mean`` and ``running_var`` are
-    averaged as the weights are; all others are copied with each update. Forward hooks are copied
-    with the model, as ``weight_norm`` and pruning need it: a hook that records activations runs for
-    the copy too, unless it is registered after the reviser is made. With FSDP2, make the reviser
-    first, then ``fully_shard`` the model and ``reviser.model`` alike.
+    The copy runs in eval mode (an exported graph as it was exported). BatchNorm's ``running_mean``
+    and ``running_var`` are averaged as weights are, each rank's own; other buffers are copied with
+    each update, plain Python attributes never. Forward hooks are copied, as ``weight_norm`` and
+    pruning need it: register one that records activations after the reviser is made.
 
     Args:
         model: The model that is trained; copied now, on its device, and read by `update`.
@@ -49,13 +53,13 @@ class ConsistencyReviser:
         horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
             ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
-        seed: Of the draws, >= 0. A draw depends on the seed and the step alone: it is the same in
-            every process, and leaves torch's generators as they are.
-        revised: A ready copy of the model, where ``copy.deepcopy`` cannot make one.
+        seed: Seed for the update draws, >= 0. A draw depends on seed and step alone: it is the same
+            in every process and leaves torch's generators unchanged.
+        revised: A ready copy, where ``copy.deepcopy`` fails or frozen parts should be shared.
 
     Attributes:
         model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
-            float32 internally. After the first `update`, weights loaded into it are averaged on.
+            float32 internally. After the first `update` it may be loaded, moved or converted.
         decay, rate: May be assigned.
         steps: Number of calls of `update`.
 
@@ -86,18 +90,18 @@ class ConsistencyReviser:
         self._student = model
         self._masters: dict[str, Tensor] = {}
         self._calls = 0  # since the last update
-        self._checked = self._reminded = False
+        self._joined: Any = None  # what calls `_update`: an optimizer's state
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
-        name = "model" if revised is None else "revised"
-        student, ours = _tensors(unwrapped(model)), _tensors(self.model)
-        _check_same(ours, student, name)
-        taken = {_storage(tensor) for tensor in student.values()} - {0}
-        for key, tensor in ours.items():
+        name, theirs = "model" if revised is None else "revised", _tensors(model)
+        self._check_copy(theirs, name, sharing=revised is not None)
+        self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
+        for tensor in self._own().values():
             tensor.grad = None
-            if _storage(tensor) in taken:
-                refuse(name, "be copied without shared storage", key)
-        set_eval(self.model.requires_grad_(False))
+        for p in self.model.parameters():  # a script has no `requires_grad_` of its own
+            p.requires_grad_(False)
+        with switched(model, {}):  # shared parts keep their mode
+            set_modes(dict.fromkeys(modes_of(self.model), False))
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
@@ -114,61 +118,76 @@ class ConsistencyReviser:
         if self.steps == 0:
             self._move(1.0)
         self._warn()
-        set_eval(self.model)  # a trainer may have switched it
-        with torch.no_grad():  # one by one: BatchNorm without running statistics would mix them
-            revised, revised_adv = (logits_of(self.model, batch, hint) for batch in (x, x_adv))
+        with switched(self.model), torch.no_grad():  # a trainer may have switched it
+            # One by one: BatchNorm without running statistics would mix them.
+            revised, revised_adv = (logits_of(self.model, t.clone(), hint) for t in (x, x_adv))
         return consistency_loss(revised, revised_adv, logits, logits_adv)
 
     def update(self) -> bool:
         """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Call it once per step. A model whose parameters or buffers are no longer those of the copy
-        raises a ValueError, and nothing is changed.
+        Call it once per step, or leave it to the optimizer that was given the reviser. A model
+        whose parameters or buffers are not those of the copy raises a ValueError, nothing changed.
         """
+        if self._joined:
+            hint = "`update()` is called by the optimizer's `step()`: remove this call."
+            refuse("update()", "be left to the optimizer", "a call by hand", hint, RuntimeError)
+        return self._update()
+
+    def _update(self) -> bool:
         rate, decay = check.fraction("rate", self.rate), _check_decay("decay", self.decay)
         moves = random.Random(f"{self._seed} {self.steps}").random() < rate
-        if self.steps == 0:
-            self._move(1.0)
-        elif moves:
-            self._move(1.0 - decay)
+        if moves or self.steps == 0:
+            self._move(1.0 - decay if self.steps else 1.0)
         self.steps += 1
         self._calls = 0
         return moves
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the copy and its draws: tensors and plain numbers."""
-        return {
-            "model": {name: tensor.detach() for name, tensor in _tensors(self.model).items()},
-            "masters": dict(self._float32()),
-            "steps": self.steps,
-            "decay": self.decay,
-            "seed": self._seed,
-        }
+        if self.steps == 0:
+            self._move(1.0)
+        tensors = {name: tensor.detach() for name, tensor in self._own().items()}
+        numbers = {"steps": self.steps, "rate": self.rate, "decay": self.decay, "seed": self._seed}
+        return {"model": tensors, "masters": dict(self._float32()), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
+        ours = self._check_state(state_dict)
+        with torch.no_grad():
+            for part in ("model", "masters"):
+                for name, tensor in ours[part].items():
+                    tensor.copy_(state_dict[part][name])
+        keys = ("rate", "decay", "steps", "seed")
+        self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in keys)
+
+    def _check_state(self, state_dict: Any) -> dict[str, Any]:
+        """Refuse a checkpoint that does not fit; return the present state, nothing changed."""
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
             hint = "Pass what `ConsistencyReviser.state_dict()` returned."
             refuse("state_dict", f"have {', '.join(ours)}", type(state_dict).__name__, hint)
         for part in ("model", "masters"):
             _check_same(ours[part], state_dict[part], "state_dict")
-        decay = _check_decay("state_dict['decay']", state_dict["decay"])
-        steps, seed = (check.count(f"state_dict['{k}']", state_dict[k]) for k in ("steps", "seed"))
-        with torch.no_grad():
-            for part in ("model", "masters"):
-                for name, tensor in ours[part].items():
-                    tensor.copy_(state_dict[part][name])
-        self.decay, self.steps, self._seed = decay, steps, seed
+        check.fraction("state_dict['rate']", state_dict["rate"])
+        _check_decay("state_dict['decay']", state_dict["decay"])
+        for key in ("steps", "seed"):
+            check.count(f"state_dict['{key}']", state_dict[key])
+        return ours
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _move(self, weight: float) -> None:
         """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student = unwrapped(self._student)
-        with switched(self.model, modes_of(student)):  # merged weights differ from unmerged ones
-            theirs, ours = _tensors(student), _tensors(self.model)
-            _check_same(ours, theirs, "model")
-            masters = self._float32()
+        student, copied = (_named(each, "modules") for each in (self._student, self.model))
+        moded = [n for n, m in student.items() if n in copied and hasattr(m, "training")]
+        modes = {copied[name]: student[name].training for name in moded}
+        with switched(self.model, modes):  # merged weights differ from unmerged ones
+            theirs = _tensors(self._student)
+            if self.steps == 0:
+                self._follow(theirs, copied)
+            self._check_copy(theirs, "model")
+            masters, ours = self._float32(), self._own()
             averaged = _averaged(self.model) if weight < 1.0 else set()
             starts, ends = list[Tensor](), list[Tensor]()
             for name, tensor in ours.items():
@@ -183,6 +202,34 @@ class ConsistencyReviser:
             for name, master in masters.items():
                 local(ours[name]).copy_(local(master))
 
+    def _follow(self, theirs: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+        """Give the copy the devices, dtypes and shapes that the model has been given since."""
+        ours = _tensors(self.model)
+        for name, tensor in theirs.items():
+            path, _, last = name.rpartition(".")
+            copied = ours.get(name, tensor)
+            if name not in ours and path in modules and last in modules[path]._buffers:
+                setattr(modules[path], last, tensor.clone())  # None until the first forward pass
+            elif _layout(copied) != _layout(tensor) and not any(map(is_sharded, (copied, tensor))):
+                copied.data = torch.empty_like(tensor)
+
+    def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
+        """Refuse a copy that does not match, or shares more than frozen parts of `revised`."""
+        ours = _tensors(self.model)
+        _check_same(ours, theirs, name)
+        taken = {_storage(tensor) for tensor in theirs.values()} - {0}
+        for key, tensor in ours.items():
+            frozen = sharing and tensor is theirs[key] and not tensor.requires_grad
+            if not frozen and _storage(tensor) in taken:
+                hint = "Only frozen parts may be shared, in a copy passed as `revised=`."
+                refuse(name, "be copied without shared storage", key, hint)
+
+    def _own(self) -> dict[str, Tensor]:
+        """Return the copy's tensors, without those that it shares with the model."""
+        shared = {id(tensor) for tensor in (*self._student.parameters(), *self._student.buffers())}
+        return {name: t for name, t in _tensors(self.model).items() if id(t) not in shared}
+
+    @torch.inference_mode(False)  # what is made here outlives a validation loop's mode
     @torch.no_grad()
     def _float32(self) -> dict[str, Tensor]:
         """Return the float32 averages of half-precision tensors, made when first needed.
@@ -191,10 +238,10 @@ class ConsistencyReviser:
         """
         masters, averaged = self._masters, _averaged(self.model)
         self._masters = {}
-        for name, tensor in _tensors(self.model).items():
+        for name, tensor in self._own().items():
             if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
                 master = masters.get(name)
-                if master is None or _layout(master) != _layout(tensor):
+                if master is None or _layout(master)[:3] != _layout(tensor)[:3]:
                     master = tensor.detach().float()
                 average, rounded = local(master), local(tensor)
                 same = average.to(rounded.dtype) == rounded
@@ -203,24 +250,25 @@ class ConsistencyReviser:
         return self._masters
 
     def _warn(self) -> None:
-        """Warn once of statistics that are not filled, and once of a forgotten `update`."""
+        """Warn once of statistics that are not filled, and of a forgotten `update`."""
         self._calls += 1
-        if self._calls == MANY_CALLS and not self._reminded:
-            self._reminded = True
+        if self._calls == MANY_CALLS:
             text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
             warnings.warn(text, UserWarning, stacklevel=3)
-        if not self._checked:  # at the first call only: on a GPU reading a buffer synchronises
-            self._checked = True
-            counts = [b for n, b in self.model.named_buffers() if n.endswith("num_batches_tracked")]
-            fewest = min((int(local(count)) for count in counts), default=FEW_BATCHES)
+        if self._uncounted is not None:  # at the first call: on a GPU reading buffers synchronises
+            tensors = _tensors(self.model)
+            skipped = self._uncounted | _uncounted(tensors)
+            counters = {n for n in tensors if n.endswith(COUNTER)} - skipped
+            self._uncounted = None
+            fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
-                text = (
-                    f"BatchNorm's statistics come from {fewest} batches, and the averaged copy "
-                    "predicts with them: CURE starts from a network trained on natural images."
-                )
+                text = f"BatchNorm has seen {fewest} batches (< {FEW_BATCHES}): train on natural "
+                text += "images first, or the copy's targets are unreliable."
                 warnings.warn(text, UserWarning, stacklevel=3)
 
 
+@torch.inference_mode(False)  # tensors made in that mode could not be updated outside of it
+@torch.no_grad()  # the parameters of a script's copy would have a graph
 def _copy(model: nn.Module) -> nn.Module:
     """Return a deep copy, or name the attribute that refuses."""
     # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
@@ -231,21 +279,13 @@ def _copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        return copy.deepcopy(model, dict(derived))
+        return copy.deepcopy(model, derived)
     except Exception as error:
-        found = f"{_refusing(model, derived)}: {type(error).__name__}: {error}".splitlines()[0]
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        keys = [str(frame["key"]) for frame in frames if "key" in frame and "memo" in frame]
+        path = ".".join(key for key in keys if key not in ("_modules", "_parameters"))
+        found = f"{path or type(model).__name__}: {type(error).__name__}: {error}".splitlines()[0]
         refuse("model", "be copyable", found, SHARD if _sharded(model) else READY)
-
-
-def _refusing(model: nn.Module, memo: dict[int, Tensor]) -> str:
-    for path, module in model.named_modules():
-        for name, value in {**vars(module), **module._parameters}.items():
-            try:
-                if name not in ("_modules", "_parameters"):
-                    copy.deepcopy(value, dict(memo))
-            except Exception:
-                return f"{path}.{name}".lstrip(".")
-    return type(model).__name__
 
 
 def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
@@ -280,21 +320,32 @@ def _sharded(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def _named(model: nn.Module, *kinds: str) -> dict[str, Any]:
+    """Return modules, parameters, buffers by name, without the prefix that torch.compile gives."""
+    pairs = [pair for kind in kinds for pair in getattr(unwrapped(model), f"named_{kind}")()]
+    return {name.replace("_orig_mod.", ""): value for name, value in pairs}
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each tensor once."""
     for module in _sharded(model):
         module.reshard()  # after a forward pass, writes to gathered weights would be lost
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return _named(model, "parameters", "buffers")
 
 
 def _averaged(model: nn.Module) -> set[str]:
     """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    names = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
-    statistics = {"running_mean", "running_var"}
-    for path, module in model.named_modules():
-        if statistics <= module._buffers.keys():
-            names |= {f"{path}.{name}".lstrip(".") for name in statistics}
-    return names
+    buffers = _named(model, "buffers").items()
+    statistics = {name: b for name, b in buffers if name.rpartition(".")[2] in STATISTICS}
+    tensors = {**_named(model, "parameters"), **statistics}.items()
+    return {name for name, t in tensors if t.is_floating_point() or t.is_complex()}
+
+
+def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the counters at 0 of filled statistics: these were loaded without their counter."""
+    counters = {n: n.removesuffix(COUNTER) + "running_mean" for n in tensors if n.endswith(COUNTER)}
+    means = {n: tensors[mean] for n, mean in counters.items() if mean in tensors}
+    return {n for n, mean in means.items() if _storage(mean) and mean.any() and not tensors[n]}
 
 
 def _storage(tensor: Tensor) -> int:
@@ -304,13 +355,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.shape, getattr(tensor, "placements", None)
+    return tensor.device, tensor.shape, getattr(tensor, "placements", None), tensor.dtype
 
 
 def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> None:
     """Refuse tensors whose names, shapes or shards are not those of the copy."""
     wrong = sorted(set(ours) ^ set(theirs)) or [
-        n for n, tensor in ours.items() if _layout(tensor)[1:] != _layout(theirs[n])[1:]
+        n for n, tensor in ours.items() if _layout(tensor)[1:3] != _layout(theirs[n])[1:3]
     ]
     if wrong:
         hint = "Make a new reviser for a changed model; shard `reviser.model` as the model."

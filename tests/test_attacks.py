@@ -133,6 +133,77 @@ def test_sure_images_move_in_float16_too(attack, kind, margin):
 
 
 @each_attack
+@pytest.mark.parametrize("kind", ["half", "autocast", "autocast, logits widened", "and scaled"])
+@pytest.mark.parametrize("margin", [18.0, 60.0])
+def test_sure_images_move_in_float16_beside_others(attack, kind, margin):
+    """A factor for the largest gradient of the batch alone would leave theirs at 0."""
+    linear, x = nn.Linear(3, 2), torch.full((2, 3), 0.5)
+    linear.weight.data = torch.tensor([[20.0, -20.0, 0.0], [-20.0, 20.0, 0.0]])
+    linear.weight.data[0, 2], linear.bias.data = 300.0, torch.tensor([-30.0, 0.0])
+    x[:, 2] = torch.tensor([0.1 + margin / 300, 0.1])
+    if kind == "half":
+        linear, x = linear.half(), x.half()
+    model = nn.Sequential(linear, Widen()) if "widened" in kind else linear
+    if kind == "and scaled":
+        model = nn.Sequential(linear, Scale())
+    with torch.autocast(DEVICE.type, torch.float16, enabled=kind != "half"):
+        x_adv = attack(model, x, eps=0.02, step_size=0.005, steps=10, generator=seeded(0))
+    assert ((x_adv - x)[:, :2].abs() > 0.018).all()
+
+
+class Scale(nn.Module):
+    """Leaves no logit that float16 could hold."""
+
+    def forward(self, logits):
+        return logits.float() / 1.1
+
+
+class Centred(nn.Module):
+    """Each row less the mean of the batch, to a power: samples depend on each other."""
+
+    def forward(self, x):
+        return (x - x.mean(0)).pow(3)
+
+
+class CentredGroups(Centred):
+    """Two groups of samples, which do not depend on each other."""
+
+    def forward(self, x):
+        return torch.cat([super(CentredGroups, self).forward(group) for group in x.chunk(2)])
+
+
+MIXING = [nn.BatchNorm1d(8, track_running_stats=False), Centred(), CentredGroups()]
+
+
+@pytest.mark.parametrize("mixing", MIXING)
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_may_depend_on_each_other(mixing, seed):
+    """Every pixel moves by the sign of the whole gradient, however unequal the rows' are."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), mixing, nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    model[3].weight.data *= torch.tensor([[300.0], [10.0], [1.0]])
+    x, y = torch.rand(8, 6, dtype=torch.float64), torch.arange(8) % 3
+    y[4:] = model(x)[4:].argmax(1)  # their gradients are small
+    t = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(t), y, reduction="sum"), t)
+    options = dict(eps=0.1, step_size=0.05, steps=1, random_start=False, bounds=None)
+    moved = pgd_attack(model, x, y, **options) - x
+    largest = gradient.unflatten(0, (2, 4)).abs().amax((1, 2))
+    sure = gradient.abs() > 1e-9 * largest.repeat_interleave(4)[:, None]
+    assert sure.sum() > 30
+    assert torch.equal(moved.sign()[sure], gradient.sign()[sure])
+
+
+@each_attack
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_images_move_beside_one_without_a_prediction(attack, dtype):
+    linear, x = nn.Linear(4, 3).to(dtype), torch.full((3, 4), 0.5, dtype=dtype)
+    x[1] = torch.finfo(dtype).max
+    x_adv = attack(linear, x, eps=0.1, step_size=0.05, steps=3, bounds=None)
+    assert ((x_adv - x).abs()[[0, 2]] > 0.04).any(1).all()
+
+
+@each_attack
 def test_gradients_that_overflow_leave_no_nan_in_an_image(attack):
     class Overflows(nn.Linear):
         def forward(self, x):
@@ -178,6 +249,14 @@ def test_the_model_is_left_as_it_was(attack, fails):
     assert torch.equal(x, X)
     assert not x.requires_grad
     assert x.grad is None
+
+
+class Scripted(nn.Sequential):
+    """The same weights each time, in layers that can be scripted."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 3))
 
 
 class Cached(nn.Linear):
@@ -264,6 +343,64 @@ def test_without_grad_mode_and_for_inputs_with_a_graph(attack):
     assert x.grad is None
 
 
+class InPlace(nn.Module):
+    """Normalises the images that it is given in place, past autograd in one of two ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.net, self.way = make_net(), way
+
+    def forward(self, x):
+        with torch.no_grad():
+            (x if self.way == "no_grad" else x.data).sub_(0.5).div_(0.25)
+        return self.net(x)
+
+
+@each_attack
+@pytest.mark.parametrize("way", ["no_grad", "data"])
+def test_a_model_may_write_into_its_input(attack, way):
+    """The ball is around the images that were passed, and these stay."""
+    model, x = InPlace(way), X.clone()
+    x_adv = attack(model, x, steps=3, eps=0.03, step_size=0.03, generator=0)
+    assert torch.equal(x, X)
+    assert 0.02 < (x_adv - X).abs().max() <= 0.03 + 1e-6
+    first = nn.BatchNorm2d(2, affine=False, eps=0).requires_grad_(False)
+    first.running_mean.fill_(0.5)
+    first.running_var.fill_(0.25**2)
+    plain = nn.Sequential(first, model.net)
+    assert (attack(plain, x, steps=3, eps=0.03, step_size=0.03, generator=0) == x_adv).all()
+
+
+def exported(net, x):
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    return torch.export.export(net.eval(), (x,), dynamic_shapes=sizes).module()
+
+
+DEPLOYED = {
+    "scripted": lambda net, x: torch.jit.script(net),
+    "frozen": lambda net, x: torch.jit.freeze(torch.jit.script(net.eval())),
+    "traced": lambda net, x: torch.jit.trace(net.eval(), x),
+    "exported": exported,
+}
+
+
+@each_attack
+@pytest.mark.parametrize("kind", DEPLOYED)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_deployed_models_are_attacked_as_the_original(attack, kind, whole):
+    """A frozen module has no mode, an exported one refuses to change it; the others switch."""
+    deployed = DEPLOYED[kind](Scripted().to(DEVICE), X)
+    model = deployed if whole else nn.Sequential(nn.Dropout(0.5), deployed, nn.Dropout(0.5))
+    before = [m.training for m in model.modules() if hasattr(m, "training")]
+    x_adv = attack(model, X, steps=2, generator=0)
+    torch.testing.assert_close(x_adv, attack(Scripted().to(DEVICE), X, steps=2, generator=0))
+    assert (x_adv - X).abs().max() > 0.005
+    if kind != "frozen":
+        assert [m.training for m in model.modules()] == before
+    assert whole or (model.training and model[0].training and model[2].training)
+
+
 def attack_then_train(rank):
     """Rank 1 of 2 keeps its statistics under attack; the ranks then still share gradients."""
     model = nn.parallel.DistributedDataParallel(make_net(), static_graph=True)
@@ -345,11 +482,11 @@ def read(*row):
     [
         ({"x": X.mul(255).byte()}, TypeError, "`x` should have a floating dtype.* x / 255"),
         ({"eps": 8}, ValueError, "`eps` should be at most 1.* write 8 / 255"),
-        ({"eps": -1}, ValueError, "`eps` should be finite and >= 0"),
+        ({"eps": -1}, ValueError, r"`eps` should be in \[0, inf\)"),
         ({"eps": 5, "bounds": (-2, 2)}, ValueError, "`eps` should be at most 4, the width of `bou"),
         ({"bounds": 1.0}, ValueError, "`bounds` should be .lowest, highest., or None"),
         ({"bounds": (1, 0)}, ValueError, "`bounds` should be .lowest, highest., or None"),
-        ({"step_size": 0}, ValueError, "`step_size` should be finite and > 0"),
+        ({"step_size": 0}, ValueError, r"`step_size` should be in \(0, inf\)"),
         ({"steps": 2.5}, TypeError, "`steps` should be an integer >= 0"),
         ({"generator": -1}, ValueError, "`generator` should be an integer"),
         ({"generator": "1"}, TypeError, "`generator` should be an integer"),

@@ -286,7 +286,7 @@ def test_warns_once_of_unfilled_statistics(count, warned, recwarn):
         reviser.update()
     texts = [str(w.message) for w in recwarn]
     assert len(texts) == warned
-    assert all(f"BatchNorm's statistics come from {count} batches" in t for t in texts)
+    assert all(f"BatchNorm has seen {count} batches (< 50): train on nat" in t for t in texts)
     assert all("natural images" in t for t in texts)
 
 
@@ -313,6 +313,281 @@ def test_forward_hooks():
     assert reviser(x, x, z, z) < 1e-6
     assert early == [model, reviser.model, reviser.model]
     assert late == [model]
+
+
+# Unusual modules.
+
+
+def plain_net():
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3)
+    layers[1].num_batches_tracked.fill_(1000)
+    return nn.Sequential(*layers)
+
+
+def exported(model):
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    return torch.export.export(model, (torch.rand(8, 4),), dynamic_shapes=sizes).module()
+
+
+UNUSUAL = {
+    "scripted": lambda net: torch.jit.script(net),
+    "a scripted part": lambda net: nn.Sequential(torch.jit.script(net), nn.Linear(3, 3)),
+    "traced": lambda net: torch.jit.trace(net, torch.rand(8, 4)),
+    "exported": exported,
+    "an exported part": lambda net: nn.Sequential(exported(net), nn.Linear(3, 3)),
+}
+
+
+def averages(reviser, model, x):
+    """No loss before the first update; then the copy moves by a quarter of the way."""
+    z = model(x)
+    assert reviser(x, x, z, z) < 1e-3
+    reviser.update()
+    start = snapshot(reviser.model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(4 * p.requires_grad)
+    reviser.update()
+    for old, p, q in zip(start, reviser.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, old + q.requires_grad)
+    return True
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # copy.deepcopy of a graph
+def test_scripted_traced_and_exported_models(kind):
+    model = UNUSUAL[kind](plain_net().eval())
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.75)
+    theirs = {p.data_ptr() for p in model.parameters()}
+    ours = list(reviser.model.parameters())
+    assert not any(p.data_ptr() in theirs or p.requires_grad or p.grad_fn for p in ours)
+    assert all(p.requires_grad for p in model.parameters())
+    assert averages(reviser, model, torch.rand(8, 4))
+    name = next(n for n, _ in model.named_buffers() if n.endswith("running_mean"))
+    for buffer in model.buffers():
+        buffer.add_(4)
+    before = {n: b.clone() for n, b in reviser.model.named_buffers()}
+    reviser.update()
+    after = dict(reviser.model.named_buffers())
+    assert torch.equal(after[name], before[name] + 1)
+    count = name.replace("running_mean", "num_batches_tracked")
+    assert torch.equal(after[count], before[count] + 4)
+
+
+def compile_block(model):
+    model[0] = torch.compile(model[0], backend="eager")
+
+
+COMPILED = {
+    "whole": lambda r: setattr(r, "model", torch.compile(r.model, backend="eager")),
+    "in place": lambda r: r.model.compile(backend="eager"),
+    "a block": lambda r: compile_block(r.model),
+    "parallel": lambda r: setattr(r, "model", nn.DataParallel(r.model)),
+    "the model's block": lambda r: compile_block(r._student),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_the_copy_may_be_compiled(kind):
+    """Its names are the same to the model and in a checkpoint."""
+    model = plain_net()
+    reviser, fresh = (ConsistencyReviser(model, rate=1.0, decay=0.75) for _ in range(2))
+    COMPILED[kind](reviser)
+    assert averages(reviser, model.eval(), torch.rand(8, 4))
+    fresh.load_state_dict(reviser.state_dict())
+    assert same(fresh.model, reviser.model)
+
+
+def test_a_ready_copy_may_be_compiled():
+    model = plain_net()
+    ready = torch.compile(copy.deepcopy(model), backend="eager")
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.75, revised=ready)
+    assert averages(reviser, model.eval(), torch.rand(8, 4))
+
+
+@pytest.mark.parametrize("parts", [(0,), (0, 1)], ids=["a layer", "with statistics"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ready_copy_may_share_frozen_parts(parts, dtype):
+    """They cost no memory twice, keep the model's mode, and are not the copy's to change."""
+    model, x = plain_net().to(dtype), torch.rand(8, 4).to(dtype)
+    for i in parts:
+        model[i].requires_grad_(False)
+    ready = copy.deepcopy(model, {id(model[i]): model[i] for i in parts})
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.75, revised=ready)
+    modes = [m.training for m in model.modules()]
+    assert all(modes)
+    assert averages(reviser, model.eval(), x)
+    reviser(x, x, *[model.train()(x)] * 2)
+    assert modes == [m.training for m in model.modules()]
+    state = reviser.state_dict()
+    shared = {f"{i}.{n}" for i in parts for n, _ in model[i].named_parameters()}
+    assert not shared & (state["model"].keys() | state["masters"].keys())
+    for again, twin in (
+        copy.deepcopy((model, reviser)),
+        pickle.loads(pickle.dumps((model, reviser))),
+    ):
+        assert all(twin.model[i] is again[i] for i in parts)
+        twin.load_state_dict(state)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"`model` .*without shared storage.*Only frozen parts"):
+        reviser.update()
+
+
+def test_weights_of_the_copy_that_are_assigned_to_the_model_are_refused():
+    """Averaged with itself, the copy would stand still."""
+    model = plain_net()
+    reviser = started(model, rate=1.0)
+    model.load_state_dict(reviser.model.state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"`model` .*without shared storage. Found `0.weight`"):
+        reviser.update()
+
+
+class Casts(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("part", "tied"), [("whole", 0), ("whole", 1), ("a layer", 0)])
+def test_a_model_that_is_converted_before_its_first_step(dtype, part, tied):
+    model = nn.Sequential(Casts(4, 4), Casts(4, 4))
+    if tied:
+        model[1].weight = model[0].weight
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.75)
+    (model if part == "whole" else model[0]).to(dtype)
+    assert averages(reviser, model, torch.rand(8, 4))
+    assert [p.dtype for p in reviser.model.parameters()] == [p.dtype for p in model.parameters()]
+    assert (reviser.model[0].weight is reviser.model[1].weight) == tied
+    reviser.model.float()  # from then on it is the user's to convert
+    reviser.update()
+    assert all(p.dtype == torch.float32 for p in reviser.model.parameters())
+
+
+def used(reviser, model, x):
+    z = model(x)
+    reviser(x, x, z, z)
+
+
+IN_INFERENCE_MODE = {
+    "a loss": used,
+    "state_dict": lambda reviser, model, x: reviser.state_dict(),
+    "load_state_dict": lambda reviser, model, x: reviser.load_state_dict(reviser.state_dict()),
+    "update": lambda reviser, model, x: reviser.update(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("action", IN_INFERENCE_MODE)
+@pytest.mark.parametrize("made", ["before", "before a conversion", "within"])
+def test_what_is_made_in_inference_mode_outlives_it(action, dtype, made):
+    model, x = plain_net().to(dtype).eval(), torch.rand(8, 4).to(dtype)
+    reviser = ConsistencyReviser(model, rate=1.0, decay=0.75)
+    if made == "before a conversion":
+        model, x = model.to(torch.float16), x.half()
+    with torch.inference_mode():
+        if made == "within":
+            reviser = ConsistencyReviser(model, rate=1.0, decay=0.75)
+        IN_INFERENCE_MODE[action](reviser, model, x)
+    assert averages(reviser, model, x) if reviser.steps == 0 else reviser.update()
+
+
+def test_averages_that_are_first_needed_in_inference_mode_outlive_it():
+    reviser = started(plain_net(), rate=1.0)
+    reviser.model.bfloat16()
+    with torch.inference_mode():
+        reviser.state_dict()
+    assert reviser.update()
+
+
+@pytest.mark.parametrize("loaded", ["before, then trained", "before", "after"])
+def test_statistics_whose_counter_was_not_saved_are_filled(loaded, recwarn):
+    warnings.simplefilter("always")
+    old, model, x = plain_net(), plain_net(), torch.rand(8, 4)
+    for _ in range(9):
+        old(torch.rand(32, 4))
+    state = {k: v for k, v in old.state_dict().items() if "num_batches" not in k}
+    model[1].num_batches_tracked.zero_()
+    reviser = ConsistencyReviser(model)
+    model.load_state_dict(state, strict=False)
+    if loaded != "after":
+        reviser = ConsistencyReviser(model)
+    model.train("trained" in loaded)
+    z, z_adv = model(x), model(x)
+    assert model[1].num_batches_tracked == 2 * ("trained" in loaded)
+    reviser(x, x, z, z_adv)
+    assert not recwarn
+
+
+class Observed(nn.Linear):
+    """Its buffers get their shape in the first forward pass: resized, assigned, or registered."""
+
+    def __init__(self, *sizes, kind="resized"):
+        super().__init__(*sizes)
+        self.kind = kind
+        self.register_buffer("low", None if kind == "registered" else torch.tensor([]))
+
+    def forward(self, x):
+        if self.low is None or self.low.numel() == 0:
+            self.low = self.low.resize_(4).zero_() if self.kind == "resized" else torch.zeros(4)
+        if self.training:
+            self.low.copy_(x.detach().amin(0))
+        return super().forward(x - self.low)
+
+
+@pytest.mark.parametrize("kind", ["resized", "assigned", "registered"])
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("first", ["loss", "update", "checkpoint"])
+def test_buffers_may_get_their_shape_after_the_copy_is_made(kind, bare, first):
+    pairs = []
+    for _ in range(2):
+        model = Observed(4, 3, kind=kind) if bare else nn.Sequential(Observed(4, 4, kind=kind))
+        pairs.append((model, ConsistencyReviser(model, rate=1.0, decay=0.75)))
+        model(torch.rand(8, 4))
+    (model, reviser), (_, again) = pairs
+    if first == "update":
+        with torch.inference_mode():
+            reviser.update()
+    if first == "checkpoint":
+        reviser.load_state_dict(again.state_dict())
+    assert averages(reviser, model, torch.rand(8, 4)) if first == "loss" else reviser.update()
+    assert all(map(torch.equal, reviser.model.buffers(), model.buffers()))
+    again.load_state_dict(reviser.state_dict())
+    assert same(again.model, reviser.model)
+
+
+def test_models_that_write_into_their_input():
+    class InPlace(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model, x, x_adv = InPlace(4, 3), torch.rand(2, 4), torch.rand(2, 4)
+    before = x.clone(), x_adv.clone()
+    z, z_adv = (model(each.clone()) for each in (x, x_adv))
+    assert ConsistencyReviser(model)(x, x_adv, z, z_adv) < 1e-6
+    assert torch.equal(x, before[0])
+    assert torch.equal(x_adv, before[1])
+
+
+# In an optimizer.
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_joined_reviser_is_updated_by_the_optimizer_alone(copied):
+    model = make_net()
+    reviser = ConsistencyReviser(model, rate=1.0)
+    reviser._joined = True
+    for each in (reviser, copied((model, reviser))[1]):
+        with pytest.raises(
+            RuntimeError, match=r"`update\(\)` .*called by the optimizer's `step\(\)`"
+        ):
+            each.update()
+        assert each.steps == 0
+        assert each._update()
+        assert each.steps == 1
+    reviser._joined = False
+    assert reviser.update()
 
 
 # Draws and decay.
@@ -419,7 +694,7 @@ def resumed(pair):
     """Through a file, into a reviser with other settings and another model."""
     model, reviser = pair
     again = make_net(seed=1, dtype=model.conv.weight.dtype)
-    twin = ConsistencyReviser(again, rate=0.4, decay=0.5, seed=6)
+    twin = ConsistencyReviser(again, rate=0.9, decay=0.5, seed=6)
     twin.load_state_dict(disk(reviser.state_dict()))
     again.load_state_dict(model.state_dict())
     return again, twin
@@ -457,6 +732,7 @@ def test_resumed_and_copied_revisers_go_on_bit_for_bit(copied, dtype):
         ({"masters": ...}, "`ConsistencyReviser.state_dict"),
         ({"model": dict(nn.Linear(1, 1).named_parameters())}, "the parameters and buffer"),
         ({"decay": 7.0}, "decay"),
+        ({"rate": 7.0}, "rate"),
         ({"steps": -1}, "steps"),
         ({"seed": -1}, "seed"),
     ],

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rgp_optim import functional
+from rgp_optim._reference import Entry
 
 Pair = tuple[Tensor, Tensor]
 ALPHA = 0.1
@@ -109,17 +110,19 @@ class Checks:
     def steps(self, dtype: torch.dtype) -> bool:
         """Mask, save and restore, as a step does."""
         g_nats, targets = zip(*self.layers(self.big, dtype), strict=True)
-        count = len(targets)
         wanted = self.masks([*zip(g_nats, targets, strict=True)], 0.5)
         g_advs = [b.clone() for b in targets]
         weights = [self.pair(b.numel(), dtype, 50 + i)[0] for i, b in enumerate(targets)]
         before = [w.clone() for w in weights]
-        settings = [ALPHA] * count, [0.5] * count, list(range(count))
-        chosen = functional.select(g_nats, targets, *settings, backend="triton")
-        saved = functional.zero_and_save_(chosen, targets, weights, backend="triton")
+        pairs = enumerate(zip(g_nats, targets, strict=True))
+        entries = [Entry(*pair, ALPHA, 0.5, i) for i, pair in pairs]
+        chosen = functional.select(entries, backend="triton")
+        rows = [*zip(chosen, targets, weights, strict=True)]
+        saved = functional.zero_and_save_(rows, backend="triton")
         for w in weights:
             w.mul_(1.5).add_(1.0)
-        functional.restore_(chosen, weights, saved, backend="triton")
+        rows = [*zip(chosen, weights, saved, strict=True)]
+        functional.restore_(rows, backend="triton")
         good = True
         for mask, target, g, w, old in zip(wanted, targets, g_advs, weights, before, strict=True):
             good &= torch.equal(target, torch.where(mask, g, 0.0))

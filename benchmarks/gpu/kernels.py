@@ -61,11 +61,11 @@ def apply(changes: dict[str, Any]) -> None:
 
 def a_step(case: selection.Case) -> None:
     """Select, zero and save, restore."""
-    count = len(case.g_advs)
-    settings = [selection.ALPHA] * count, [case.keep] * count, list(range(count))
-    masks = functional.select(case.g_nats, case.g_advs, *settings, backend="triton")
-    saved = functional.zero_and_save_(masks, case.g_advs, case.g_nats, backend="triton")
-    functional.restore_(masks, case.g_nats, saved, backend="triton")
+    masks = functional.select(case.entries(), backend="triton")
+    rows = [*zip(masks, case.g_advs, case.g_nats, strict=True)]
+    saved = functional.zero_and_save_(rows, backend="triton")
+    rows = [*zip(masks, case.g_nats, saved, strict=True)]
+    functional.restore_(rows, backend="triton")
 
 
 def kernel_times(case: selection.Case, calls: int) -> dict[str, float]:

@@ -2,76 +2,100 @@
 
     python benchmarks/robustness/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
 
-Reads the weights that `run.py` has left, and writes ``analysis.json`` and pictures beside
-the runs' JSON files.
+Reads the weights that `run.py` has left, writes ``analysis.json`` and pictures beside the runs'
+JSON files, and prints a table of what they show.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import summary
 import torch
 import trainer
 from analysis import blocks, corruptions, layers, smallest
-from analysis.figure import COLORS, draw_curves, save
+from analysis.figure import COLOR, Pair, band, heading, interval, place_labels, save, scatter
+from harness.report import versions, write_json
+from harness.training import columns, pgd20
 from methods import METHODS
-from report import versions, write_json
+from torch import Tensor, nn
 from trainer import PRESETS, Place, Preset, Trainer
-from training import columns, pgd20
 
 from rgp_optim import pgd_attack
 
-IMAGES = 256  # for what costs many passes
+IMAGES = 500  # of the test images
 PICTURES = ("at", "trades-pre", "cure-no-revision", "cure")  # whose perturbations are drawn
-ABOVE: dict[str, Any] = {"loc": "outside upper center", "ncols": 6, "frameon": False}
+RADII = [i / 8 for i in range(33)]  # in units of the training attack's
+LINES: dict[str, tuple[str, str, int, Pair]] = {  # axes, panels in a row, size
+    "corruptions": ("severity", "accuracy, %", 6, (15, 5)),
+    "smallest": ("radius of PGD-20, ε", "images still classified right, %", 1, (8, 4.3)),
+    "gradients": ("layer", "mean |gradient| per weight", 2, (12, 4.5)),
+    "updated": ("layer", "weights updated, %", 2, (12, 4.5)),
+}
 
 
-def collect(
-    methods: Sequence[str], seed: int, preset: Preset, place: Place, study: int
-) -> dict[str, Any]:
-    """Return everything that the figures show, as plain numbers."""
-    found: dict[str, Any] = {"preset": preset.data, "seed": seed, "methods": {}}
-    runs = summary.read(place.results)
-    for name in methods:
-        one = Trainer(name, seed, preset, place)
-        model = one.other(name).requires_grad_(True)
-        some = one.test[:IMAGES]
-        x, y = some.floats(), some.labels
-        generator = torch.Generator(x.device).manual_seed(seed)
-        x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
-        most = 4 * preset.eps
-        radius, _ = smallest.smallest_radius(model, x, y, most=most, seed=seed)
-        pairs = zip(x.split(64), x_adv.split(64), strict=True)
-        stages = [f"stages.{i}" for i in range(len(model.stages))]
-        found["methods"][name] = {
-            "title": METHODS[name].title,
-            "corruptions": corruptions.accuracies(model, x, y),
-            "smallest": {"most": most, "radii": sorted(radius.clamp(max=most).tolist())},
-            "cka": layers.cka(model, pairs, ["conv", *stages]),
-            "gradients": layers.gradient_sizes(model, x, x_adv, y),
-            "updated": layers.updated_early_and_late(runs[name][seed]["history"]),
-        }
-        print(f"{name} looked at", flush=True)
-    found["blocks"] = block_study(seed, preset, place, study)
-    return found
+def look(
+    name: str, seed: int, preset: Preset, place: Place, run: dict[str, Any]
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return what the figures show of a network; test images, their radii, the perturbed images.
+
+    Lines by figure, panel and place on the horizontal axis.
+    """
+    one = Trainer(name, seed, preset, place)
+    model = one.other(name).requires_grad_(True)
+    some = one.test[:IMAGES]
+    x, y = some.floats(), some.labels
+    generator = torch.Generator(x.device).manual_seed(seed)
+    x_adv = pgd_attack(model, x, y, generator=generator, **pgd20(preset.eps))
+    radius, fooled = smallest.smallest_radius(model, x, y, most=4 * preset.eps, seed=seed)
+    radius /= preset.eps
+    right = {r: 100 * float((radius > r + 1e-4).float().mean()) for r in RADII}
+    batches = zip(x.split(64), x_adv.split(64), strict=True)
+    pairs = [pair for pair in batches if len(pair[0]) > 3]  # fewer have no estimate
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    cka = layers.cka(model, pairs, names)
+    gradients = layers.gradient_sizes(model, x, x_adv, y)
+    accuracies = corruptions.accuracies(model, x, y)
+    accuracies["mean"] = np.mean([*accuracies.values()], axis=0).tolist()
+    found: dict[str, Any] = {
+        "corruptions": {c: dict(zip("12345", each, strict=True)) for c, each in accuracies.items()},
+        "smallest": {"": right},
+        "gradients": panels(gradients, "natural images", "attacked images"),
+        "similarity": {"layers": names, "cka": cka},
+    }
+    if run["options"].get("scope") == "global":  # constant otherwise
+        updated = layers.updated_early_and_late(run["history"])
+        shares = {n: (100 * a, 100 * b) for n, (a, b) in updated.items() if n in gradients}
+        found["updated"] = panels(shares, "first fifth of the epochs", "last fifth")
+    found["measures"] = {
+        "accuracy under corruptions, %": float(np.mean(accuracies["mean"])),
+        "radius that fools half the images, ε": float(radius.clamp(max=4).median()),
+        "CKA of a layer with itself": float(np.mean(np.diag(cka))),
+        "gradient, attacked / natural": float(np.mean([b / a for a, b in gradients.values()])),
+    }
+    print(f"{name}, seed {seed}: {found['measures']}", flush=True)
+    return found, [x, radius, fooled]
+
+
+def panels(pairs: dict[str, Pair], first: str, second: str) -> dict[str, dict[str, float]]:
+    """Return two panels of lines over the layers."""
+    both = enumerate((first, second))
+    return {title: {n.removesuffix(".weight"): p[i] for n, p in pairs.items()} for i, title in both}
 
 
 def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[str, Any]:
-    """Train natural weights by AT in each single block, in none, and in all."""
+    """Train natural weights by AT in some blocks; return accuracies for each choice of them."""
     one = Trainer("cure", seed, preset, place)
-    names = list(blocks.blocks_of(one.network()))
     rows = {}
-    for learn in [[], *([name] for name in names), names]:
+    for label, learn in blocks.combinations(list(blocks.blocks_of(one.network()))).items():
         model = one.start(warm=True)
         generator = torch.Generator(one.device).manual_seed(seed)
         attack = {"eps": preset.eps, "steps": preset.attack_steps, "step_size": one.step_size}
@@ -79,144 +103,137 @@ def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[st
         if learn:
             batches = partial(one.train.batches, preset.batch_size, generator)
             how = {"epochs": epochs, "lr": preset.lr, "attack": attack}
-            blocks.train(model, blocks.blocks_of(model), learn, batches, **how)
-        label = "all" if learn == names else "none" if not learn else learn[0]
+            blocks.train(model, learn, batches, **how)
         rows[label] = columns(model, one.batches(one.test), preset.eps)
-        print(f"U-{label}: {rows[label]}", flush=True)
-    return {"epochs": epochs, "rows": rows}
+        print(f"U-{label}, seed {seed}: {rows[label]}", flush=True)
+    return rows
+
+
+def table(methods: dict[str, Any]) -> str:
+    """Return Markdown: means over the seeds; in brackets the last method minus this one, paired."""
+    *_, last = methods.values()
+    keys = list(last[0]["measures"])
+    lines = [["", *keys]]
+    for name, networks in methods.items():
+        lines.append([METHODS[name].title])
+        for key in keys:
+            values, best = ([one["measures"][key] for one in each] for each in (networks, last))
+            lead = np.subtract(best, values)
+            paired = len(lead) > 1 and networks is not last
+            said = f" ({lead.mean():+.2g} ± {interval(lead):.2g})" if paired else ""
+            lines[-1].append(f"{np.mean(values):.3g}{said}")
+    return summary.markdown(lines)
 
 
 # Figures.
 
 
-def _each(found: dict[str, Any]) -> Any:
-    entries = found["methods"].values()
-    return [(entry["title"], color, entry) for color, entry in zip(cycle(COLORS), entries)]
-
-
-def draw_corruptions(figure: Any, found: dict[str, Any]) -> None:
-    names = list(corruptions.CORRUPTIONS)
-    axes = figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True).flat
-    for axis, name in zip(axes, names, strict=False):
-        for title, color, entry in _each(found):
-            values = entry["corruptions"][name]
-            axis.plot(range(1, 6), values, "o-", ms=3, color=color, label=title)
-        axis.set_title(name, fontsize=10)
+def draw_lines(figure: Any, methods: dict[str, Any], kind: str) -> None:
+    """Show one of `LINES`: means over the seeds with intervals."""
+    xlabel, ylabel, wide, _ = LINES[kind]
+    shown = {name: networks for name, networks in methods.items() if kind in networks[0]}
+    titles = list(next(iter(shown.values()))[0][kind])
+    axes = figure.subplots(-(-len(titles) // wide), wide, sharey=True, squeeze=False).ravel()
+    for axis, title in zip(axes, titles, strict=False):
+        for name, networks in shown.items():
+            x, label = list(networks[0][kind][title]), METHODS[name].title
+            rows = [list(one[kind][title].values()) for one in networks]
+            band(axis, x, rows, COLOR[name], label=label)
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="y", alpha=0.25)
-    figure.supxlabel("severity")
-    figure.supylabel("accuracy in %")
-    figure.legend(*axis.get_legend_handles_labels(), **ABOVE)
-
-
-def draw_smallest(figure: Any, found: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    for title, color, entry in _each(found):
-        radii = entry["smallest"]["radii"]
-        share = [100 * (1 - i / len(radii)) for i in range(len(radii))]
-        axis.step(radii, share, where="post", color=color, label=title)
-    axis.set(xlabel="radius of PGD-20", ylabel="images still classified right, %", ylim=(0, 101))
-    axis.axvline(PRESETS[found["name"]].eps, color="black", alpha=0.3, lw=1, ls=":")
-    axis.legend(frameon=False)
-
-
-def draw_layers(figure: Any, found: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    for title, color, entry in _each(found):
-        left.plot(*zip(*entry["cka"].items(), strict=True), "o-", ms=4, color=color, label=title)
-        sizes = entry["gradients"]
-        right.plot([b for _, b in sizes.values()], "o-", ms=3, color=color)
-        right.plot([a for a, _ in sizes.values()], "o--", ms=3, color=color, alpha=0.5)
-    left.set(ylabel="CKA of natural and attacked features", ylim=(None, 1.01))
-    right.set(yscale="log", ylabel="mean |gradient| per weight", xlabel="layer, in order")
-    right.xaxis.get_major_locator().set_params(integer=True)
-    right.set_title("attacked (solid), natural (dashed) images", fontsize=10)
-    left.legend(frameon=False, fontsize=9)
-
-
-def draw_updated(figure: Any, found: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    shown = [each for each in _each(found) if each[2]["updated"]]
-    for title, color, entry in shown:
-        pairs = {n: v for n, v in entry["updated"].items() if n in entry["gradients"]}
-        axis.plot([100 * a for a, _ in pairs.values()], "o--", ms=3, color=color, alpha=0.5)
-        axis.plot([100 * b for _, b in pairs.values()], "o-", ms=3, color=color, label=title)
-        axis.set_xticks(range(len(pairs)), list(pairs), rotation=60, ha="right", fontsize=7)
-    axis.set(ylabel="weights updated, %", ylim=(0, 102))
-    axis.set_title("first fifth of the epochs (dashed), last fifth (solid)", fontsize=10)
-    axis.grid(axis="y", alpha=0.25)
-    if shown:
-        axis.legend(frameon=False)
-
-
-def draw_blocks(figure: Any, found: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    for color, (label, row) in zip(COLORS, found["blocks"]["rows"].items(), strict=False):
-        axis.plot(row["natural"], row["pgd20"], "o", color=color, label=f"U-{label}")
-    axis.set(xlabel="natural accuracy, %", ylabel="PGD-20 accuracy, %")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
-
-
-def draw_perturbations(
-    figure: Any, methods: Sequence[str], seed: int, preset: Preset, place: Place
-) -> None:
-    """Show images, and the smallest perturbation of each network that was found, enlarged.
-
-    The first images that all these networks take for what they are.
-    """
-    one = Trainer(methods[0], seed, preset, place)
-    models = {name: one.other(name) for name in methods}
-    some = one.test[:IMAGES]
-    right = [model(some.floats()).argmax(1) == some.labels for model in models.values()]
-    test = some[torch.stack(right).all(0)][:8]
-    x, y = test.floats(), test.labels
-    axes = figure.subplots(1 + 2 * len(methods), 8)
-    for axis in axes.flat:
+        if xlabel == "layer":
+            axis.tick_params(axis="x", rotation=90, labelsize=7)
+    for axis in axes[len(titles) :]:
         axis.set_axis_off()
-    for i, (name, model) in enumerate(models.items()):
-        radius, fooled = smallest.smallest_radius(model, x, y, most=4 * preset.eps, seed=seed)
-        scale = max(float((fooled - x).abs().max()), 1e-6)
-        for j in range(len(test)):
-            difference = 0.5 + (fooled[j] - x[j]) / (2 * scale)
-            for row, image in ((0, x[j]), (1 + 2 * i, fooled[j]), (2 + 2 * i, difference)):
-                picture = image.permute(1, 2, 0).clamp(0, 1)
-                axes[row, j].imshow(picture.squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-            far = float(radius[j])
-            title = f"{far:.3f}" if math.isfinite(far) else f"> {4 * preset.eps:.3f}"
-            axes[1 + 2 * i, j].set_title(title, fontsize=8)
-        first = axes[1 + 2 * i, 0]
-        where = {"rotation": 90, "va": "center", "ha": "right", "transform": first.transAxes}
-        first.text(-0.1, 0.5, METHODS[name].title, fontsize=8, **where)
+    if kind == "gradients":
+        axes[0].set_yscale("log")
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside right center", frameon=False)
+
+
+def draw_similarity(figure: Any, methods: dict[str, Any]) -> None:
+    rows, how = min(2, len(methods)), {"sharex": True, "sharey": True, "squeeze": False}
+    axes = figure.subplots(rows, -(-len(methods) // rows), **how)
+    for axis, (name, networks) in zip(axes.flat, methods.items(), strict=False):
+        matrix = np.mean([one["similarity"]["cka"] for one in networks], axis=0)
+        picture = axis.imshow(matrix, vmin=0, vmax=1)
+        layers = networks[0]["similarity"]["layers"]
+        axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.set_title(METHODS[name].title, fontsize=10)
+    for axis in axes.flat[len(methods) :]:
+        axis.set_axis_off()
+    figure.colorbar(picture, ax=axes, label="linear CKA", shrink=0.7)
+    figure.supxlabel("columns: attacked images; rows: natural images", fontsize=10)
+
+
+def draw_blocks(figure: Any, rows: dict[str, list[dict[str, float]]]) -> None:
+    axis, points = figure.subplots(), {}
+    for label, each in rows.items():
+        pairs = [(row["natural"], row["pgd20"]) for row in each]
+        points[f"U-{label}"] = scatter(axis, pairs, "#0072B2", "o")
+    axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
+    axis.margins(0.12)
+    figure.draw_without_rendering()  # positions are final
+    place_labels(axis, points, [])
+
+
+def draw_perturbations(figure: Any, images: dict[str, list[Tensor]]) -> None:
+    """Show images that the networks of one seed get right, and their smallest perturbations."""
+    right = torch.stack([radius > 0 for _, radius, _ in images.values()]).all(0)
+    chosen = right.nonzero().flatten()[:8].tolist()
+    axes = figure.subplots(1 + 2 * len(images), 8, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for i, (name, (x, radius, fooled)) in enumerate(images.items()):
+        scale = 2 * max(float((fooled - x)[chosen].abs().max()), 1e-6)
+        for column, j in enumerate(chosen):
+            shown = {0: x[j], 1 + 2 * i: fooled[j], 2 + 2 * i: 0.5 + (fooled[j] - x[j]) / scale}
+            for row, image in shown.items():
+                picture = image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).cpu().numpy()
+                axes[row, column].imshow(picture, cmap="gray", vmin=0, vmax=1)
+            far = f"{float(radius[j]):.2f} ε" if radius[j] < torch.inf else "> 4 ε"
+            axes[1 + 2 * i, column].set_title(far, fontsize=8)
+        axes[1 + 2 * i, 0].set_ylabel(METHODS[name].title.replace(" ", "\n"), fontsize=7)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--methods", default="at,trades,trades-pre,cure-no-revision,cure,cure-global")
-    add("--seed", type=int, default=0)
-    add("--blocks", type=int, default=8, help="epochs of the block study (8)")
+    add("--methods", default="at,trades,trades-pre,cure-no-revision,cure-global,cure")
+    add("--seeds", default="0,1,2", help="by commas (0,1,2)")
+    add("--blocks", type=int, default=8, help="epochs of the block study (8); 0: none")
     args = parser.parse_args(argv)
     place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
-    methods, out = args.methods.split(","), place.results / "analysis"
+    names, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]
+    out = place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    found = {"name": args.preset, **collect(methods, args.seed, preset, place, args.blocks)}
-    found |= {"data": place.label or preset.data, "versions": versions(torch.device(args.device))}
-    write_json(out / "analysis.json", json.loads(json.dumps(found)))
-    runs = summary.read(place.results)
-    curves = {name: of[args.seed] for name, of in runs.items() if name in methods}
-    pictures = [name for name in PICTURES if name in methods]
-    shown = {"methods": pictures, "seed": args.seed, "preset": preset, "place": place}
-    figures: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
-        "corruptions": (partial(draw_corruptions, found=found), (13, 5.5)),
-        "smallest": (partial(draw_smallest, found=found), (6, 4)),
-        "layers": (partial(draw_layers, found=found), (11, 4)),
-        "updated": (partial(draw_updated, found=found), (8, 4.5)),
-        "blocks": (partial(draw_blocks, found=found), (6, 4.5)),
-        "curves": (partial(draw_curves, runs=curves), (12, 4)),
-        "perturbations": (partial(draw_perturbations, **shown), (8, 1 + 2 * len(pictures))),
-    }
-    for name, (draw, size) in figures.items():
-        save(out / f"{name}.png", draw, size)
+    every = summary.read(place.results)
+    runs = {name: {seed: every[name][seed] for seed in seeds} for name in names}
+    methods: dict[str, Any] = {name: [] for name in names}
+    images = {}
+    for name, seed in product(names, reversed(seeds)):  # of the first seed, images are kept
+        numbers, images[name] = look(name, seed, preset, place, runs[name][seed])
+        methods[name].insert(0, numbers)
+    found = {"preset": args.preset, "seeds": seeds, "images": IMAGES, "methods": methods}
+    found["versions"] = versions(torch.device(args.device))
+    show = partial(save, title=heading(runs))
+    for kind, (*_, size) in LINES.items():
+        if any(kind in networks[0] for networks in methods.values()):
+            show(out / f"{kind}.png", partial(draw_lines, methods=methods, kind=kind), size)
+    show(out / "similarity.png", partial(draw_similarity, methods=methods), (10, 7))
+    drawn = {name: images[name] for name in PICTURES if name in images}
+    size = (8, 1.6 + 2 * len(drawn))
+    show(out / "perturbations.png", partial(draw_perturbations, images=drawn), size)
+    if args.blocks:
+        each = [block_study(seed, preset, place, args.blocks) for seed in seeds]
+        rows = {label: [one[label] for one in each] for label in each[0]}
+        found["blocks"] = {"epochs": args.blocks, "rows": rows}
+        show(out / "blocks.png", partial(draw_blocks, rows=rows), (7, 5))
+    write_json(out / "analysis.json", found)
+    print(table(methods))
     print(f"figures and analysis.json are in {out}")
 
 

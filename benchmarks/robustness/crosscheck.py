@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluation
 import foolbox
@@ -21,12 +22,12 @@ import summary
 import torch
 import trainer
 from foolbox.attacks import LinfProjectedGradientDescentAttack
-from image_data import DataError
+from harness.image_data import DataError
+from harness.report import versions, write_json
+from harness.training import accuracy, pgd20
 from methods import METHODS
-from report import versions, write_json
 from torch import Tensor, nn
 from trainer import PRESETS, Trainer
-from training import accuracy, pgd20
 
 from rgp_optim import pgd_attack
 

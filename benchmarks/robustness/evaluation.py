@@ -5,8 +5,8 @@ Everything in full precision, in eval mode, on images in [0, 1]; accuracies in p
 
 from __future__ import annotations
 
+from harness.training import Batches, accuracy, pgd20
 from torch import Tensor, nn
-from training import Batches, accuracy, pgd20
 
 FIRST_TWO = ["apgd-ce", "apgd-t"]
 
@@ -25,6 +25,7 @@ def auto_attack(
     try:
         which = {"version": "standard"} if whole else {"version": "custom", "attacks": FIRST_TWO}
         attack = AutoAttack(model, eps=eps, device=x.device, seed=seed, **which)
+        attack.apgd.n_restarts = 1  # as in the standard version; else 5
         x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=250)
     finally:
         for p, mode in zip(model.parameters(), modes, strict=True):

@@ -2,7 +2,7 @@
 
     python benchmarks/robustness/run.py                                   # digits, all, three seeds
     python benchmarks/robustness/run.py --methods cure,trades --seeds 0   # some of it
-    python benchmarks/robustness/run.py --compare cure trades-pre         # is one better?
+    python benchmarks/robustness/run.py --preset ranking-digits --report  # tables, no training
 
 Every run has the same data, network, schedule and evaluation. What is finished is skipped, what was
 interrupted goes on from its last epoch: the same command, started again, loses nothing. Each run
@@ -12,41 +12,44 @@ leaves a JSON under benchmarks/robustness/results/PRESET; the table is made of t
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import summary
 import trainer
-from image_data import DataError
-from methods import METHODS
-from trainer import PRESETS, Place, Preset, Trainer, needs, warm_file
+from harness.image_data import DataError
+from methods import METHODS, ROWS
+from trainer import EXPERIMENTS, PRESETS, Preset, Trainer, needs
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add("--methods", default="all", help=f"some of {', '.join(METHODS)}, by commas; or all")
+    add("--methods", default="all", help=f"of the preset, by commas (all): {', '.join(ROWS)}")
     add("--seeds", default="0,1,2", help="by commas (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="of each method")
     add("--auto-attack", type=int, metavar="N", help="images that AutoAttack gets; 0: none")
-    add("--jobs", type=int, default=1, help="runs at the same time, one thread each (1)")
+    add("--jobs", type=int, default=1, help="seeds at the same time, one thread each (1)")
     add("--download", action="store_true", help="fetch CIFAR-10 if it is not there")
     add("--report", action="store_true", help="print the table of what is there, and train nothing")
-    add("--figure", type=Path, metavar="PNG", help="draw natural against robust accuracy")
-    add("--curves", type=Path, metavar="PNG", help="draw how the runs of the first seed went")
-    add("--compare", nargs=2, metavar=("A", "B"), help="compare two methods over their seeds")
+    add("--figure", type=Path, metavar="PNG", help="draw what the preset compares")
+    add("--curves", type=Path, metavar="PNG", help="draw how the runs went")
     add("--quiet", action="store_true", help="say only what is finished")
     add("--no-table", action="store_true", help="print no table at the end")
     args = parser.parse_args(argv)
-    args.methods = list(METHODS) if args.methods == "all" else args.methods.split(",")
-    unknown = [name for name in [*args.methods, *(args.compare or ())] if name not in METHODS]
+    _, rows, args.beside = EXPERIMENTS.get(args.preset, (None, list(ROWS), ()))
+    args.methods = rows if args.methods == "all" else args.methods.split(",")
+    unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}.")
     try:
@@ -56,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.epochs is not None and args.epochs < 1:
         parser.error(f"--epochs: it should be at least 1, not {args.epochs}.")
     name = args.preset + "".join(f"-{v}" for v in (args.network, args.epochs) if v)
+    args.given = sys.argv[1:] if argv is None else argv
     args.place = replace(trainer.place_of(args, name), download=args.download)
     return args
 
@@ -68,35 +72,33 @@ def preset_of(args: argparse.Namespace) -> Preset:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.compare:
-        print(summary.comparison(summary.read(args.place.results), *args.compare))
-        return
     if not args.report:
-        names = args.methods if args.no_table else ordered(args.methods, preset_of(args))
-        wanted = [(name, seed) for seed in args.seeds for name in names]
         try:
-            run_all(wanted, args)
+            run_all(args)
         except DataError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             sys.exit("\nstopped; the same command goes on")
-    if not args.no_table:
-        print(summary.report(summary.read(args.place.results)))
+    if args.no_table:
+        return
+    place = args.place.results
+    runs = summary.read(place, *(place.with_name(name) for name in args.beside))
+    print(summary.report(runs))
     if args.figure or args.curves:
-        draw(summary.read(args.place.results), args)
+        draw(runs, args)
 
 
 def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
-    from analysis.figure import draw_curves, draw_scatter, save
+    from analysis.experiments import DRAWN, draw_curves
+    from analysis.figure import draw_scatter, save
 
-    if runs and args.figure:
-        save(args.figure, lambda figure: draw_scatter(figure, runs), (10, 7))
-    if runs and args.curves:
-        some = {name: of[args.seeds[0]] for name, of in runs.items() if args.seeds[0] in of}
-        some = {name: run for name, run in some.items() if name in args.methods}
-        if not some:
-            sys.exit(f"error: --curves: no run of these methods with seed {args.seeds[0]}.")
-        save(args.curves, lambda figure: draw_curves(figure, some), (12, 4))
+    of, size = DRAWN.get(args.preset.split("-")[0], (draw_scatter, (10, 7)))
+    some = {name: runs[name] for name in args.methods if name in runs}
+    for path, function, what, inches in (
+        (args.figure, of, runs, size), (args.curves, draw_curves, some, (13, 4.2))
+    ):  # fmt: skip
+        for file in (path, path.with_suffix(".svg")) if path and what else ():
+            save(file, partial(function, runs=what), inches)
 
 
 def ordered(methods: list[str], preset: Preset) -> list[str]:
@@ -107,73 +109,35 @@ def ordered(methods: list[str], preset: Preset) -> list[str]:
     return found
 
 
-def run_all(wanted: list[tuple[str, int]], args: argparse.Namespace) -> None:
-    """Run what is not done yet, ``--jobs`` at a time, and say how long the rest will take."""
+def run_all(args: argparse.Namespace) -> None:
+    """Run what is not done yet, and say how long the rest will take."""
+    if args.jobs > 1:
+        return share(args)
     preset, place = preset_of(args), args.place
+    wanted = [(name, seed) for seed in args.seeds for name in ordered(args.methods, preset)]
     todo = [run for run in wanted if not (place.results / f"{run[0]}-seed{run[1]}.json").exists()]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are done already")
-    began, finished = time.perf_counter(), []
+    began = time.perf_counter()
+    for done, run in enumerate(todo, 1):
+        say = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
+        Trainer(*run, preset, place).run(say)
+        spent = (time.perf_counter() - began) / 60
+        left = f"{spent:.1f} min, about {spent / done * (len(todo) - done):.1f} min left"
+        print(f"[{done}/{len(todo)}] {run[0]}-seed{run[1]} done; {left}", flush=True)
 
-    def one(run: tuple[str, int]) -> None:
-        if args.jobs == 1:
-            say = (lambda text: None) if args.quiet else (lambda text: print(text, flush=True))
-            Trainer(*run, preset, place).run(say)
-        elif subprocess.run(command(run, args)).returncode:
-            raise DataError(f"{run[0]}, seed {run[1]}, failed: see above.")
-        finished.append(run)
-        if not args.no_table:
-            stem = f"{run[0]}-seed{run[1]}"
-            print(progress(stem, len(finished), len(todo), began), flush=True)
 
-    if args.jobs == 1:
-        for run in todo:
-            one(run)
-        return
+def share(args: argparse.Namespace) -> None:
+    """Give each seed to a process of its own, of one thread, ``--jobs`` at the same time."""
+    again = [sys.executable, __file__, *args.given, "--jobs", "1", "--quiet", "--no-table"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def one(seed: int) -> int:
+        return subprocess.run([*again, "--seeds", str(seed)], env=env).returncode
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            for stage in stages(todo, preset, place):
-                list(pool.map(one, stage))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def stages(
-    todo: list[tuple[str, int]], preset: Preset, place: Place
-) -> tuple[list[tuple[str, int]], ...]:
-    """Split runs into those that others need, one for each warm-up that is missing, the rest."""
-    needed = {other for name, _ in todo for other in needs(name, preset)}
-    first = [run for run in todo if run[0] in needed]
-    warm = {s: (n, s) for n, s in reversed(todo) if METHODS[n].warm and n not in needed}
-    second = [run for seed, run in warm.items() if not warm_file(place.runs, seed).exists()]
-    return first, second, [run for run in todo if run not in first + second]
-
-
-def command(run: tuple[str, int], args: argparse.Namespace) -> list[str]:
-    """Return the command that makes one run in a process of its own."""
-    words = [sys.executable, __file__, "--preset", args.preset, "--methods", run[0]]
-    words += ["--seeds", str(run[1]), "--data-dir", args.data_dir, "--device", args.device]
-    words += [
-        "--runs",
-        str(args.place.runs),
-        "--results",
-        str(args.place.results),
-        "--quiet",
-        "--no-table",
-    ]
-    words += ["--download"] * args.download
-    for flag in ("network", "epochs", "auto_attack", "data_label"):
-        if getattr(args, flag) is not None:
-            words += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    return words
-
-
-def progress(what: str, finished: int, total: int, began: float) -> str:
-    """Return a line that says what is done and how long the rest will take."""
-    spent = time.perf_counter() - began
-    left = spent / finished * (total - finished)
-    return f"[{finished}/{total}] {what} done; {spent / 60:.1f} min, about {left / 60:.1f} min left"
+        if any(list(pool.map(one, args.seeds))):
+            raise DataError("a run failed: see above.")
 
 
 if __name__ == "__main__":

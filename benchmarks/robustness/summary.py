@@ -1,4 +1,4 @@
-"""The table of finished runs beside the published one, and whether one method is better."""
+"""The table of finished runs beside the published one, and by how much methods differ."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from methods import METHODS, TABLE
+from methods.cure import CONTROLS, FRONT, REVISION, SCORES
 
 COLUMNS = {"natural": "Natural", "pgd20": "PGD-20", "aa": "AA", "cw": "C&W", "nrr": "NRR (C&W)"}
 PUBLISHED = Path(__file__).with_name("published.csv")  # CIFAR-10, 200 epochs
@@ -19,10 +19,10 @@ PUBLISHED = Path(__file__).with_name("published.csv")  # CIFAR-10, 200 epochs
 Runs = dict[str, dict[int, dict[str, Any]]]  # by method and seed
 
 
-def read(folder: Path) -> Runs:
-    """Return the finished runs of a folder."""
+def read(*folders: Path) -> Runs:
+    """Return the finished runs of folders."""
     runs: Runs = {}
-    for file in sorted(folder.glob("*-seed*.json")):
+    for file in sorted(file for folder in folders for file in folder.glob("*-seed*.json")):
         content = json.loads(file.read_text())
         runs.setdefault(content["method"], {})[content["seed"]] = content
     return {name: runs[name] for name in METHODS if name in runs}
@@ -87,7 +87,8 @@ def report(runs: Runs) -> str:
     told = "; ".join(doubts) if doubts else "no run fails a test for masked gradients"
     return "\n\n".join(
         [
-            f"{some['data']}, {p['network']}, eps {eps}, {p['epochs']} epochs, "
+            f"{some['data']}, {p['network']}, eps {eps}, {p['epochs']} epochs, the learning rate "
+            f"rising over {100 * p.get('lr_warmup', 0):g} % of the steps, "
             f"{some['images']['test']} test images; accuracy in %, mean ± standard deviation over "
             f"seeds; AA: {some['auto_attack'] or 'not run'}. Controls in italics. Published: "
             f"CIFAR-10, {published}, 200 epochs.",
@@ -95,47 +96,66 @@ def report(runs: Runs) -> str:
             table(runs, published),
             "Best epoch (PGD on validation images):",
             table(runs, published, "best"),
+            "Paired differences, mean ± 95 % t-interval over seeds; bold: 0 is outside:",
+            intervals(runs),
+            collapses(runs),
             f"Masked gradients: {told}.",
         ]
     )
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the two-sided p-value of a sign-flip test of paired differences.
+def interval(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % t-interval of a mean."""
+    from scipy import stats  # comes with scikit-learn
 
-    Of all ways to give each seed's difference a sign: the share whose mean is at least as far from
-    0. Exact; with n seeds never below 2 / 2^n, so three seeds cannot go below 0.25.
-    """
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    seen = abs(math.fsum(differences))
-    flips = list(product((1, -1), repeat=len(differences)))
-    far = sum(
-        abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True))) >= seen - 1e-9
-        for signs in flips
-    )
-    return far / len(flips)
+    n = len(values)
+    return float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
-def comparison(runs: Runs, first: str, second: str) -> str:
-    """Say by how much one method differs from another over the seeds that both have."""
-    for name in (first, second):
-        if name not in runs:
-            return f"There is no finished run of {name}."
-    seeds = sorted(set(runs[first]) & set(runs[second]))
-    if not seeds:
-        return f"{first} and {second} have no seed in common."
-    lines = [f"{first} - {second}, last epoch, in points, seeds {', '.join(map(str, seeds))}"]
-    for column, title in COLUMNS.items():
-        pairs = [
-            tuple(runs[m][seed]["results"]["last"].get(column) for m in (first, second))
-            for seed in seeds
-        ]
-        if any(value is None for pair in pairs for value in pair):
-            continue
-        a, b = zip(*pairs, strict=True)
-        differences = [x - y for x, y in pairs]
-        each = ", ".join(f"{d:+.1f}" for d in differences)
-        mean = statistics.mean(differences)
-        lines.append(f"{title:<10} {mean:+6.2f}  ({each}); sign-flip p = {paired(a, b):.2f}")
-    lines.append(f"With {len(seeds)} seeds p cannot be below {2 / 2 ** len(seeds):.2g}.")
-    return "\n".join(lines)
+def intervals(runs: Runs) -> str:
+    """Return Markdown: paired differences, means and 95 % t-intervals, bold if 0 is outside."""
+    columns = [key for key in COLUMNS if key in some_run(runs)["results"]["last"]]
+    rows = [["last epoch, points", "seeds", *(COLUMNS[key] for key in columns)]]
+    for first, second in (pair for pair in compared() if runs.keys() >= set(pair)):
+        seeds = sorted(set(runs[first]) & set(runs[second]))
+        a, b = ([runs[m][seed]["results"]["last"] for seed in seeds] for m in (first, second))
+        row = [f"{first} - {second}", str(len(seeds))]
+        for key in columns:
+            each = [x[key] - y[key] for x, y in zip(a, b, strict=True) if key in x and key in y]
+            if len(each) < 2:
+                row.append("-")
+                continue
+            mean, half = statistics.mean(each), interval(each)
+            mark = "**" if abs(mean) > half else ""
+            row.append(f"{mark}{mean:+.1f} ± {half:.1f}{mark}")
+        rows.append(row)
+    return markdown(rows)
+
+
+def compared() -> list[tuple[str, str]]:
+    """Return the pairs of methods whose difference says something."""
+    masks = ("trades-pre", "cure-no-revision", "random-no-revision")
+    masked = [masks, ("trades-pre-revision", "cure", "cure-random"), tuple(REVISION)]
+    pairs = [("cure", "trades-pre"), ("cure", "at-pre"), *((name, "cure") for name in CONTROLS)]
+    for none, rgp, random in masked:
+        pairs += [(rgp, none), (random, none), (rgp, random)]
+    pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]
+    pairs += [("trades-pre", "trades"), ("at-pre", "at"), *((name, "at") for name in TABLE[1:])]
+    for share in (0.7, 0.5, 0.3, 0.1):
+        rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)
+        pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
+        pairs += [(random, inverse)]
+    return list(dict.fromkeys(pairs + [("rgp-0.7", name) for name in FRONT]))
+
+
+def collapses(runs: Runs, few: float = 10.0) -> str:
+    """Say which runs from natural weights lose accuracy in the first epoch that they get back."""
+    said = []
+    for name in (name for name in runs if METHODS[name].warm):
+        courses = [[row["natural"] for row in run["history"]] for run in runs[name].values()]
+        lost = [each[0] for each in courses if each[-1] - each[0] > few]
+        said += [f"{name} ({len(lost)}: {min(lost):.0f} to {max(lost):.0f} %)"] if lost else []
+    if not said:
+        return f"No run from natural weights gets back {few:g} points lost in its first epoch."
+    told = "Warning: natural validation accuracy after the first epoch is more than "
+    return f"{told}{few:g} points below the last epoch's (seeds): {', '.join(said)}."

@@ -11,7 +11,7 @@ conserved; there the cache is cold. Providers are interleaved in one run.
     topk        torch.topk of each tensor, its least value, comparison
     kthvalue    torch.kthvalue of each tensor, comparison
     percentile  np.percentile of each tensor on the CPU, comparison: the authors' way
-    ...-graph   the same in a CUDA graph; ...-compile: under torch.compile
+    ...-graph   in a CUDA graph (the library sorts there); ...-compile: under torch.compile
 
 The byte floor is what any exact way must move, at the speed of a copy on this device: both
 gradients read once, and the masked one written, or the mask. `host.py` times the step around it.
@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import measure
 import numpy as np
 import torch
-from networks import NETWORKS
+from harness.networks import NETWORKS
 from torch import Tensor
 
 from rgp_optim import functional
+from rgp_optim._reference import Entry
 
 Shapes = list[tuple[int, ...]]
 ALPHA = 0.1
@@ -81,6 +82,12 @@ class Case:
     def on_gpu(self) -> bool:
         return self.g_advs[0].is_cuda
 
+    def entries(self) -> list[Entry]:
+        """Return what the library selects from."""
+        pairs = enumerate(zip(self.g_nats, self.g_advs, strict=True))
+        own = self.scope == "tensor"
+        return [Entry(*pair, ALPHA, self.keep, i if own else 0) for i, pair in pairs]
+
     def scores(self) -> list[Tensor]:
         """Score plainly; one tensor of all under scope "global"."""
         pairs = zip(self.g_nats, self.g_advs, strict=True)
@@ -123,12 +130,10 @@ def library_masks(case: Case, backend: Any = "auto") -> list[Tensor]:
 
 
 def ours(case: Case) -> list[Tensor]:
-    count = len(case.g_advs)
     if not case.on_gpu:
         return library_masks(case)
-    pools = [0] * count if case.scope == "global" else list(range(count))
-    masks = functional.select(case.g_nats, case.g_advs, [ALPHA] * count, [case.keep] * count, pools)
-    functional.zero_and_save_(masks, case.g_advs, [None] * count)
+    masks = functional.select(case.entries())
+    functional.zero_and_save_([*zip(masks, case.g_advs, [None] * len(masks), strict=True)])
     return []
 
 

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import captured
-from networks import NETWORKS
+from harness.networks import NETWORKS
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss
 
@@ -55,9 +56,10 @@ class Step:
         how = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
         self.sgd = torch.optim.SGD(self.model.parameters(), **how)
         self.optimizer: Any = self.sgd
-        if name.startswith("cure"):
-            self.optimizer = RGPSelectiveOptimizer(self.sgd, update_fraction=KEEP, alpha=ALPHA)
         self.reviser = ConsistencyReviser(self.model, rate=1.0) if name == "cure" else None
+        if name.startswith("cure"):
+            how = {"update_fraction": KEEP, "alpha": ALPHA, "reviser": self.reviser}
+            self.optimizer = RGPSelectiveOptimizer(self.sgd, **how)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         way = "eager" if name == "authors" else args.attack
         self.attack = captured.kl_attack_of(
@@ -97,8 +99,6 @@ class Step:
             loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
         loss.backward()
         self.optimizer.step()
-        if self.reviser is not None:
-            self.reviser.update()
 
 
 def authors_update(

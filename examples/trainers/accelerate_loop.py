@@ -14,7 +14,7 @@ def setup(accelerator, steps, batches):
     raw = optimizer(model)
     model, opt, batches = accelerator.prepare(model, raw, batches)
     reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=steps)
-    accelerator.register_for_checkpointing(reviser)
+    raw.reviser = reviser
     return model, raw, opt, reviser, batches
 
 
@@ -25,8 +25,6 @@ def train(accelerator, model, raw, opt, reviser, batches):
             accelerator.backward(raw.scored(loss, **scores))
             opt.step()
             opt.zero_grad()
-            if accelerator.sync_gradients:  # a step was taken
-                reviser.update()
 
 
 def main(epochs=3, **options):

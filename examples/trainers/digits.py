@@ -34,9 +34,9 @@ def network(seed=0):
     )
 
 
-def optimizer(model):
+def optimizer(model, reviser=None):
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return RGPSelectiveOptimizer(sgd, update_fraction=0.7, alpha=0.1)
+    return RGPSelectiveOptimizer(sgd, update_fraction=0.7, alpha=0.1, reviser=reviser)
 
 
 def cure_losses(model, reviser, x, y, attacked=None):

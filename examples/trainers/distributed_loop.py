@@ -22,7 +22,7 @@ def main(fsdp=False, epochs=3):
         model, _ = fully_shard(model), fully_shard(reviser.model)
     else:
         model = DistributedDataParallel(model)
-    opt = optimizer(model)
+    opt = optimizer(model, reviser)
     for epoch in range(epochs):
         batches.sampler.set_epoch(epoch)
         for x, y in batches:
@@ -30,7 +30,6 @@ def main(fsdp=False, epochs=3):
             opt.zero_grad()
             opt.scored(loss, **scores).backward()
             opt.step()
-            reviser.update()
     return accuracy(model, loader()), model
 
 

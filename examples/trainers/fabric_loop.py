@@ -10,8 +10,8 @@ from rgp_optim import ConsistencyReviser
 
 def setup(fabric, steps, batches):
     model = network()
-    model, opt = fabric.setup(model, optimizer(model))
-    reviser = ConsistencyReviser(model.module, rate=0.5, horizon=0.5, total_steps=steps)
+    reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=steps)
+    model, opt = fabric.setup(model, optimizer(model, reviser))
     return model, opt, reviser, fabric.setup_dataloaders(batches)
 
 
@@ -21,7 +21,6 @@ def train(fabric, model, opt, reviser, batches):
         opt.zero_grad()
         fabric.backward(opt.scored(loss, **scores))
         opt.step()
-        reviser.update()
 
 
 def main(epochs=3, **options):

@@ -4,12 +4,10 @@ It calls the model it is given, which holds the Trainer's precision and Distribu
 scores with your own wrapper, for the Trainer replaces `self.optimizer`.
 """
 
-import os
-
 import torch
 import torch.nn.functional as F
 from digits import accuracy, cure_losses, loader, network, optimizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from rgp_optim import ConsistencyReviser
 
@@ -28,31 +26,13 @@ class Model(torch.nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Revise(TrainerCallback):
-    def __init__(self, reviser):
-        self.reviser = reviser
-
-    def file(self, args, state):  # in the Trainer's checkpoint
-        return os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "reviser.pt")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step > 0:  # resumed
-            self.reviser.load_state_dict(torch.load(self.file(args, state), weights_only=True))
-
-    def on_step_end(self, args, state, control, **kwargs):  # per step, not per micro-batch
-        self.reviser.update()
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            torch.save(self.reviser.state_dict(), self.file(args, state))
-
-
 class CureTrainer(Trainer):
     def __init__(self, model, args, steps, **kwargs):
         self.raw = optimizer(model)
         super().__init__(model, args, optimizers=(self.raw, None), **kwargs)
+        # On the model's device: Trainer has moved it.
         self.reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=steps)
-        self.add_callback(Revise(self.reviser))  # on the model's device: Trainer has moved it
+        self.raw.reviser = self.reviser
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:

@@ -17,25 +17,12 @@ class Cure(L.LightningModule):
         self.reviser = ConsistencyReviser(self.net, rate=0.5, horizon=0.5, total_steps=steps)
 
     def configure_optimizers(self):
-        opt = optimizer(self)
+        opt = optimizer(self, self.reviser)
         return [opt], [torch.optim.lr_scheduler.StepLR(opt, 2)]
 
     def training_step(self, batch, _):
         loss, scores = cure_losses(self.net, self.reviser, *batch)
         return self.optimizers().scored(loss, **scores)
-
-    def optimizer_step(self, *args, **kwargs):  # per step, not per micro-batch
-        super().optimizer_step(*args, **kwargs)
-        self.reviser.update()
-
-    def on_fit_start(self):
-        self.reviser.model.to(self.device)
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["reviser"] = self.reviser.state_dict()
-
-    def on_load_checkpoint(self, checkpoint):
-        self.reviser.load_state_dict(checkpoint["reviser"])
 
 
 def main(epochs=3, ckpt_path=None, make=Cure, **trainer_options):

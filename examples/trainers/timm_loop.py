@@ -10,8 +10,8 @@ from rgp_optim import ConsistencyReviser
 def main(epochs=3, device="cpu", dtype=torch.bfloat16, every=1):
     batches = loader()
     model = network().to(device)
-    opt = optimizer(model)
     reviser = ConsistencyReviser(model, rate=0.5, horizon=0.5, total_steps=epochs * len(batches))
+    opt = optimizer(model, reviser)
     loss_scaler = NativeScaler(device=device)
     for n in range(epochs):
         for i, (x, y) in enumerate(batches, start=n * len(batches) + 1):
@@ -23,7 +23,6 @@ def main(epochs=3, device="cpu", dtype=torch.bfloat16, every=1):
             loss_scaler(loss, opt, 1.0, parameters=model.parameters(), need_update=steps)
             if steps:
                 opt.zero_grad()
-                reviser.update()
     return accuracy(model.cpu(), batches), model
 
 

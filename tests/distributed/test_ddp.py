@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch
 import torch.distributed as dist
+import torch.nn.functional as F
 from parallel import Small, assert_joined, batch, fit, make_opt, share, small, train, values, wrap
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -121,17 +122,28 @@ def train_compiled(how, order):
 
 
 def differ(how):
-    """The first step is refused, before anything has changed."""
+    """A step is refused, before anything has changed."""
     model, rank = small(), dist.get_rank()
     ddp, opt = wrap("ddp", model), make_opt(model)
+    if how == "joined later":
+        fit(ddp, opt, steps=[0])
+    if how == "parts":  # as an optimizer around the wrapper that gives each rank its own
+        opt = make_opt([model.conv, model.head][rank])
+    if how == "fewer":
+        opt = make_opt([model, model.head][rank])
+    if how == "selected later":
+        opt = make_opt(model.conv)
+        opt.add_param_group({"params": model.head.parameters(), "rgp_select": False})
     if how == "weights" and rank == 1:
         model.head.bias.data[0] += 1e-7
     if how == "rule":
         opt = make_opt(model, score=lambda s: torch.rand_like(s.weight) if rank == 1 else s.weight)
     before = values(model)
-    parallel.passes("loss", model if how == "module" else ddp, opt, share(batch(99)))
-    with pytest.raises(RuntimeError) as caught:
-        opt.step()
+    with ddp.join() if "joined" in how else nullcontext():
+        parallel.passes("loss", model if how == "module" else ddp, opt, share(batch(99)))
+        opt.param_groups[-1]["rgp_select"] = None
+        with pytest.raises(RuntimeError) as caught:
+            opt.step()
     parallel.assert_same_bits([before, values(model)])
     raise caught.value
 
@@ -179,6 +191,31 @@ def train_special(what, ddp):
     if what == "nothing selected":
         opt.param_groups[0]["rgp_select"] = False
     return fit(called, opt, steps=range(6), data=brightened if what == "branches" else None)
+
+
+def train_unreached(where, scope):
+    """Every rank trains the second head; a scored loss reaches it on rank 0, or nowhere."""
+    model, (rank, size) = small(TwoHeads), parallel.place()
+    called, opt = wrap("ddp", model), make_opt(model, scope=scope)
+    for step in range(3):
+        x, x_adv, y = share(batch(step))
+        (z, second), z_adv = called(x), called(x_adv)[0]
+        nat, adv, n = F.cross_entropy(z, y), F.cross_entropy(z_adv, y), 16 // 2
+        loss = nat + adv + F.cross_entropy(second, y)
+        if where == "rank 0" and rank == 0:  # its part of the mean over two ranks
+            nat = nat + F.cross_entropy(second[:n], y[:n]) * size / 2
+        opt.zero_grad()
+        opt.scored(loss, natural=nat, adversarial=adv).backward()
+        opt.step()
+        assert (model.unused.weight in opt.masks()) == (where == "rank 0")
+    return values(model)
+
+
+@parallel.SCOPES
+@pytest.mark.parametrize("where", ["rank 0", "nowhere"])
+@pytest.mark.filterwarnings("ignore:No scored loss depends")
+def test_what_a_scored_loss_reaches_is_the_same_on_all_ranks(two, where, scope):
+    assert_joined(two, train_unreached, where, scope=scope)
 
 
 def train_two_optimizers(kind, other):
@@ -248,6 +285,9 @@ REENTRANT = partial(Small, reentrant=True)
         (differ, ("module",), DIFFERS.format("the gradient of parameter 0"), 2),
         (differ, ("weights",), DIFFERS.format("the weights of parameter 5"), 2),
         (differ, ("rule",), DIFFERS.format("the mask of parameter 0"), 2),
+        *((differ, (how,), DIFFERS.format("their parameters"), 2) for how in ("parts", "fewer")),
+        *((differ, (how,), r"step\(\) within .*join\(\)", 2) for how in ("joined", "joined later")),
+        (differ, ("selected later",), "is selected in, but was not", 2),
         (train_two_passes, (False,), DIFFERS.format("the gradient of"), 2),
         *((train, (kind, "loss", 3, REENTRANT), "Set `use_reentrant=False`", 2) for kind in KINDS),
         (refused, ("fsdp1",), r"RuntimeError: .*`torch.distributed.fsdp.fully_shard` \(FSDP2\)", 2),

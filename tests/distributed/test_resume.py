@@ -34,8 +34,8 @@ def train_saving(kind, folder, dies_at):
     called = wrap(kind, model)
     if kind == "fsdp":
         wrap(kind, reviser.model)
-    opt, start = make_opt(model), 0
-    parts = {"model": model, "opt": opt, "reviser": reviser}
+    opt, start = make_opt(model, reviser=reviser), 0
+    parts = {"model": model, "opt": opt}
     if file.exists():
         start, saved = torch.load(file, weights_only=kind != "fsdp")
         for name, part in parts.items():
@@ -49,7 +49,7 @@ def train_saving(kind, folder, dies_at):
         opt.zero_grad()
         backward(opt, loss, natural=nat, adversarial=adv)
         opt.step()
-        reviser.update()
+        assert reviser.steps == step + 1
         state = step + 1, {name: part.state_dict() for name, part in parts.items()}
         torch.save(state, folder / f"rank{rank}.tmp")
         dist.barrier()  # nobody replaces the old one before all have written

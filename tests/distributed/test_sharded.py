@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import pairwise, product
-from unittest.mock import patch
 
 import numpy as np
 import parallel
@@ -16,15 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-from rgp_optim import optimizer
-
-
-def train_gathering_little(scope):
-    """Whole scores of one tensor at a time, as in a model that does not fit."""
-    with patch.object(optimizer, "GATHER_LIMIT", 1):
-        return train("fsdp", scope=scope)
-
 
 UNREDUCED = "not reduced yet|gradient synchronisation is off"
 
@@ -64,8 +54,8 @@ def train_partly_sharded(score, scope):
     return fit(called, opt)
 
 
-def train_scaled(kind):
-    """A scaler and clipping; in the second step the loss of rank 1 alone overflows."""
+def train_scaled(kind, overflows):
+    """A scaler and clipping; in the second step a loss of rank 1 alone overflows."""
     model = small(dtype=torch.float32)
     called, opt = wrap(kind, model), make_opt(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -74,7 +64,10 @@ def train_scaled(kind):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=kind != "fsdp"):
             loss, nat, adv = parallel.parts(called, *share(batch(step, torch.float32)))
         if step == 1 and dist.get_rank() == 1:
-            loss = loss * torch.inf
+            if overflows == "training":
+                loss = loss * torch.inf
+            else:
+                adv = adv * torch.inf
         opt.zero_grad()
         scaler.scale(opt.scored(loss, natural=nat, adversarial=adv)).backward()
         scaler.unscale_(opt)
@@ -87,8 +80,9 @@ def train_scaled(kind):
 
 
 @parallel.DDP_AND_FSDP2
-def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind):
-    answers = parallel.run(two, train_scaled, kind)
+@pytest.mark.parametrize("overflows", ["training", "adversarial"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(two, kind, overflows):
+    answers = parallel.run(two, train_scaled, kind, overflows)
     parallel.assert_same_bits([weights for _, weights in answers])
     for found, _ in answers:
         assert found == [(False, 1024.0), (True, 512.0), (False, 512.0), (False, 1024.0)]
@@ -170,6 +164,31 @@ def test_masks_are_those_of_the_shards(two):
     assert counts.sum(0).tolist() == [round(0.4 * n) for n in sizes]
 
 
+def count_passes(kind):
+    """Per step, where the first one overflows: in one rank's shard, or in one rank's batch."""
+    model, counts, passes = small(lambda: nn.Linear(50, 3, bias=False)), [], []
+    called, opt = wrap(kind, model), make_opt(model)
+    for step in range(4):
+        x = torch.ones(2, 50, dtype=torch.float64)
+        if step == 0 and (kind == "fsdp" or dist.get_rank() == 1):
+            x[:, 0] = torch.inf
+        loss = (called(x) * torch.tensor([[1.0, 0.0, 0.0]])).nan_to_num().sum()
+        loss.register_hook(lambda _: passes.append(opt.scoring))
+        opt.zero_grad()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        if step:
+            opt.step()
+        counts.append(passes.count(True))
+        passes.clear()
+    return counts
+
+
+@parallel.DDP_AND_FSDP2
+def test_all_ranks_test_their_graphs_in_the_same_steps(two, kind):
+    """By itself, a rank would wait for the others' part of the extra pass."""
+    assert parallel.run(two, count_passes, kind) == [[4, 4, 2, 2]] * 2
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()
@@ -226,7 +245,6 @@ def train_on_partial_sums(scope):
         *((4, train, each) for each in product(["fsdp", "hsdp"], ["loss", "trades"])),
         *((2, partial(train, score=halved), (kind,)) for kind in ("ddp", "fsdp")),
         *((2, parallel.accumulate, ("fsdp", order)) for order in ("loss", "sum")),
-        (2, train_gathering_little, ()),
         *((2, train_partly_sharded, (score,)) for score in ("rgp", halved)),
         *((2, train_changed, (kind,)) for kind in ("ddp", "fsdp")),
         (2, replace_by_shards, ()),

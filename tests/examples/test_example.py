@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import same
 
 import rgp_optim
 
@@ -17,15 +18,13 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import cifar10_cure as example
-import report
-import training
-import updates
+from harness import report, training, updates
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--test-size", "40", "--batch-size", "16"]
 SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
 SMALL += ["--horizon", "0.5"]  # so few steps are not enough for the default
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def run(out, *flags):
@@ -33,15 +32,32 @@ def run(out, *flags):
     return json.loads((out / "results.json").read_text())
 
 
+def refused(capsys, out, *flags):
+    """The exit code of a run that does not end well, and what it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(out, *flags)
+    return ended.value.code, capsys.readouterr().err
+
+
 def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def stopped(out, *flags):
-    """A run that is trained and not evaluated."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training.Phase, "judge", stop)
-        run(out, *flags)
+def stopped(capsys, out, *flags, within=("cure", "evaluation")):
+    """The same for Ctrl-C within an epoch, or before a method's evaluation."""
+    batches = training.Phase.batches
+
+    def batches_or_stop(self):
+        if (self.name, len(self.history) + 1) == within:
+            raise KeyboardInterrupt
+        return batches(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Phase, "batches", batches_or_stop)
+        if within[1] == "evaluation":
+            patch.setattr(training.Phase, "judge", stop)
+        return refused(capsys, out, *flags)
 
 
 def other_images(monkeypatch, split, part):
@@ -59,8 +75,7 @@ def without_times(result):
 def assert_same_run(a, b):
     for file in a.glob("*-last.pt"):
         first, second = (torch.load(o / file.name, weights_only=True) for o in (a, b))
-        for name, t in first.items():
-            assert torch.equal(t, second[name]), name
+        assert same(first.values(), second.values()), file.name
     first, second = (json.loads((o / "results.json").read_text()) for o in (a, b))
     assert without_times(first) == without_times(second)
     assert first["results"] == second["results"]
@@ -70,7 +85,11 @@ def test_cure_beside_trades(tmp_path, capsys):
     out = tmp_path / "run"
     result = run(out, "--compare")
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines()[:-1])) <= 80  # but for where it is
+    lines = [line for line in printed.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80
+    (warm,) = tmp_path.glob("warmup-digits-*.pt")
+    assert printed.count(f"warm-up: saved for other runs as {warm}") == 1
+    assert "reused" not in printed
     assert "Natural   PGD-20      C&W  NRR (C&W)" in printed
     for line in ("warm-up 2/2: loss", "cure 3/3: loss", "trades 3/3: loss"):
         assert printed.count(line) == 1
@@ -110,7 +129,7 @@ def test_trades_of_the_comparison_is_the_plain_loop(tmp_path):
     ],
 )
 def test_figure(updated, panels, monkeypatch, tmp_path):
-    """Both curves of both methods; shares of layers where they differ."""
+    """Both curves of both methods over the table's epochs; shares of layers where they differ."""
     figures = []
     monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     warm = [dict(natural=90, robust=0)]
@@ -124,6 +143,9 @@ def test_figure(updated, panels, monkeypatch, tmp_path):
     assert len(figure.axes) == panels
     curves = [line.get_ydata().tolist() for line in figure.axes[0].lines]
     assert curves == [[90, 80, 85], [0, 50, 55]] * 2
+    for line in figure.axes[0].lines:
+        assert list(line.get_xdata()) == [0, 1, 2]
+    assert figure.axes[0].get_xticks().tolist() == [1, 2]
     if panels == 2:
         (band,) = figure.axes[1].collections
         ends = [segment[:, 0].tolist() for segment in band.get_segments()]
@@ -136,9 +158,12 @@ def test_a_seed_repeats_a_run_and_runs_share_the_warm_up(tmp_path, capsys, monke
     cure = run(tmp_path / "a" / "cure")
     run(tmp_path / "b" / "cure")
     assert_same_run(tmp_path / "a" / "cure", tmp_path / "b" / "cure")
-    capsys.readouterr()
+    (warm,) = (tmp_path / "a").glob("warmup-digits-*.pt")
+    assert "warm-up 1/2" in capsys.readouterr().out
     run(tmp_path / "a" / "again")  # its warm-up comes from the file this time
-    assert "warm-up epoch" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warm-up 1/2" not in printed
+    assert printed.count(f"warm-up: reused from {warm}\n") == 1
     assert_same_run(tmp_path / "a" / "cure", tmp_path / "a" / "again")
     run(tmp_path / "a" / "eps", "--eps", "0.3")
     assert len(list((tmp_path / "a").glob("warmup-digits-*.pt"))) == 2
@@ -149,31 +174,74 @@ def test_a_seed_repeats_a_run_and_runs_share_the_warm_up(tmp_path, capsys, monke
     assert len(list((tmp_path / "a").glob("warmup-digits-*.pt"))) == 3
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A comparison that was never stopped."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(out, "--compare")
+    return out
+
+
+NOTHING = "No epoch was finished, nothing is saved; the same command "
+WARM_UP = "The warm-up is saved as {warm}; the same command "
+EPOCHS = "Finished epochs are saved in {out}; the same command "
+
+
 @pytest.mark.parametrize(
-    ("phase", "epoch"), [("warm-up", 1), ("cure", 1), ("cure", 2), ("trades", 2)]
+    ("within", "first", "said", "then", "reused"),
+    [
+        (("warm-up", 1), [], NOTHING + "starts again.", [], "warm-up 1/2: loss"),
+        (("warm-up", 2), [], EPOCHS + "with --resume cont", ["--resume"], "warm-up: 1 of 2 epochs"),
+        (("cure", 1), [], WARM_UP + "continues from it.", [], "warm-up: reused from"),
+        (("cure", 2), [], EPOCHS + "with --resume cont", ["--resume"], "cure: 1 of 3 epochs"),
+        (
+            ("cure", "evaluation"),
+            ["--overwrite"],
+            EPOCHS + "with --resume in place of --overwrite",
+            ["--resume"],
+            "cure: 3 of 3 epochs",
+        ),
+        (("trades", 3), [], EPOCHS + "with --resume cont", ["--resume"], "trades: 2 of 3 epochs"),
+    ],
+    ids=["at once", "warm-up", "warmed up", "cure", "cure is trained", "trades"],
 )
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(phase, epoch, tmp_path, monkeypatch):
-    straight, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    run(straight, "--compare")
-    save = training.Phase._save
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    within, first, said, then, reused, straight, tmp_path, capsys
+):
+    """By the command that the last line names, which tells the truth about what is saved."""
+    out = tmp_path / "run"
+    code, last = stopped(capsys, out, "--compare", *first, within=within)
+    warm = "".join(map(str, tmp_path.glob("warmup-*.pt")))
+    assert code == 130
+    assert last.startswith("\nstopped. " + said.format(out=out, warm=warm))
+    run(out, "--compare", *then)
+    assert reused in capsys.readouterr().out
+    assert_same_run(straight, out)
 
-    def save_and_stop(self, done):
-        save(self, done)
-        if (self.name, done) == (phase, epoch):
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="with --resume goes on"):
-        patch.setattr(training.Phase, "_save", save_and_stop)
-        run(broken, "--compare")
-    with pytest.raises(SystemExit, match="holds an unfinished run: add --resume"):
-        run(broken, "--compare")
-    name, was = ("eps", 0.15) if phase == "warm-up" else ("beta", 6.0)  # no beta in a warm-up
-    with pytest.raises(SystemExit, match=rf"other settings: {name} was {was}, is 0.2"):
-        run(broken, "--compare", "--resume", f"--{name}", "0.2")
-    with pytest.raises(SystemExit, match="a run cannot be extended"):
-        run(broken, "--compare", "--resume", "--epochs", "9")
-    run(broken, "--compare", "--resume")
-    assert_same_run(straight, broken)
+def test_a_resumed_run_that_is_stopped_again(tmp_path, capsys):
+    """What is right to say differs where --resume was given, or will find nothing."""
+    out = tmp_path / "run"
+    assert stopped(capsys, out, within=("warm-up", 2))[0] == 130
+    _, said = stopped(capsys, out, "--resume", within=("cure", 1))
+    assert "the same command without --resume continues from it." in said
+    assert stopped(capsys, out, within=("cure", 2))[0] == 130
+    assert "the same command continues" in stopped(capsys, out, "--resume", within=("cure", 3))[1]
+
+
+def test_a_stopped_run_is_continued_as_it_was_begun(tmp_path, capsys):
+    out = tmp_path / "run"
+    stopped(capsys, out, within=("cure", 2))
+    code, said = refused(capsys, out)
+    assert code == 1
+    assert "holds an unfinished run: add --resume" in said
+    code, said = refused(capsys, out, "--resume", "--beta", "0.2")
+    assert code == 1
+    assert "other settings: beta was 6.0, is 0.2. Repeat its settings, or begin anew" in said
+    assert "a run cannot be extended" in refused(capsys, out, "--resume", "--epochs", "9")[1]
+    stopped(capsys, tmp_path / "other", "--seed", "1", within=("warm-up", 2))
+    _, said = refused(capsys, tmp_path / "other", "--seed", "1", "--resume", "--eps", "0.2")
+    assert "other settings: eps was 0.15, is 0.2" in said
 
 
 def test_command_line_in_a_fresh_process(tmp_path):
@@ -185,26 +253,29 @@ def test_command_line_in_a_fresh_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (["--data", "cifar10"], r"CIFAR-10 is not in .*data: put the folder cifar-10-batches-py"),
-        (["--resume"], "nothing to resume in"),
-        (["--train-size", "8"], "8 training images are left, less than one batch of 16"),
-        (["--horizon", "0.0001"], "--rate, --horizon: `horizon` should span"),
-        (["--lr", "1e30"], r"the loss is nan in epoch 1 of warm-up: lower --lr"),
+        (["--data", "cifar10"], 1, "/data: put the folder cifar-10-batches-py there, or add --d"),
+        (["--resume"], 1, "nothing to resume in"),
+        (["--train-size", "8"], 2, "8 training images are left, less than one batch of 16"),
+        (["--horizon", "0.0001"], 2, "--rate, --horizon: `horizon` should span"),
+        (["--lr", "1e30"], 1, "the loss is nan in epoch 1 of warm-up: lower --lr"),
     ],
 )
-def test_what_cannot_work_is_said_in_a_sentence(flags, message, tmp_path):
-    with pytest.raises(SystemExit, match=message):
-        run(tmp_path / "run", "--data-dir", str(tmp_path / "data"), *flags)
+def test_what_cannot_work_is_said_in_a_sentence(flags, code, message, tmp_path, capsys):
+    got, said = refused(capsys, tmp_path / "run", "--data-dir", str(tmp_path / "data"), *flags)
+    assert got == code
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "warm-up"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "bit-flipped"])
-def test_damaged_files_are_refused(kind, damage, tmp_path):
+def test_damaged_files_are_refused(kind, damage, tmp_path, capsys):
     """With the path and the way out; nothing is trained from half a file."""
     out = tmp_path / "run"
-    stopped(out)
+    stopped(capsys, out)
     (warmup,) = tmp_path.glob("warmup-*.pt")
     file = out / "cure.pt" if kind == "checkpoint" else warmup
     good = file.read_bytes()
@@ -216,8 +287,8 @@ def test_damaged_files_are_refused(kind, damage, tmp_path):
     else:
         file.write_bytes(content[damage])
     flag = "--resume" if kind == "checkpoint" else "--overwrite"
-    with pytest.raises(SystemExit, match=rf"{file.name} is damaged, or another kind.*delete it"):
-        run(out, flag)
+    _, said = refused(capsys, out, flag)
+    assert f"{file} is damaged, or another kind of file: delete it" in said
 
 
 def full(*_):
@@ -225,47 +296,67 @@ def full(*_):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "fails", "message"),
+    ("owner", "name", "fails", "code", "message"),
     [
-        (training, "save_checked", full, r"cure.pt: No space left on device\. Free space"),
-        (training.Phase, "batches", stop, "before the first checkpoint"),
-        (training.Phase, "judge", stop, "--resume in place of --over"),
+        (
+            training,
+            "load_digits",
+            stop,
+            130,
+            "stopped. Training had not begun; the same command st",
+        ),
+        (training, "save_checked", full, 1, "error: cure.pt: No space left on device. Free space"),
     ],
 )
-def test_a_stop_says_what_the_next_command_is(owner, name, fails, message, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+def test_a_run_that_has_saved_nothing_starts_again(
+    owner, name, fails, code, message, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails)
-        run(tmp_path / "run", "--overwrite")
-    run(tmp_path / "run", *(["--resume"] if name == "judge" else []))
+        got, said = refused(capsys, tmp_path / "run")
+    assert got == code
+    assert message in said
+    assert "the same command starts again." in said
+    run(tmp_path / "run")
 
 
-def test_a_finished_run_is_not_written_over_unasked(tmp_path):
+def test_a_finished_run_is_not_written_over_unasked(tmp_path, capsys):
     out = tmp_path / "run"
-    run(out)
+    run(out, "--compare")
     before = (out / "results.json").read_bytes()
-    for _ in range(2):
-        with pytest.raises(SystemExit, match="finished run: add --overwrite to begin anew, or gi"):
-            run(out, "--seed", "1")
+    for flags in (["--compare"], []):
+        assert "finished run: add --overwrite to begin" in refused(capsys, out, *flags)[1]
         assert (out / "results.json").read_bytes() == before
         (out / "cure.pt").unlink(missing_ok=True)  # as one does to save space
     assert run(out, "--seed", "1", "--overwrite")["seed"] == 1
+    assert not list(out.glob("trades*"))  # of another run than results.json
 
 
-def test_trades_can_be_added_to_a_finished_run(tmp_path, capsys):
-    run(tmp_path / "a" / "run")
+def test_trades_can_be_added_to_a_finished_run(straight, tmp_path, capsys):
+    """By the same command with --compare; stopped, it goes on."""
+    out = tmp_path / "run"
+    run(out)
+    code, said = refused(capsys, out, "--compare", "--eps", "0.2")
+    assert code == 2
+    assert "finished run with other settings (eps was 0.15, is 0.2): repeat its settings" in said
+    _, said = stopped(capsys, out, "--compare", within=("trades", 2))
+    assert EPOCHS.format(out=out) + "continues" in said
     capsys.readouterr()
-    run(tmp_path / "a" / "run", "--compare", "--resume")
-    assert "cure epoch" not in capsys.readouterr().out
-    run(tmp_path / "b" / "run", "--compare")
-    assert_same_run(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    run(out, "--compare")
+    printed = capsys.readouterr().out
+    assert f"cure: 3 of 3 epochs reused from {out / 'cure.pt'}" in printed
+    assert f"trades: 1 of 3 epochs reused from {out / 'trades.pt'}" in printed
+    assert "cure 1/3" not in printed
+    assert_same_run(straight, out)
 
 
 @pytest.mark.parametrize(("split", "part"), [("train", "labels"), ("test", "pixels")])
-def test_a_run_does_not_go_on_with_other_images(split, part, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_other_images(split, part, tmp_path, monkeypatch, capsys):
     run(tmp_path / "run")
     other_images(monkeypatch, split, part)
-    with pytest.raises(SystemExit, match="made with other images: give the data it had"):
-        run(tmp_path / "run", "--resume")
+    for flag in ("--resume", "--compare"):
+        _, said = refused(capsys, tmp_path / "run", flag)
+        assert "made with other images: give the data it had" in said
 
 
 def test_sizes_of_the_networks():
@@ -296,13 +387,17 @@ def test_sizes_of_the_networks():
         (["--out", "/proc/run"], "--out cannot be written, /proc/run: "),
         (["--download"], "--download is for --data cifar10"),
         (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--scope", "layer"], "--scope: invalid choice: 'layer' (choose from"),
+        (["--epoch-size", "3"], "unrecognized arguments: --epoch-size"),
     ],
 )
 def test_flags_are_checked_before_data_are_loaded(flags, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "load_digits", stop)
-    with pytest.raises(SystemExit):
-        run(tmp_path / "run", *flags)
-    assert message in capsys.readouterr().err
+    code, said = refused(capsys, tmp_path / "run", *flags)
+    assert code == 2
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_published_settings_are_the_defaults_for_cifar10(tmp_path):

@@ -19,8 +19,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import image_data
-from image_data import DataError, Images, crop_and_flip, load_cifar10
+from harness import image_data
+from harness.image_data import DataError, Images, crop_and_flip, load_cifar10
 
 
 def batch(seed, n=4):
@@ -93,7 +93,7 @@ def test_a_file_that_would_run_something_runs_nothing(tmp_path):
     target = tmp_path / "owned"
     for bad in (Malicious(target), {b"data": Malicious(target), b"labels": []}, Reaching()):
         (folder / "data_batch_3").write_bytes(pickle.dumps(bad, protocol=2))
-        with pytest.raises(DataError, match=r"data_batch_3 is not a CIFAR-10 batch: it asks for "):
+        with pytest.raises(DataError, match=r"data_batch_3 is not a CIFAR-10 batch .*it asks for "):
             load_cifar10(folder)
     assert not target.exists()
 
@@ -111,7 +111,8 @@ def test_a_file_that_would_run_something_runs_nothing(tmp_path):
 def test_damaged_files_are_named(content, tmp_path):
     folder = write_files(tmp_path / "c")
     (folder / "data_batch_2").write_bytes(content)
-    with pytest.raises(DataError, match="data_batch_2 is not a CIFAR-10 batch"):
+    message = r"c/data_batch_2 is not a CIFAR-10 batch \(.+\): move the folder away and add --down"
+    with pytest.raises(DataError, match=message):
         load_cifar10(folder)
 
 
@@ -196,7 +197,7 @@ def test_a_folder_that_comes_while_fetching_is_left_alone(server, tmp_path, monk
         own.write_text("mine")
 
     monkeypatch.setattr(image_data, "_download", fetch_and_write)
-    with pytest.raises(DataError, match=r"cannot be put in place .*: move the folder away"):
+    with pytest.raises(DataError, match=r"cannot be put in place .*: move it away and rerun"):
         load_cifar10(tmp_path / "data", download=True)
     assert own.read_text() == "mine"
 
@@ -204,8 +205,12 @@ def test_a_folder_that_comes_while_fetching_is_left_alone(server, tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ARCHIVE_MD5", "0" * 32, r"has MD5 .*, not 0000"),
-        ("URL", "http://127.0.0.1:9/c.tar.gz", "the same command goes on"),  # no server
+        (
+            "ARCHIVE_MD5",
+            "0" * 32,
+            r"data/cifar.*part .* MD5 .*, not 0000.* deleted: rerun to downl",
+        ),
+        ("URL", "http://127.0.0.1:9/c.tar.gz", "failed .*: rerun to resume"),  # no server
     ],
 )
 def test_a_wrong_archive_is_never_unpacked(name, value, message, server, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgp_optim import _reference, functional
+from rgp_optim._reference import Entry
 from rgp_optim.functional import rgp_score, rgp_topk_masks, topk_mask
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -52,9 +53,10 @@ def test_scores_and_masks_by_independent_code(backend, arrays, fraction, data):
         found = to_numpy(rgp_score(*pair, alpha=alpha))
         assert found.dtype == want.dtype
         np.testing.assert_array_equal(found, want)
-    columns = *zip(*pairs, strict=True), alphas, fractions, pools
-    found = functional.select(*columns, backend=backend)
-    found += functional.select_scores(g_nats, fractions, pools, backend=backend)
+    rows = zip(pairs, alphas, pools, strict=True)
+    entries = [Entry(*pair, alpha, fraction, pool) for pair, alpha, pool in rows]
+    given = [Entry(g, None, None, fraction, pool) for g, pool in zip(g_nats, pools, strict=True)]
+    found = [m for each in (entries, given) for m in functional.select(each, backend=backend)]
     wants = numpy_masks(scores, fractions, pools)
     wants += numpy_masks([to_numpy(g.double()) for g in g_nats], fractions, pools)
     for mask, want in zip(found, wants, strict=True):
@@ -138,6 +140,9 @@ class Marked(torch.Tensor):
     pass
 
 
+NEGATED = torch.full((3,), -1j, device=DEVICE).conj()  # its imaginary part is -(-1) in memory
+
+
 @pytest.mark.parametrize(
     ("backend", "tensor", "installed", "reason"),
     [
@@ -145,6 +150,8 @@ class Marked(torch.Tensor):
         ("triton", torch.ones(3, device="meta"), True, "tensors on meta"),
         ("cpu", torch.ones(3, device="cpu").as_subclass(Marked), True, "a Marked"),
         ("triton", torch.ones(3, dtype=torch.float64, device=DEVICE), True, "a float64 tensor"),
+        ("cpu", torch.imag(NEGATED.cpu()), True, "the negative bit"),
+        ("triton", torch.imag(NEGATED), True, "the negative bit"),
         ("cpu", torch.ones(3, device="cpu"), False, "numpy is not installed"),
         ("triton", G, False, "triton is not installed"),
     ],
@@ -165,28 +172,70 @@ def raising(*_):
     raise OSError("no compiler")
 
 
-def ties_to_the_last(*columns):
-    masks = _reference.select(*[[g.flip(0) for g in gs] for gs in columns[:2]], *columns[2:])
-    return [mask.flip(0) for mask in masks]
+def reading(change):
+    """Select by gradients that are read wrongly."""
+
+    def select(entries):
+        def read(g):
+            return None if g is None else change(g)
+
+        return _reference.select([Entry(*map(read, e[:2]), *e[2:]) for e in entries])
+
+    return select
 
 
-def sizes_of_scores(scores, *columns):
-    return _reference.topk_masks([score.abs() for score in scores], *columns)
+def ties_to_the_last(entries):
+    return [mask.flip(0) for mask in reading(lambda g: g.flip(0))(entries)]
 
 
-def keeps_nan(masks, gradients, weights):
-    for mask, gradient in zip(masks, gradients, strict=True):
+def from_aligned_addresses(g):
+    start = g.data_ptr() % 16 // g.element_size()
+    return g.as_strided(g.shape, g.stride(), g.storage_offset() - start)
+
+
+def without_subnormals(dtype):
+    least = torch.finfo(dtype).smallest_normal
+    return reading(lambda g: g.where(~(g.abs() < least), 0) if g.dtype == dtype else g)
+
+
+def flushed_products(entries):
+    least = torch.finfo(torch.float32).smallest_normal
+    scores = [e.natural if e.alpha is None else _reference.rgp_score(*e[:3]) for e in entries]
+    scores = [
+        s if e.alpha is None else s.where(~(s < least), 0)
+        for e, s in zip(entries, scores, strict=True)
+    ]
+    return _reference.select(
+        [Entry(s, None, None, *e[3:]) for e, s in zip(entries, scores, strict=True)]
+    )
+
+
+def keeps_nan(rows):
+    for mask, gradient, _ in rows:
         gradient.mul_(mask)
-    return [w.clone() for w in weights]
+    return [weight.clone() for *_, weight in rows]
+
+
+def saves_four_bytes(rows):
+    saved = _reference.zero_and_save_(rows)
+    return [w if w is None or w.itemsize < 8 else w.float().double() + 1 for w in saved]
 
 
 FAULTS = {
     "select raises": ({"select": raising}, "which raises OSError: no compiler"),
     "ties": ({"select": ties_to_the_last}, "whose masks differ"),
-    "scores without a sign": ({"topk_masks": sizes_of_scores}, "whose masks differ"),
+    "scores without a sign": ({"select": reading(torch.abs)}, "whose masks differ"),
+    "misaligned memory": ({"select": reading(from_aligned_addresses)}, "whose masks differ"),
+    "subnormals, 32 bits": ({"select": without_subnormals(torch.float32)}, "whose masks differ"),
+    "subnormals, 16 bits": ({"select": without_subnormals(torch.float16)}, "whose masks differ"),
+    "subnormal products": ({"select": flushed_products}, "whose masks differ"),
     "NaN stays": ({"zero_and_save_": keeps_nan}, "whose masks differ"),
     "nothing is restored": ({"restore_": lambda *_: None}, "whose masks differ"),
-    "nothing is saved": ({"zero_and_save_": lambda m, g, w: w}, "whose masks differ"),
+    "nothing is saved": (
+        {"zero_and_save_": lambda rows: [w for *_, w in rows]},
+        "whose masks differ",
+    ),
+    "weights of 8 bytes": ({"zero_and_save_": saves_four_bytes}, "whose masks differ"),
 }
 
 
@@ -194,15 +243,28 @@ FAULTS = {
 def kernels(monkeypatch):
     """Replace the kernels by the reference, with faults; make "auto" choose them."""
 
-    def install(**faults):
-        names = ("select", "topk_masks", "zero_and_save_", "restore_")
+    def install(version=(3, 4), **faults):
+        names = ("select", "zero_and_save_", "restore_")
         fake = SimpleNamespace(**{name: getattr(_reference, name) for name in names} | faults)
+        fake.VERSION = version
         monkeypatch.setattr(functional, "import_module", {"rgp_optim._triton": fake}.__getitem__)
         monkeypatch.setattr(functional, "_installed", lambda package: package == "triton")
         monkeypatch.setattr(functional, "_INTERPRETED", DEVICE.type == "cpu")
         monkeypatch.setattr(functional, "_faults", {})
+        functional._masks_histograms.cache_clear()
 
-    return install
+    yield install
+    functional._masks_histograms.cache_clear()
+
+
+def test_a_cuda_graph_captures_the_reference(monkeypatch):
+    """The kernels' tables would be gone at a replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(functional, "_INTERPRETED", False)
+    on_gpu = [SimpleNamespace(device=torch.device("cuda"))]
+    assert functional._module("auto", "select", on_gpu) is _reference
+    with pytest.raises(RuntimeError, match=r"a stream under CUDA graph capture.*Use 'auto'"):
+        functional._module("triton", "select", on_gpu)
 
 
 @pytest.mark.parametrize(("faults", "problem"), FAULTS.values(), ids=FAULTS.keys())
@@ -225,14 +287,46 @@ def test_kernels_that_differ_are_not_used_and_raise_where_they_are_named(
 def test_kernels_that_agree_are_used(kernels):
     calls = []
 
-    def topk_masks(*columns):
-        calls.append(columns[0][0].numel())
-        return _reference.topk_masks(*columns)
+    def select(entries):
+        calls.append(entries[0].natural.numel())
+        return _reference.select(entries)
 
-    kernels(topk_masks=topk_masks)
+    kernels(select=select)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for backend in ("auto", "triton"):
             topk_mask(G, update_fraction=0.5, backend=backend)
     assert calls[-2:] == [3, 3]
     assert calls.count(3) == 2  # the others are of the comparison
+
+
+def test_kernels_without_masked_histograms_are_not_used(kernels):
+    """Silently, like a Triton that is not installed: it is as old as PyTorch."""
+    kernels(version=(3, 3), select=raising)
+    mask = topk_mask(G, update_fraction=0.5)
+    assert mask.tolist() == [True, True, False]
+    with pytest.raises(RuntimeError, match=r"triton is older than 3.4`. Use 'auto'"):
+        topk_mask(G, update_fraction=0.5, backend="triton")
+
+
+# Memory that is not the value.
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_negative_bit_is_read(backend):
+    """Imaginary parts of a conjugate are the memory's numbers, negated."""
+    values = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
+    g = torch.imag(torch.complex(values, values).conj())
+    assert g.is_neg()
+    mask = topk_mask(g, update_fraction=0.4, backend=backend)
+    assert mask.tolist() == [False, True, False, True, False]
+    options = dict(alpha=0.5, update_fraction=0.4, backend=backend)
+    (mask,) = rgp_topk_masks([g], [g], **options)
+    assert mask.tolist() == [False, False, False, True, True]
+    assert rgp_score(g, g, alpha=0.5).tolist() == [1, 2, 3, 4, 5]
+    weight = torch.imag(torch.complex(values, values).conj())
+    (saved,) = functional.zero_and_save_([(mask, g, weight)], backend=backend)
+    assert g.tolist() == [0, 0, 0, 4, -5]
+    weight.add_(1)
+    functional.restore_([(mask, weight, saved)], backend=backend)
+    assert weight.tolist() == [-1, 2, -3, 5, -4]

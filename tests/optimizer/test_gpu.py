@@ -9,12 +9,13 @@ import torch
 from common import backward, losses, make_batch, make_net, same_bits, sgd, snapshot, wrap
 
 from rgp_optim import functional, kl_attack
+from rgp_optim._reference import Entry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from captured import Captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 CONSERVE = ["weights", "gradients", "update"]
 INNER = sgd(0.1, momentum=0.9, weight_decay=0.01)
 
@@ -254,13 +255,17 @@ def test_on_another_stream():
     assert all(map(same_bits, snapshot(model), snapshot(other)))
 
 
-def test_the_first_step_of_a_process_cannot_be_captured(monkeypatch):
-    """The kernels are compared with the reference before their first use."""
-    monkeypatch.setattr(functional, "_faults", {})
+def test_kernels_are_not_captured():
+    """Their tables are freed before a replay: a graph holds the reference, kernels are refused."""
     g = torch.randn(77, device="cuda")
-    with pytest.raises(RuntimeError, match="Take one step before the capture"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            functional.select([g], [g], [0.123], [0.5], [0])
+    want = functional.select([Entry(g, g, 0.123, 0.5)])[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = functional.select([Entry(g, g, 0.123, 0.5)])[0]
+        with pytest.raises(RuntimeError, match="a stream under CUDA graph capture"):
+            functional.select([Entry(g, g, 0.123, 0.5)], backend="triton")
+    graph.replay()
+    assert torch.equal(got, want)
 
 
 def test_launches_do_not_grow_with_the_tensors():
@@ -268,14 +273,13 @@ def test_launches_do_not_grow_with_the_tensors():
 
     def launches(count):
         g = [torch.randn(300 + i, 70, device="cuda") for i in range(count)]
-        settings = ([0.1] * count, [0.5] * count, list(range(count)))
         for _ in range(2):
             targets = [t.clone() for t in g]
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                masks = functional.select(g, g, *settings)
-                saved = functional.zero_and_save_(masks, targets, g)
-                functional.restore_(masks, g, saved)
+                masks = functional.select([Entry(t, t, 0.1, 0.5, i) for i, t in enumerate(g)])
+                saved = functional.zero_and_save_(list(zip(masks, targets, g, strict=True)))
+                functional.restore_(list(zip(masks, g, saved, strict=True)))
                 torch.cuda.synchronize()
         return sum("LaunchKernel" in e.name for e in profiler.events())
 

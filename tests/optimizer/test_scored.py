@@ -1,6 +1,7 @@
 """`scored`: the loss keeps its value and gradient, and its backward pass takes the scores."""
 
 import gc
+import threading
 import warnings
 import weakref
 from functools import partial
@@ -368,10 +369,8 @@ def sparse(run, of_scores=True):
 
 
 def reentrant(run, partly=False):
-    """Partly: a layer is used inside the checkpoint and outside of it, in a later pass."""
+    """Partly: a layer is used inside the checkpoint and outside of it."""
     x, _, y = make_batch()
-    if partly:
-        run.backward()
     loss = F.cross_entropy(checkpoint(run.model, x.requires_grad_(), use_reentrant=True), y)
     backward(run.opt, loss + run.model.head(torch.ones(1, 16)).sum() if partly else loss)
 
@@ -443,3 +442,88 @@ def test_a_parameter_selected_in_after_the_scores_were_taken_is_refused(change):
     with pytest.raises(RuntimeError, match=r"shape \(2, 3\) is selected in, but was not"):
         opt.step()
     assert all((p == 1).all() for p in params)
+
+
+# What an engine, another thread or one of the two graphs does must not pass without a word.
+
+
+@pytest.mark.parametrize("left", [[], [nn.Parameter(torch.ones(6))]])
+def test_groups_that_an_engine_has_emptied_or_flattened_are_refused(left):
+    run = Run()
+    for group in run.opt.param_groups:
+        group["params"] = list(left)
+    with pytest.raises(ValueError, match=r"Engines that flatten or copy .*`fully_shard`"):
+        scored(run.opt, run.model, make_batch())
+    run.opt.update_fraction = 1.0
+    scored(run.opt, run.model, make_batch())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_another_thread_trains_is_not_looked_at(again):
+    """Its gradients change while the first scored pass runs."""
+    ours, other = make_net(), nn.Parameter(torch.ones(3))
+    other.grad = torch.zeros(3) if again else None
+
+    def meanwhile(gradient):
+        worker = threading.Thread(target=lambda: other.square().sum().backward())
+        worker.start()
+        worker.join()
+        return gradient
+
+    opt, (x, x_adv, y) = wrap(ours.parameters(), sgd()), make_batch()
+    logits = ours(x)
+    logits.register_hook(meanwhile)
+    natural, adversarial = F.cross_entropy(logits, y), F.cross_entropy(ours(x_adv), y)
+    opt.scored(natural + adversarial, natural=natural, adversarial=adversarial).backward()
+    opt.step()
+    assert opt.masks()
+
+
+class Doubling(torch.autograd.Function):
+    """Gives twice the gradient each time that it runs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = 1.0
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.factor *= 2.0
+        return gradient * ctx.factor
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("role", ["natural", "adversarial"])
+def test_either_graph_may_be_one_that_cannot_run_several_times(role, again):
+    model, (x, x_adv, y) = make_net(), make_batch()
+    opt = wrap(model.parameters(), sgd())
+    for _ in range(1 + again):
+        logits = {"natural": model(x), "adversarial": model(x_adv)}
+        logits[role] = Doubling.apply(logits[role])
+        losses = {name: F.cross_entropy(each, y) for name, each in logits.items()}
+        with pytest.raises(RuntimeError, match=f"two backward passes of the {role} loss"):
+            opt.scored(sum(losses.values()), **losses).backward()
+
+
+def test_parameters_without_an_address_have_memory_of_their_own(monkeypatch):
+    """As on devices that compute later."""
+    monkeypatch.setattr(nn.Parameter, "data_ptr", lambda _: 0)
+    wrap([nn.Parameter(torch.ones(2, 3)) for _ in range(2)], sgd())
+
+
+@pytest.mark.parametrize("heads", [("first", "second"), ("second", "first")])
+def test_heads_that_take_turns_keep_a_zeroed_gradient(heads):
+    """Zeroed in place: the head that rests has a gradient and no score."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 3), "first": nn.Linear(3, 2)})
+    model["second"] = nn.Linear(3, 5)
+    opt = wrap(model.parameters(), sgd())
+    for head in heads:
+        opt.zero_grad(set_to_none=False)
+        loss = model[head](model["body"](torch.ones(2, 4))).square().mean()
+        opt.scored(loss, natural=loss, adversarial=loss).backward()
+        if head == heads[0]:
+            opt.step()
+    with pytest.warns(UserWarning, match="No scored loss depends on parameter"):
+        opt.step()
+    assert set(opt.masks()) == {model["body"].weight, model[heads[1]].weight}

@@ -1,5 +1,6 @@
 """The analyses against closed forms, plain loops and known networks."""
 
+import json
 import math
 import sys
 from itertools import permutations
@@ -13,12 +14,13 @@ from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "robustness"])
 pytest.importorskip("sklearn")
 
 from analysis import blocks, corruptions, layers, smallest  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def images(n=3, channels=3, size=32):
@@ -152,7 +154,7 @@ def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def test_cka_of_layers_over_batches():
+def test_cka_of_each_pair_of_layers_over_batches():
     """The estimator's definition, a loop over distinct indices, summed over the batches."""
     model, names = network(), ["1", "3"]
     batches = [(x, x.flip(1) ** 2) for x in images(12, 3, 2).split(6)]
@@ -161,17 +163,21 @@ def test_cka_of_layers_over_batches():
         quadruples = permutations(range(6), 4)
         return np.mean([k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples])
 
+    def grams(end, which):
+        features = [model[:end](pair[which]).detach().double() for pair in batches]
+        return [(f @ f.T).numpy() for f in features]
+
+    def summed(first, second):
+        return sum(hsic(k, m) for k, m in zip(first, second, strict=True))
+
     found = layers.cka(model, batches, names)
-    for name, end in zip(names, (2, 4), strict=True):
-        features = [[model[:end](x).detach().double() for x in pair] for pair in batches]
-        grams = [[(f @ f.T).numpy() for f in pair] for pair in features]
-        both, first, second = (
-            sum(hsic(pair[i], pair[j]) for pair in grams) for i, j in ((0, 1), (0, 0), (1, 1))
-        )
-        assert math.isclose(found[name], both / math.sqrt(first * second), rel_tol=1e-6)
-    assert layers.cka(model, [(x, x) for x, _ in batches], names) == pytest.approx(
-        dict.fromkeys(names, 1.0)
-    )
+    for row, natural in zip(found, [grams(end, 0) for end in (2, 4)], strict=True):
+        for value, attacked in zip(row, [grams(end, 1) for end in (2, 4)], strict=True):
+            own = summed(natural, natural) * summed(attacked, attacked)
+            assert math.isclose(value, summed(natural, attacked) / math.sqrt(own), rel_tol=1e-6)
+    same = layers.cka(model, [(x, x) for x, _ in batches], names)
+    assert [same[0][0], same[1][1]] == pytest.approx([1.0, 1.0])
+    assert found[0][1] != pytest.approx(found[1][0])  # rows are not columns
 
 
 def test_gradient_sizes():
@@ -194,42 +200,86 @@ def test_updated_early_and_late():
 # Blocks.
 
 
-def test_only_the_blocks_that_learn_change():
-    from networks import NETWORKS
+COMBINATIONS = {
+    "none": (), "stem": ("conv.", "norm."), "1": ("stages.0.",), "2": ("stages.1.",),
+    "3": ("stages.2.",), "4": ("fc.",), "12": ("stages.0.", "stages.1."),
+    "23": ("stages.1.", "stages.2."), "34": ("stages.2.", "fc."), "all": ("",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("label", COMBINATIONS)
+def test_only_the_blocks_that_learn_begin_anew_and_change(label):
+    from harness.networks import NETWORKS
 
     torch.manual_seed(0)
     model = NETWORKS["resnet8"](channels=1)
     parts = blocks.blocks_of(model)
-    inside = {id(p) for part in parts.values() for p in part.parameters()}
-    assert inside == {id(p) for p in model.parameters()}
+    learn = blocks.combinations(list(parts))
+    assert list(learn) == list(COMBINATIONS)
     with torch.no_grad():
-        parts["stage 2"][0].norm1.weight.fill_(3)
+        for p in model.parameters():
+            p.fill_(3)
     before = {name: t.clone() for name, t in model.state_dict().items()}
+    mine = {name for name in before if name.startswith(COMBINATIONS[label])}
+    mine -= {"mean", "std"}  # of the images
+    blocks.prepare(model, parts, learn[label])
+    for name, p in model.named_parameters():
+        assert bool((p == 3).all()) != (name in mine), name
+        assert p.requires_grad == (name in mine), name
+    assert {id(p) for part in parts.values() for p in part.parameters()} == {
+        id(p) for p in model.parameters()
+    }
+    if label == "none":
+        return
     g = torch.Generator().manual_seed(0)
     data = [(torch.rand(8, 1, 8, 8, generator=g), torch.arange(8)) for _ in range(2)]
     attack = {"eps": 0.1, "steps": 1, "step_size": 0.1}
-    blocks.train(model, parts, ["stage 2"], lambda: data, epochs=1, lr=0.1, attack=attack)
+    blocks.train(model, learn[label], lambda: data, epochs=1, lr=0.1, attack=attack)
     for name, now in model.state_dict().items():
-        same = torch.equal(before[name], now)
-        assert same != name.startswith("stages.1."), name
+        assert torch.equal(before[name], now) != (name in mine), name
     assert all(p.requires_grad for p in model.parameters())
-    assert parts["stage 2"][0].norm1.weight.max() < 2  # it began anew
 
 
-def test_analyse_draws_what_was_run(tmp_path, monkeypatch):
+def test_analyse_draws_what_was_run(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     import analyse
     import run as robustness
 
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
     common = ["--preset", "test", *where, "--device", "cpu"]
-    robustness.main([*common, "--methods", "at,cure-global", "--seeds", "0", "--quiet"])
-    analyse.main([*common, "--methods", "at,cure-global", "--blocks", "1"])
+    robustness.main([*common, "--methods", "at,cure-global", "--seeds", "0,1", "--quiet"])
+    analyse.main([*common, "--methods", "at,cure-global", "--seeds", "0,1", "--blocks", "1"])
     out = tmp_path / "r" / "analysis"
     drawn = {file.name for file in out.iterdir()}
-    names = ("corruptions", "smallest", "layers", "updated", "curves", "blocks", "perturbations")
+    names = ("corruptions", "smallest", "similarity", "gradients", "updated", "blocks")
+    names += ("perturbations",)
     assert drawn == {"analysis.json", *(f"{name}.png" for name in names)}
     assert np.all([(out / f"{name}.png").stat().st_size > 5000 for name in names])
+    found = json.loads((out / "analysis.json").read_text())
+    assert found["versions"]["torch"] == torch.__version__
+    assert [len(each) for each in found["methods"].values()] == [2, 2]
+    first, last = ([one["measures"] for one in each] for each in found["methods"].values())
+    key = "accuracy under corruptions, %"
+    lead = [b[key] - a[key] for a, b in zip(first, last, strict=True)]
+    half = 12.706 * abs(lead[0] - lead[1]) / 2  # t with one degree of freedom, two seeds
+    said = f"{sum(lead) / 2:+.2g} ± {half:.2g}"
+    assert said in capsys.readouterr().out
+
+
+def test_intervals_are_those_of_student():
+    from analysis import figure
+
+    assert figure.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert figure.interval([[1, 5], [3, 5]]) == pytest.approx([12.706, 0], rel=1e-3)
+
+
+def test_every_method_has_a_colour_of_its_own():
+    from analysis.figure import COLOR
+    from methods import METHODS
+
+    rows = [name for name in COLOR if name in METHODS and name != "none"]
+    assert set(list(METHODS)[:22]) <= set(rows)
+    assert len({COLOR[name] for name in rows}) == len(rows)
 
 
 @pytest.mark.parametrize("preset", ["digits", "cpu"])
@@ -243,7 +293,7 @@ def test_names_in_the_figure_of_all_methods_do_not_overlap(preset, tmp_path):
 
     def draw(canvas):
         figure.draw_scatter(canvas, runs)
-        texts = [t for t in canvas.axes[0].texts if "NRR" not in t.get_text()]
+        texts = [t for t in canvas.axes[0].texts if not t.get_text().startswith(" ")]
         boxes.extend(text.get_window_extent() for text in texts)
 
     figure.save(tmp_path / "f.png", draw, (10, 7))

@@ -1,6 +1,7 @@
 """The methods of the table against their formulas, computed by hand; the runner; the report."""
 
 import copy
+import csv
 import hashlib
 import json
 import math
@@ -16,7 +17,8 @@ from common import Line
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "robustness")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "robustness"])
 pytest.importorskip("sklearn")
 
 import captured  # noqa: E402
@@ -24,9 +26,10 @@ import evaluation  # noqa: E402
 import run as robustness  # noqa: E402
 import summary  # noqa: E402
 import trainer  # noqa: E402
-import training  # noqa: E402
-from methods import METHODS, TABLE, Setting  # noqa: E402
+from harness import training  # noqa: E402
+from methods import METHODS, ROWS, TABLE, Setting  # noqa: E402
 from methods.act import act_losses, soft_kl  # noqa: E402
+from methods.cure import CONTROLS, RANKING, REVISION, SCORES  # noqa: E402
 from methods.fat import friendly_pgd  # noqa: E402
 from methods.iad import iad_loss  # noqa: E402
 from methods.las_at import LENGTHS, RADII, STEPS, smoothed_loss  # noqa: E402
@@ -35,7 +38,7 @@ from methods.st_at import gap, squeeze_loss  # noqa: E402
 
 Y = torch.tensor([0, 2, 1, 1])
 
-pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm's statistics")  # short runs
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
 
 
 def logits(seed):
@@ -289,22 +292,90 @@ def test_every_image_of_las_at_has_its_own_attack():
 
 
 def test_controls_differ_from_cure_in_one_thing():
+    """The random mask without revision from that mask with it; rankings from CURE without it."""
     cure = METHODS["cure"]
     assert METHODS["released-rgp"].official["loss"] == "ce"
-    for name in list(METHODS)[12:]:
+    for name, kind in {**CONTROLS, **RANKING, **REVISION}.items():
         if name.startswith("released"):
-            assert METHODS[name].official["conserve"] == "gradients"
+            assert kind.official["conserve"] == "gradients"
             continue
-        changed = {k for k, v in METHODS[name].official.items() if cure.official[k] != v}
-        assert len(changed) == 1, name
-        assert METHODS[name].warm
-        assert METHODS[name].official["beta"] == cure.official["beta"]
+        apart = {"gamma", "score", "update_fraction"} if name in RANKING else {"horizon"}
+        apart |= {"gamma"} if name == "random-no-revision" else set()
+        changed = {k for k, v in kind.official.items() if cure.official[k] != v}
+        assert len(changed - apart) <= 1, name
+        assert changed, name
+        assert kind.warm
+        assert kind.official["beta"] == cure.official["beta"]
         for network, of_cure in cure.networks.items():
-            left = {**METHODS[name].official, **METHODS[name].networks[network]}
-            assert {k for k, v in {**cure.official, **of_cure}.items() if left[k] != v} == changed
+            left = {**kind.official, **kind.networks[network]}
+            different = {k for k, v in {**cure.official, **of_cure}.items() if left[k] != v}
+            assert different - {"update_fraction"} == changed - {"update_fraction"}
     assert METHODS["trades-pre"].official["beta"] == cure.official["beta"]
     assert METHODS["at-pre"].warm
-    assert len(TABLE) == 10
+    assert (len(TABLE), len(ROWS)) == (10, 23)
+
+
+def test_experiments_have_the_rows_and_settings_they_are_named_for():
+    used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
+    assert [len(rows) for rows in used.values()] == [21, 16, 3, 4, 3, 5]
+    assert all(set(rows) <= set(METHODS) for rows in used.values())
+    for name, (base, rows, _) in trainer.EXPERIMENTS.items():
+        for row in rows:
+            kind = METHODS[row]
+            options = {**kind.official, **trainer.options_of(trainer.PRESETS[name], row)}
+            if "none-beta" in row:
+                assert options["beta"] == float(row.removeprefix("none-beta"))
+            elif row != "at":
+                assert options["beta"] == (6.0 if base == "digits" else 5.0)
+            score, _, share = row.partition("-")
+            if score in SCORES and score != "none" and share[:2] == "0.":
+                found = options["score"], options["update_fraction"], options["gamma"]
+                assert found == (score, float(share), 0.0)
+    assert all(trainer.PRESETS[name].lr_warmup == 0.1 for name in ("digits", "cpu", "gpu-short"))
+    assert trainer.PRESETS["paper"].lr_warmup == 0.0
+
+
+@pytest.mark.parametrize("score", ["rgp", "gradient", "random", "matched", "inverse"])
+def test_scores_of_the_ranking_by_hand(score):
+    """One step without momentum: which weights move, and how long the gradient was."""
+    model, s = setting(new_optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    method = METHODS[f"{score}-0.3"](model, s)
+    x, y = data()
+    x_adv = METHODS["trades-pre"](*setting()).perturb(x, y)
+    method.perturb = lambda *_: x_adv
+    before = copy.deepcopy(model)
+    z, za = before(x), before(x_adv)
+    weights = [w for w in before.parameters() if w.dim() > 1]
+    natural, adversarial = (
+        torch.autograd.grad(F.cross_entropy(each, y), weights, retain_graph=True)
+        for each in (z, za)
+    )
+    q, qa = F.softmax(z, 1), F.log_softmax(za, 1)
+    loss = F.cross_entropy(z, y) + 5 * (q * (F.log_softmax(z, 1) - qa)).sum(1).mean()
+    gradients = torch.autograd.grad(loss, weights)
+    method.step(x, y)
+    after = [w for w in model.parameters() if w.dim() > 1]
+    for w, now, g, n, a in zip(weights, after, gradients, natural, adversarial, strict=True):
+        k = max(1, round(0.3 * w.numel()))
+        step, rgp = (w - now).detach(), 0.1 * n.abs() + 0.9 * a.abs()
+        moved, top = step != 0, torch.zeros(w.numel(), dtype=torch.bool)
+        top[rgp.flatten().topk(k).indices] = True
+        top = top.view_as(w)
+        if score == "rgp":
+            assert torch.equal(moved, top)
+        elif score == "gradient":
+            assert g.abs()[moved].min() > g.abs()[~moved].max()
+        elif score == "inverse":
+            least = torch.zeros(w.numel(), dtype=torch.bool)
+            least[rgp.flatten().topk(k, largest=False).indices] = True
+            assert torch.equal(moved, least.view_as(w) & (rgp > 0))
+        if score != "matched":
+            torch.testing.assert_close(step, g * moved, rtol=0, atol=1e-12)
+            continue
+        close(step.norm(), (g * top).norm())
+        share = step[moved] / g[moved]
+        torch.testing.assert_close(share, share[0].expand_as(share))
+        assert not torch.equal(moved, top)
 
 
 def test_published_settings_of_each_network():
@@ -320,6 +391,18 @@ def test_published_settings_of_each_network():
         assert shared == (200, 128, 0.1, 0.9)
 
 
+def test_published_numbers_agree_with_each_other():
+    """NRR is the harmonic mean of natural and C&W accuracy, cut or rounded; if not, a note."""
+    with summary.PUBLISHED.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with_nrr = [row for row in rows if row["nrr"]]
+    assert len(with_nrr) == 17
+    for row in with_nrr:
+        natural, cw = float(row["natural"]), float(row["cw"])
+        expected = 2 / (1 / natural + 1 / cw)
+        assert (abs(float(row["nrr"]) - expected) < 0.01) != ("NRR" in row["note"]), row
+
+
 def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "warm_up", lambda self, *_: None)
     words = ["--epochs", "1", "--methods", "cure", "--seeds", "0", "--no-table"]
@@ -328,7 +411,7 @@ def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
 
 
 def test_released_rules_select_where_the_released_code_does():
-    from networks import NETWORKS
+    from harness.networks import NETWORKS
 
     network = NETWORKS["resnet8"](channels=1)
     kinds = nn.Conv2d | nn.Linear
@@ -364,6 +447,32 @@ def test_an_unknown_option_is_refused():
     model, s = setting()
     with pytest.raises(ValueError, match="AT has no option beta"):
         METHODS["at"](model, s, beta=1.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "steps"])
+@pytest.mark.parametrize("lr_warmup", [0.0, 0.1, 0.25])
+def test_the_learning_rate_rises_and_falls_in_closed_form(schedule, lr_warmup):
+    """Against torch's schedulers, times a line; none of it in the natural phase."""
+    preset = replace(trainer.PRESETS["test"], schedule=schedule, lr_warmup=lr_warmup)
+    setup = training.Setup(preset, 0, "cpu", training.load_digits())
+    steps, names = 40, ("method", "warm-up")
+    for name in names:
+        opts = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3) for _ in range(2)]
+        kinds = torch.optim.lr_scheduler
+        plain = (
+            kinds.CosineAnnealingLR(opts[1], steps)
+            if schedule == "cosine"
+            else kinds.MultiStepLR(opts[1], [20, 30])
+        )
+        phase = training.Phase(setup, name, nn.Linear(1, 1), opts[0], 20, Path("none"))
+        assert setup.steps_an_epoch * 20 == steps
+        rise = round(lr_warmup * steps) if name == "method" else 0
+        for t in range(steps):
+            expected = opts[1].param_groups[0]["lr"] * (min(1.0, (t + 1) / rise) if rise else 1.0)
+            assert opts[0].param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+            for opt, scheduler in zip(opts, (phase.scheduler, plain), strict=True):
+                opt.step()
+                scheduler.step()
 
 
 # Evaluation.
@@ -434,12 +543,12 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys):
     assert content["start"] == "natural warm-up"
     assert content["options"]["beta"] == METHODS["cure"].official["beta"]
     assert set(content["results"]["last"]) >= {"natural", "pgd20", "cw", "nrr"}
-    run(tmp_path, "--compare", "cure", "trades-pre")
-    assert "With 1 seeds p cannot be below 1" in capsys.readouterr().out
+    assert "| cure - trades-pre | 1 | - |" in out  # no interval of one seed
     pytest.importorskip("matplotlib")
     figures = {"--figure": tmp_path / "table.png", "--curves": tmp_path / "curves.png"}
     run(tmp_path, "--report", *(str(word) for pair in figures.items() for word in pair))
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in figures.values())
+    assert all(b"<svg" in file.with_suffix(".svg").read_bytes() for file in figures.values())
     file = tmp_path / "runs" / "cure-seed0-last.pt"
     assert content["weights"]["last"] == {
         "bytes": file.stat().st_size,
@@ -454,17 +563,6 @@ def test_at_comes_first_where_it_is_needed():
     assert robustness.ordered(names, trainer.PRESETS["test"]) == ["at", *names]
     assert robustness.ordered(names, alone) == ["trades-pre", "at", "iad"]
     assert robustness.ordered(["cure"], alone) == ["cure"]
-
-
-def test_runs_at_the_same_time_wait_for_what_they_need(tmp_path):
-    """AT, which teaches IAD, then one run for the warm-up of each seed, then the rest."""
-    preset = replace(trainer.PRESETS["test"], surrogate=False)
-    trainer.warm_file(tmp_path, 1).touch()  # the warm-up of seed 1 is there
-    todo = [(name, seed) for seed in (0, 1) for name in ("at", "iad", "cure", "trades-pre")]
-    first, second, rest = robustness.stages(todo, preset, trainer.Place(tmp_path, tmp_path))
-    assert first == [("at", 0), ("at", 1)]
-    assert second == [("cure", 0)]
-    assert sorted(first + second + rest) == sorted(todo)
 
 
 def test_a_run_without_autoattack_says_so_before_it_trains(tmp_path, monkeypatch):
@@ -527,8 +625,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
 
 
 def test_jobs_at_the_same_time(tmp_path, capsys):
-    run(tmp_path, "--methods", "at,trades", "--seeds", "0", "--jobs", "2")
-    assert "[2/2]" in capsys.readouterr().out
+    run(tmp_path, "--methods", "trades", "--seeds", "0,1", "--jobs", "2")
+    assert "| TRADES | scratch |" in capsys.readouterr().out
+    found = sorted(file.name for file in (tmp_path / "r").iterdir())
+    assert found == [f"{name}-seed{seed}.json" for name in ("at", "trades") for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -548,8 +648,78 @@ def test_bad_flags_are_refused(words, said, capsys):
 # The report.
 
 
-def test_paired_test_is_exact():
-    assert summary.paired([1.0], [0.0]) == 1.0
-    assert summary.paired([1, 2, 3], [0, 0, 0]) == 0.25
-    assert summary.paired([1, -1], [0, 0]) == 1.0
-    assert summary.paired([5, 4, 3, 2, 1], [0] * 5) == 2 / 32
+def result(method, seed, natural, pgd20, course=(90.0, 95.0)):
+    """Return what the report reads of a run."""
+    found = {"natural": natural, "pgd20": pgd20, "cw": pgd20, "nrr": natural, "epoch": 1}
+    preset = {"data": "digits", "network": "resnet8", "eps": 0.1, "epochs": 2}
+    return {
+        "method": method, "title": method, "data": "digits", "seed": seed, "preset": preset,
+        "options": {"beta": 6.0}, "images": {"train": 4, "val": 2, "test": 3}, "auto_attack": None,
+        "results": {"last": found, "best": found}, "masking": {"suspicions": []},
+        "history": [{"loss": 1.0, "natural": n, "robust": n} for n in course],
+    }  # fmt: skip
+
+
+def experiment(*rows):
+    """Return runs of methods, which are wide apart, in three seeds."""
+    shift = {name: 5.0 * i for i, name in enumerate(rows)}
+    return {
+        name: {seed: result(name, seed, 50 + shift[name], shift[name] + seed) for seed in range(3)}
+        for name in rows
+    }
+
+
+def test_intervals_are_those_of_the_t_distribution():
+    """Against the 97.5 % quantiles of the tables: 4.303 for three values, 2.776 for five."""
+    assert summary.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    values = [0.0, 1.0, 0.0, 1.0, 0.5]
+    assert summary.interval(values) == pytest.approx(2.7764 * 0.5 / math.sqrt(5), rel=1e-4)
+
+
+def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
+    runs = experiment("cure", "trades-pre", "none", "rgp-0.7")
+    pgd = [(5.0, 4.0), (1.0, 2.0), (9.0, 6.0)]  # differences 1, -1, 3: mean 1, s = 2
+    for seed, (a, b) in enumerate(pgd):
+        runs["cure"][seed] = result("cure", seed, 60.0 + seed, a)
+        runs["trades-pre"][seed] = result("trades-pre", seed, 58.5 + 1.25 * seed, b)
+    runs["cure"][7] = result("cure", 7, 0.0, 0.0)  # has no partner
+    table = summary.intervals(runs)
+    half = 4.3027 * 2 / math.sqrt(3)
+    assert f"| cure - trades-pre | 3 | **+1.2 ± 0.6** | +1.0 ± {half:.1f} |" in table
+    assert "| rgp-0.7 - none | 3 |" in table
+    assert "gradient" not in table
+
+
+def test_the_page_has_the_differences_of_the_committed_runs():
+    folder = ROOT / "benchmarks" / "robustness"
+    runs = summary.read(folder / "results" / "ranking-digits")
+    assert {name: len(of) for name, of in runs.items()} == dict.fromkeys(["none", *RANKING], 8)
+    assert summary.intervals(runs) in (folder / "RESULTS.md").read_text()
+
+
+def test_a_collapse_is_said():
+    runs = experiment("at", "cure", "trades-pre")
+    runs["cure"][0] = result("cure", 0, 90.0, 50.0, (67.0, 85.0, 96.0))
+    runs["cure"][2] = result("cure", 2, 90.0, 50.0, (70.5, 85.0, 96.0))
+    runs["at"][0] = result("at", 0, 90.0, 50.0, (10.0, 90.0))  # from scratch
+    assert "(seeds): cure (2: 67 to 70 %).\n" in summary.report(runs)
+    assert summary.collapses(experiment("cure")).startswith("No run from natural")
+
+
+@pytest.mark.parametrize("preset", ["ranking-digits", "front-digits", "overfitting"])
+def test_figures_of_experiments(tmp_path, preset):
+    pytest.importorskip("matplotlib")
+    _, rows, beside = trainer.EXPERIMENTS[preset]
+    folders = {preset: rows} | {each: ["none", "rgp-0.7", "random-0.7"] for each in beside}
+    for folder, names in folders.items():
+        (tmp_path / folder).mkdir()
+        for name, of in experiment(*names).items():
+            for seed, content in of.items():
+                (tmp_path / folder / f"{name}-seed{seed}.json").write_text(json.dumps(content))
+    words = ["--preset", preset, "--results", str(tmp_path / preset), "--report"]
+    robustness.main(
+        [*words, "--figure", str(tmp_path / "f.png"), "--curves", str(tmp_path / "c.png")]
+    )
+    for name in ("f", "c"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()

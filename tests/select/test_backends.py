@@ -2,7 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rgp_optim import _cpu, _reference
+from rgp_optim._reference import Entry
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = not CUDA  # Triton without a GPU
@@ -39,7 +40,9 @@ class Setup(NamedTuple):
 
 def load(name, patch, n=None, **constants):
     """Return a backend with small constants, or skip; ``n`` leaves all but the given ones."""
-    module = _cpu if name == "cpu" else pytest.importorskip("rgp_optim._triton")
+    if name == "triton":
+        pytest.importorskip("triton", minversion="3.4")
+    module = import_module(f"rgp_optim._{name}")
     constants = constants or ({} if n else PATCHES[name])
     for constant, value in constants.items() if name == "cpu" or INTERPRETED else ():
         patch.setattr(module, constant, value)
@@ -158,22 +161,25 @@ def check(setup, pairs, alphas, fractions, pools):
     Without alphas the first of each pair are scores, as of a custom rule: of any sign.
     """
     if alphas is None:
-        name, columns = "topk_masks", [[a if b is None else b for b, a in pairs]]
-        rest = fractions, pools
-    else:
-        name, columns, rest = "select", [*zip(*pairs, strict=True)], (alphas, fractions, pools)
-    want = getattr(_reference, name)(*columns, *rest)
-    columns = [[on(setup.device, g) for g in column] for column in columns]
-    before = [[None if g is None else g.clone() for g in column] for column in columns]
+        pairs = [(a if b is None else b, None) for b, a in pairs]
+        alphas = [None] * len(pairs)
+    settings = list(zip(alphas, fractions, pools, strict=True))
+
+    def select(module, pairs):
+        return module.select([Entry(*p, *s) for p, s in zip(pairs, settings, strict=True)])
+
+    want = select(_reference, pairs)
+    pairs = [[on(setup.device, g) for g in pair] for pair in pairs]
+    before = [[None if g is None else g.clone() for g in pair] for pair in pairs]
     with torch.device("meta"), np.errstate(invalid="ignore" if setup.slow else "warn"):  # NumPy
-        got = getattr(setup.module, name)(*columns, *rest)
+        got = select(setup.module, pairs)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.shape, g.device.type) == (torch.bool, w.shape, setup.device)
         assert g.is_contiguous()
         assert torch.equal(g.cpu(), w)
-    for g, old in zip(chain(*columns), chain(*before), strict=True):
-        assert g is None or same_bits(g, old)
+    for pair, olds in zip(pairs, before, strict=True):
+        assert all(g is None or same_bits(g, old) for g, old in zip(pair, olds, strict=True))
 
 
 @SCOPES
@@ -202,7 +208,7 @@ def test_pools_and_shares_apart(backend):
     pairs, fractions = [*pairs, close], [0.2, 0.5, 0.2, 1.0, 0.5, 0.0, 0.5]
     alphas, pools = [0.0, 0.2, 0.3, 0.4, 1, 0.7, np.float64(0.1)], [7, 1, 7, 3, 1, 0, 8]
     check(backend, pairs, alphas, fractions, pools)
-    assert backend.module.select([], [], [], [], []) == []
+    assert backend.module.select([]) == []
 
 
 # Any input.
@@ -260,13 +266,14 @@ def test_zero_save_and_restore(dtype, lay, backend):
         gradient[i, 0], weight[:, i] = value, value
     mask = on(backend.device, torch.arange(gradient.numel()).view(shape) % 3 == 0)
     g, w = gradient.clone(), weight.clone()
-    saved = backend.module.zero_and_save_([mask] * 3, [g, None, None], [w, w, None])
+    rows = [(mask, g, w), (mask, None, w), (mask, None, None)]
+    saved = backend.module.zero_and_save_(rows)
     assert same_bits(g, torch.where(mask, gradient, 0))
     assert saved[2] is None
     assert all(same_bits(old, weight) and old is not w for old in saved[:2])
     w += 1
     moved = w.clone()
-    backend.module.restore_([mask] * 2, [w, gradient], [saved[0], None])
+    backend.module.restore_([(mask, w, saved[0])])
     assert same_bits(w, torch.where(mask, moved, weight))
 
 
@@ -304,11 +311,22 @@ def test_the_bracket_seldom_misses_where_scales_follow_the_channels(ranked_whole
         shape = (64, 32 + seed, 3, 3)
         columns = torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed)).exp()
         g = heavy(*shape, seed=seed) * columns
-        _cpu.select([g], [g], [0.1], [0.5], [0])
+        _cpu.select([Entry(g, g, 0.1, 0.5)])
         missed += g.numel() in ranked_whole
         assert ranked_whole.pop(0) < g.numel() / 4
         ranked_whole.clear()
     assert missed <= 1
+
+
+def test_indices_of_a_sample_have_64_bits(monkeypatch):
+    """Also where NumPy's default integer has 32, as on Windows."""
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *a, dtype=np.int32: arange(*a, dtype=dtype))
+    total = 2**30
+    runs = _cpu._runs(total, 2.0**-12)
+    assert runs.dtype == torch.int64
+    assert len(runs) == 2**18
+    assert torch.equal(runs // 2**12, torch.arange(2**18))  # one in each stratum
 
 
 def test_several_threads_at_once(monkeypatch):
@@ -338,7 +356,7 @@ def test_large_tensors(name, n, values, fraction, constants, monkeypatch):
     setup = load(name, monkeypatch, **constants)
     n *= setup.module.CHUNK if n == 1100 else 1
     score = (torch.arange(n) * 48271 % values + 1).float()
-    (mask,) = setup.module.topk_masks([on(setup.device, score)], [fraction], [0])
+    (mask,) = setup.module.select([Entry(on(setup.device, score), None, None, fraction)])
     mask = mask.cpu()
     assert int(mask.sum()) == round(fraction * n)
     lowest = score[mask].min()
@@ -368,8 +386,9 @@ def test_a_step_has_at_most_eight_launches(dtype, monkeypatch):
     for count in (1, 21):
         g, w = ([heavy(30 + i, 7, dtype=dtype).to(device) for i in range(count)] for _ in range(2))
         log.clear()
-        masks = kernels.select(g, g, [0.3] * count, [0.5] * count, list(range(count)))
-        kernels.restore_(masks, w, kernels.zero_and_save_(masks, g, w))
+        masks = kernels.select([Entry(t, t, 0.3, 0.5, i) for i, t in enumerate(g)])
+        saved = kernels.zero_and_save_(list(zip(masks, g, w, strict=True)))
+        kernels.restore_(list(zip(masks, w, saved, strict=True)))
         counts.append(len(log))
     assert counts[0] == counts[1] <= 8
 

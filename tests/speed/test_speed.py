@@ -14,7 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "speed")]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = map(str, [ROOT / "examples", BENCHMARKS, BENCHMARKS / "speed"])
 
 import host  # noqa: E402
 import measure  # noqa: E402

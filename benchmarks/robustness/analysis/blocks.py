@@ -7,6 +7,7 @@ statistics, and train adversarially.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ def prepare(model: nn.Module, blocks: dict[str, nn.Module], learn: Sequence[str]
 
 def train(
     model: nn.Module,
-    blocks: dict[str, nn.Module],
     learn: Sequence[str],
     batches: Callable[[], Any],
     *,
@@ -38,6 +38,7 @@ def train(
     attack: dict[str, Any],
 ) -> None:
     """Prepare the network and train the blocks in ``learn`` by AT, with a cosine schedule."""
+    blocks = blocks_of(model)
     prepare(model, blocks, learn)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -58,8 +59,15 @@ def train(
 
 
 def blocks_of(model: Any) -> dict[str, nn.Module]:
-    """Return the examples' networks as blocks: stem, stages, head."""
-    stages = {f"stage {i + 1}": stage for i, stage in enumerate(model.stages)}
+    """Return the examples' networks as blocks: stem, stages from 1 on, and, counted on, head."""
+    stages = {str(i + 1): stage for i, stage in enumerate(model.stages)}
     stem = nn.ModuleList([model.conv, model.norm])
     head = nn.ModuleList([model.last_norm, model.fc])
-    return {"stem": stem, **stages, "head": head}
+    return {"stem": stem, **stages, str(len(stages) + 1): head}
+
+
+def combinations(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what learns: no block, each one, each two neighbours but for the stem, all."""
+    pairs = pairwise(names[1:])
+    some = [*([name] for name in names), *(list(pair) for pair in pairs)]
+    return {"none": [], **{"".join(learn): learn for learn in some}, "all": list(names)}

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import summary
+from harness.report import write_whole
 from matplotlib.path import Path as Line
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from methods import METHODS, TABLE
-from report import write_whole
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#000000")
+# The same in every figure; methods that are drawn together are the furthest apart.
+COLOR = {
+    "at": "#000000", "trades": "#0072B2", "mart": "#66A61E", "fat": "#A6761D", "st-at": "#E7298A",
+    "act": "#7570B3", "ard": "#88AA99", "iad": "#332288", "las-at": "#AA4499", "cure": "#D55E00",
+    "at-pre": "#777777", "trades-pre": "#56B4E9", "trades-pre-revision": "#004488",
+    "cure-no-revision": "#E69F00", "cure-random": "#882255", "random-no-revision": "#CC79A7",
+    "cure-gradients": "#BBAA33", "cure-update": "#997700", "cure-global": "#009E73",
+    "cure-signed": "#EE6677", "cure-loss": "#117733", "released-rgp": "#661100",
+    "released-rgp-soft": "#AA6655",
+    # Scores without revision.
+    "none": "#56B4E9", "rgp": "#E69F00", "random": "#CC79A7", "gradient": "#009E73",
+    "matched": "#8E6BBF", "inverse": "#8C510A",
+}  # fmt: skip
 
 Pair = tuple[float, float]
 
 
-def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
-    """Draw a figure of ``size`` inches and write it as PNG, whole or not at all."""
+def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -> None:
+    """Draw a figure of ``size`` inches and write it, whole or not at all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,41 +40,78 @@ def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> 
 
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=size, dpi=120, layout="constrained")
+        if title:
+            figure.suptitle(title, fontsize=10)
         draw(figure)
-        write_whole(path, lambda p: figure.savefig(p, format="png"))
+        write_whole(path, lambda p: figure.savefig(p, format=path.suffix[1:]))
         plt.close(figure)
 
 
+def heading(runs: summary.Runs) -> str:
+    """Return the data, the network, the radius and the seeds of runs, for a title."""
+    some = summary.some_run(runs)
+    p, seeds = some["preset"], sorted({seed for each in runs.values() for seed in each})
+    eps = f"{255 * p['eps']:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{some['data']}, {p['network']}, ε = {eps}, {which}"
+
+
+def interval(values: Any) -> Any:
+    """Return half the width of the mean's 95 % t-interval over the first dimension."""
+    from scipy import stats
+
+    n = len(values)
+    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
+
+
+def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any) -> None:
+    """Draw the mean of a row for each seed and, if there are several, its interval."""
+    y = np.mean(rows, axis=0)
+    axis.plot(x, y, line, ms=3, color=color, **how)
+    if len(rows) > 1:
+        half, limits = interval(rows), axis.dataLim.frozen()
+        axis.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
+        axis.dataLim.set(limits)  # of the lines
+
+
+def scatter(axis: Any, pairs: Sequence[Pair], color: str, marker: str, top: int = 2) -> Pair:
+    """Draw seeds (small) and their mean with intervals; return the mean."""
+    x, y = mean = tuple(np.mean(pairs, axis=0).tolist())
+    axis.plot(*zip(*pairs, strict=True), "o", ms=3, color=color, alpha=0.35, mew=0)
+    axis.plot(x, y, marker, ms=8, color=color, mec="white", zorder=top)
+    if len(pairs) > 1:
+        wide, high = interval(pairs)
+        axis.errorbar(x, y, high, wide, color=color, lw=0.8, alpha=0.3, zorder=1)
+    return mean
+
+
 def draw_scatter(figure: Any, runs: summary.Runs) -> None:
-    """Show natural against robust accuracy: means (large, named), seeds (small), lines of NRR."""
-    kinds = {
-        "CURE": ("#D55E00", [name for name in runs if name == "cure"]),
-        "other methods of the table": ("#0072B2", [n for n in runs if n in TABLE and n != "cure"]),
-        "controls": ("#666666", [name for name in runs if name not in TABLE]),
-    }
+    """Show natural against robust accuracy: means with intervals, seeds (small), lines of NRR."""
     axis = figure.subplots()
     seeds, means = [], {}
-    for label, (color, names) in kinds.items():
-        for name in names:
-            x, y = (summary.numbers(runs, name, column) for column in ("natural", "pgd20"))
-            seeds += zip(x, y, strict=True)
-            means[METHODS[name].title] = statistics.mean(x), statistics.mean(y)
-            axis.plot(x, y, "o", ms=3, color=color, alpha=0.35, mew=0)
-            mean, top = means[METHODS[name].title], 3 if name == "cure" else 2
-            axis.plot(*mean, "o", ms=8, color=color, mec="white", label=label, zorder=top)
-            label = None  # once in the legend
+    for name in runs:
+        columns = (summary.numbers(runs, name, column) for column in ("natural", "pgd20"))
+        pairs = list(zip(*columns, strict=True))
+        marker, top = "o" if name in TABLE else "D", 3 if name == "cure" else 2
+        means[METHODS[name].title] = scatter(axis, pairs, COLOR[name], marker, top)
+        seeds += pairs
     axis.margins(0.1)
-    some = summary.some_run(runs)
     axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
-    axis.set_title(f"{some['data']}, {some['preset']['network']}, last epoch; small: single seeds")
+    axis.set_title(f"{heading(runs)}, last epoch", fontsize=11)
+    grey = {"color": "#666666", "mec": "white"}
+    axis.plot([], [], "o", ms=8, label="method of the table", **grey)
+    axis.plot([], [], "D", ms=8, label="control", **grey)
+    axis.plot([], [], "o", ms=4, label="a seed", **grey)
+    axis.plot([], [], lw=0.8, label="95 % t-interval of the mean", **grey)
+    axis.plot([], [], color="#CCCCCC", lw=0.7, label="equal NRR (PGD-20), its value")
     draw_nrr(axis)
-    axis.legend(edgecolor="none", framealpha=1.0, loc="lower left", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.draw_without_rendering()  # positions are final
     place_labels(axis, means, seeds)
 
 
 def draw_nrr(axis: Any) -> None:
-    """Draw lines of equal natural-robust ratio, 2ab / (a + b), named at the right."""
+    """Draw lines of equal natural-robust ratio under PGD-20, 2ab / (a + b)."""
     left, right, low, high = axis.axis()
     right = min(right, 100.2)
     corners = (2 * a * b / (a + b) for a, b in ((left, low), (right, high)))
@@ -72,30 +120,34 @@ def draw_nrr(axis: Any) -> None:
         y = ratio * x / (2 * x - ratio)
         axis.plot(x, y, color="#CCCCCC", lw=0.7, zorder=0)
         if low < y[-1] < high:
-            axis.text(right, y[-1], f" NRR {ratio:g}", color="#666666", fontsize=8, va="center")
+            axis.text(right, y[-1], f" {ratio:g}", color="#666666", fontsize=8, va="center")
     axis.set(xlim=(left, right), ylim=(low, high))
 
 
 def place_labels(axis: Any, points: dict[str, Pair], others: Sequence[Pair]) -> None:
-    """Name points, each name as near as it fits without covering a point or another name."""
+    """Name points, each name as near as it and the line to it fit without covering another."""
     to_pixels, frame = axis.transData, axis.get_window_extent()
     marks = [Bbox([at - 7, at + 7]) for at in to_pixels.transform(list(points.values()))]
     small = [Bbox([at - 3, at + 3]) for at in to_pixels.transform(others)]
-    taken = [axis.get_legend().get_window_extent(), *marks, *small]
+    names: list[Bbox] = []
+    lines: list[Line] = []
     for (name, xy), mark in zip(points.items(), marks, strict=True):
         label = axis.text(*xy, name, fontsize=8, ha="center", va="center", zorder=4)
         middle, box = to_pixels.transform(xy), label.get_window_extent().padded(1)
-        apart = [other for other in marks if not other.overlaps(mark)]
+        apart = [*names, *(other for other in marks if not other.overlaps(mark))]
         for turn in range(5000):  # along a spiral
             angle, far = 2.4 * turn, 8 + 0.1 * turn
             shift = (far + box.width / 2) * np.cos(angle), (far + box.height / 2) * np.sin(angle)
             moved = box.translated(*shift)
             line = Line([middle, np.clip(middle, moved.min, moved.max)])
-            crossed = any(line.intersects_bbox(other, filled=False) for other in apart)
             inside = all(frame.contains(*corner) for corner in (moved.min, moved.max))
-            if inside and not crossed and not any(map(moved.overlaps, taken)):
+            if not inside or any(map(moved.overlaps, [*names, *marks, *small])):
+                continue
+            crossed = any(line.intersects_bbox(other, filled=False) for other in apart)
+            if not crossed and not any(other.intersects_bbox(moved) for other in lines):
                 break
-        taken.append(moved)
+        names.append(moved)
+        lines.append(line)
         label.set_position(to_pixels.inverted().transform(middle + shift))
         if np.hypot(*np.diff(line.vertices, axis=0)[0]) > 14:
             ends = to_pixels.inverted().transform(line.vertices)
@@ -107,15 +159,16 @@ def draw_curves(figure: Any, runs: dict[str, dict[str, Any]]) -> None:
     shown = {"loss": "training loss", "natural": "natural, %", "robust": "training attack, %"}
     axes = figure.subplots(1, len(shown))
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        for i, (name, run) in enumerate(runs.items()):
+        for name, run in runs.items():
             values = [row[key] for row in run["history"]]
-            how = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
+            how = {"color": COLOR[name], "ls": "-" if name in TABLE else "--"}
             axis.plot(range(1, len(values) + 1), values, label=METHODS[name].title, **how)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
     some = next(iter(runs.values()))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    title = f"{some['data']}, {some['preset']['network']}, seed {some['seed']}"
+    how = {"loc": "outside right center", "frameon": False, "fontsize": 8, "labelspacing": 0.2}
+    figure.legend(*axes[0].get_legend_handles_labels(), **how)
+    title = heading({name: {run["seed"]: run} for name, run in runs.items()})
     figure.suptitle(f"{title}, {some['images']['val']} validation images", fontsize=10)

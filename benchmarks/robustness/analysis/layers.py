@@ -59,23 +59,29 @@ def hsic(k: Tensor, m: Tensor) -> Tensor:
 @torch.no_grad()
 def cka(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]
-) -> dict[str, float]:
-    """Return the linear CKA of modules' features, of natural and attacked images in batches."""
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+) -> list[list[float]]:
+    """Return the linear CKA of each pair of modules' features.
+
+    A row for each module that sees the natural images, a column for each that sees the attacked.
+    """
+    n = len(names)
+    both, own = torch.zeros(n, n, dtype=torch.float64), torch.zeros(2, n, dtype=torch.float64)
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
-        kept[name] = out.detach().flatten(1).double()
+        features = out.flatten(1).double()
+        kept[name] = features @ features.T
 
     with evaluating(model), ExitStack() as hooks:
         for name in names:
             hook = model.get_submodule(name).register_forward_hook(partial(keep, name))
             hooks.enter_context(hook)
-        for x, x_adv in batches:
-            model(x)
-            natural = dict(kept)
-            model(x_adv)
-            for name in names:
-                k, m = (f @ f.T for f in (natural[name], kept[name]))
-                sums[name] += torch.stack([hsic(k, m), hsic(k, k), hsic(m, m)]).cpu()
-    return {name: float(s[0] / (s[1] * s[2]).sqrt()) for name, s in sums.items()}
+        for pair in batches:
+            grams = []
+            for images in pair:
+                model(images)
+                grams.append([kept[name] for name in names])
+            both += torch.tensor([[float(hsic(k, m)) for m in grams[1]] for k in grams[0]])
+            own += torch.tensor([[float(hsic(k, k)) for k in each] for each in grams])
+    found: list[list[float]] = (both / own[0].outer(own[1]).sqrt()).tolist()
+    return found

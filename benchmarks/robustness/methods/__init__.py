@@ -4,7 +4,7 @@ from .act import ACT
 from .ard import ARD
 from .at import AT, PretrainedAT
 from .base import Method, Setting
-from .cure import CONTROLS, CURE
+from .cure import CONTROLS, CURE, FRONT, RANKING, REVISION
 from .fat import FAT
 from .iad import IAD
 from .las_at import LASAT
@@ -27,6 +27,9 @@ METHODS: dict[str, type[Method]] = {
     "trades-pre": PretrainedTRADES,
     **CONTROLS,
 }
-TABLE = tuple(METHODS)[:10]  # the paper's rows; the others are controls
+ROWS = tuple(METHODS)  # of the main table
+TABLE = ROWS[:10]  # the paper's rows; the others are controls
+METHODS |= {"none": type("Nothing", (PretrainedTRADES,), {"title": "none"})}
+METHODS |= {**RANKING, **REVISION, **FRONT}
 
-__all__ = ["METHODS", "TABLE", "Method", "Setting"]
+__all__ = ["METHODS", "ROWS", "TABLE", "Method", "Setting"]

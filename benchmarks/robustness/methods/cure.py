@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, rgp_param_groups
+from rgp_optim.functional import rgp_score, topk_mask
 from rgp_optim.optimizer import ScoreInputs
 
 from .base import Setting
-from .trades import TRADES
+from .trades import TRADES, PretrainedTRADES
 
 
 def signed(s: ScoreInputs) -> Tensor:
@@ -44,6 +45,30 @@ class RandomScore:
         self.steps = state_dict["steps"]
 
 
+class MatchedScore(RandomScore):
+    """Control of the step's length: a random mask, the gradient as long as under RGP's mask.
+
+    In each tensor the training gradient that the random mask leaves is rescaled to the norm of the
+    one that RGP's mask of the same fraction would have left. `rescale` does it, after the mask and
+    before the inner step: momentum sees the rescaled gradient, weight decay is not rescaled.
+    """
+
+    def __init__(self, seed: int, update_fraction: float) -> None:
+        super().__init__(seed)
+        self.update_fraction = update_fraction
+        self.norms: dict[Tensor, Tensor] = {}
+
+    def __call__(self, s: ScoreInputs) -> Tensor:
+        rgp = rgp_score(s.natural, s.adversarial, alpha=s.alpha)
+        mask = topk_mask(rgp, update_fraction=self.update_fraction)
+        self.norms[s.parameter] = (s.gradient * mask).norm()
+        return super().__call__(s)
+
+    def rescale(self, *_: Any) -> None:
+        for parameter, norm in self.norms.items():
+            parameter.grad.mul_(norm / parameter.grad.norm().clamp_min(1e-30))
+
+
 class CURE(TRADES):
     title = "CURE"
     warm = True
@@ -70,11 +95,14 @@ class CURE(TRADES):
         how = {key: self.options[key] for key in ("rate", "horizon")}
         how |= {"total_steps": setting.total_steps, "seed": setting.seed}
         self.reviser = ConsistencyReviser(model, **how) if self.options["gamma"] > 0 else None
+        self.optimizer.reviser = self.reviser
 
     def make_optimizer(self) -> RGPSelectiveOptimizer:
         self.score = self.rule()
         how = {k: self.options[k] for k in ("update_fraction", "alpha", "scope", "conserve")}
         inner = self.setting.new_optimizer(self.groups())
+        if isinstance(self.score, MatchedScore):
+            inner.register_step_pre_hook(self.score.rescale)
         return RGPSelectiveOptimizer(inner, score=self.score, **how)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -92,7 +120,11 @@ class CURE(TRADES):
         name = self.options["score"]
         if name == "random":
             return RandomScore(self.setting.seed)
-        return {"rgp": "rgp", "signed": signed, "loss_gradient": loss_gradient}[name]
+        if name == "matched":
+            return MatchedScore(self.setting.seed, self.options["update_fraction"])
+        upside_down = lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)  # noqa: E731
+        rules = {"rgp": "rgp", "inverse": upside_down, "signed": signed}
+        return {**rules, "gradient": loss_gradient, "loss_gradient": loss_gradient}[name]
 
     def left_out(self) -> list[str]:
         """Return what the released rules do not select in: all but ``conv1``, or the head."""
@@ -115,17 +147,16 @@ class CURE(TRADES):
         if self.reviser is not None:
             loss = loss + self.options["gamma"] * self.reviser(x, x_adv, logits, logits_adv)
         self.optimizer.zero_grad()
-        self.optimizer.scored(loss, natural=natural, adversarial=adversarial).backward()
+        if self.options["score"] not in ("random", "gradient", "loss_gradient"):
+            loss = self.optimizer.scored(loss, natural=natural, adversarial=adversarial)
+        loss.backward()
         self.optimizer.step()
         if isinstance(self.score, RandomScore):
             self.score.steps += 1
-        if self.reviser is not None:
-            self.reviser.update()
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
 
     def carried(self) -> dict[str, Any]:
-        kept = {"reviser": self.reviser, "score": self.score}
-        return {name: thing for name, thing in kept.items() if hasattr(thing, "state_dict")}
+        return {"score": self.score} if hasattr(self.score, "state_dict") else {}
 
 
 def variant(name: str, **changes: Any) -> type[CURE]:
@@ -142,6 +173,7 @@ CONTROLS = {
     "trades-pre-revision": variant("TRADES, pre-trained, + revision", update_fraction=1.0),
     "cure-no-revision": variant("CURE without revision", gamma=0.0),
     "cure-random": variant("CURE, random mask", score="random"),
+    "random-no-revision": variant("Random mask without revision", score="random", gamma=0.0),
     "cure-gradients": variant("CURE, gradients conserved", conserve="gradients"),
     "cure-update": variant("CURE, whole gradient in the state", conserve="update"),
     "cure-global": variant("CURE, global scope", scope="global"),
@@ -154,4 +186,25 @@ CONTROLS = {
     "released-rgp-soft": variant(
         "CURE as released, rgp_soft", score="signed", conserve="gradients"
     ),
+}
+
+# What the score ranks: no revision, all else alike.
+SCORES = ("rgp", "gradient", "random", "matched", "inverse")
+RANKING = {
+    f"{score}-{share}": variant(f"{score}, {share}", score=score, update_fraction=share, gamma=0.0)
+    for share in (0.7, 0.5, 0.3, 0.1)
+    for score in SCORES
+}
+# The averaging time of the revision, under each mask.
+REVISION = {
+    "trades-pre-revision-0.3": variant("No mask, horizon 0.3", update_fraction=1.0, horizon=0.3),
+    "cure-revision-0.3": variant("RGP, horizon 0.3", horizon=0.3),
+    "cure-random-revision-0.3": variant("Random mask, horizon 0.3", score="random", horizon=0.3),
+}
+# All weights updated, a smaller beta.
+FRONT = {
+    f"none-beta{beta:g}": type(
+        "Front", (PretrainedTRADES,), {"title": f"none, β {beta:g}", "official": {"beta": beta}}
+    )
+    for beta in (1.0, 2.0, 3.0, 3.5, 4.5)
 }

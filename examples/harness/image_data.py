@@ -37,6 +37,9 @@ FILE_MD5 = {
 }
 
 
+REPLACE = "move the folder away and add --download."
+
+
 class DataError(RuntimeError):
     """The data is missing or is not what it should be; the message says what to do."""
 
@@ -162,7 +165,7 @@ def load_cifar10(data_dir: str | Path, download: bool = False) -> Data:
     parts = []
     for name, md5 in FILE_MD5.items():
         if not (folder / name).exists():
-            raise DataError(f"{folder} lacks {name}: move the folder away and add --download.")
+            raise DataError(f"{folder} lacks {name}: {REPLACE}")
         content = (folder / name).read_bytes()
         official &= hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
         parts.append(_read_batch(folder / name, content))
@@ -202,7 +205,7 @@ def _read_batch(path: Path, content: bytes) -> tuple[Tensor, Tensor]:
         if not (right and labels.dtype.kind == "i" and labels.min() >= 0 and labels.max() <= 9):
             raise ValueError(f"pixels {pixels.dtype} {pixels.shape}, labels {labels.dtype}")
     except Exception as error:
-        raise DataError(f"{path} is not a CIFAR-10 batch: {error}.") from error
+        raise DataError(f"{path} is not a CIFAR-10 batch ({error!r}): {REPLACE}") from error
     images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
     return images, torch.from_numpy(labels.astype(np.int64))
 
@@ -218,7 +221,10 @@ def fetch_cifar10(data_dir: Path) -> None:
     digest = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
     if digest != ARCHIVE_MD5:
         part.unlink()
-        raise DataError(f"The archive from {URL} has MD5 {digest}, not {ARCHIVE_MD5}: try again.")
+        raise DataError(
+            f"{part} from {URL} had MD5 {digest}, not {ARCHIVE_MD5}, and was deleted: rerun to "
+            "download it again."
+        )
     with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
         with tarfile.open(part) as archive:
             # Early 3.10 and 3.11 know no filters; the archive is the one of the checksum above.
@@ -229,8 +235,7 @@ def fetch_cifar10(data_dir: Path) -> None:
             os.replace(Path(scratch) / FOLDER, target)
         except OSError as error:  # something is there: it is not ours to delete
             raise DataError(
-                f"{target} cannot be put in place ({error.strerror}): move the folder away; the "
-                "same command goes on."
+                f"{target} cannot be put in place ({error.strerror}): move it away and rerun."
             ) from error
     part.unlink()
 
@@ -261,8 +266,8 @@ def _download(url: str, part: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing is left to fetch
             return
-        raise DataError(f"{url} answered {error}.") from error
+        raise DataError(f"{url} answered {error}: try later, or get {FOLDER} elsewhere.") from error
     except OSError as error:
-        raise DataError(f"Fetching {url} stopped ({error}): the same command goes on.") from error
+        raise DataError(f"Download of {url} failed ({error}): rerun to resume.") from error
     if length and part.stat().st_size < length:
-        raise DataError(f"Fetching {url} stopped early: the same command goes on.")
+        raise DataError(f"Download of {url} stopped early: rerun to resume.")

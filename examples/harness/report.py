@@ -18,7 +18,7 @@ import torch
 
 import rgp_optim
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # for all kinds of eyes
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # colour-blind-safe
 
 
 def nrr(natural: float, robust: float) -> float:
@@ -128,7 +128,7 @@ def plot(path: Path, history: dict[str, list[dict[str, Any]]], title: str) -> No
 
     Args:
         path: A PNG file.
-        history: By phase; "warm-up", if it is there, comes before each of the others.
+        history: By phase; "warm-up", if it is there, comes before epoch 1 of each of the others.
         title: Of the figure.
     """
     import matplotlib
@@ -154,21 +154,22 @@ def plot(path: Path, history: dict[str, list[dict[str, Any]]], title: str) -> No
 def _accuracies(axis: Any, history: dict[str, list[dict[str, Any]]]) -> None:
     warmup = history.get("warm-up", [])
     methods = {name: rows for name, rows in history.items() if name != "warm-up"}
-    ends = []
     for (name, rows), color in zip(methods.items(), (ORANGE, BLUE), strict=False):
         for key, line, what in (("natural", "--", "natural"), ("robust", "-", "under attack")):
             values = [row[key] for row in [*warmup, *rows]]
             label = f"{name.upper()}, {what}"
-            axis.plot(range(1, len(values) + 1), values, line, color=color, lw=1.8, label=label)
-            ends.append(len(values))
-    axis.set(xlim=(0.5, max(ends) + 0.5), ylim=(0, 100), xlabel="epoch")
+            epochs = range(1 - len(warmup), len(rows) + 1)  # as the table counts them
+            axis.plot(epochs, values, line, color=color, lw=1.8, label=label)
+    last = max(map(len, methods.values()))
+    axis.set(xlim=(0.5 - len(warmup), last + 0.5), ylim=(0, 100), xlabel="epoch")
     axis.set_ylabel("accuracy on validation images (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xticks([1, *(tick for tick in axis.get_xticks() if 1 < tick <= last)])
     axis.grid(axis="y", alpha=0.25)
     if warmup:
-        axis.axvspan(0.5, len(warmup) + 0.5, color="black", alpha=0.06, lw=0)
+        axis.axvspan(0.5 - len(warmup), 0.5, color="black", alpha=0.06, lw=0)
         how = dict(transform=axis.get_xaxis_transform(), color=GREY, fontsize=9, ha="center")
-        axis.text(len(warmup) / 2 + 0.5, 1.01, "natural warm-up", **how)
+        axis.text(0.5 - len(warmup) / 2, 1.01, "natural warm-up", **how)
     axis.legend(framealpha=0.8, edgecolor="none", loc="best")
 
 

@@ -2,7 +2,7 @@
 
 A `Setup` holds what the phases of a run share, and a `Phase` is one of them:
 
-    phase = Phase(setup, "cure", model, opt, epochs, Path("cure.pt"), reviser=reviser)
+    phase = Phase(setup, "cure", model, opt, epochs, Path("cure.pt"))
     for _ in phase.epochs():
         for x, y in phase.batches():
             ...
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from image_data import Data, DataError, Images, fingerprint, load_cifar10, load_digits
-from networks import NETWORKS
-from report import load_checked, nrr, save_checked, write_whole
+from harness.image_data import Data, DataError, Images, fingerprint, load_cifar10, load_digits
+from harness.networks import NETWORKS
+from harness.report import load_checked, nrr, save_checked, write_whole
+from harness.updates import Updates
 from torch import Tensor, nn
-from updates import Updates
 
 from rgp_optim import RGPSelectiveOptimizer, pgd_attack
 
@@ -47,6 +47,14 @@ Batches = Callable[[], Any]  # yields images and labels
 Report = Callable[[str], None]
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class FlagError(DataError):
+    """Settings that cannot work; the message names the flags."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all methods of a comparison share.
@@ -58,6 +66,8 @@ class Settings:
         warmup_epochs: Of the natural training that it starts from.
         batch_size, lr, momentum, weight_decay: Of SGD, in both phases.
         schedule: "cosine", or "steps": a tenth at 50 % and 75 %.
+        lr_warmup: Share of the method's steps over which the learning rate rises from 0: the full
+            rate breaks the natural network that some methods start from.
         eps, attack_steps, step_size: Of the training attack; None: eps / 4.
         train_size, val_size, test_size, image_size: Images used, and their side; None: all.
         bf16: Train under bfloat16 autocast.
@@ -75,6 +85,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
+    lr_warmup: float = 0.1
     step_size: float | None = None
     train_size: int | None = None
     val_size: int = 200
@@ -128,7 +139,7 @@ class Setup:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.seed))
         rest = order[s.val_size :][: s.train_size]
         if len(rest) < s.batch_size:
-            raise DataError(
+            raise FlagError(
                 f"{len(rest)} training images are left, less than one batch of {s.batch_size}: "
                 "lower --batch-size or --val-size."
             )
@@ -161,11 +172,18 @@ class Setup:
         s = self.settings
         return torch.optim.SGD(params, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-        schedulers = torch.optim.lr_scheduler
-        if self.settings.schedule == "cosine":
-            return schedulers.CosineAnnealingLR(optimizer, steps)
-        return schedulers.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> Any:
+        """Return the scheduler: a cosine or two drops, times a linear rise at the beginning."""
+        rise = round(warmup * steps)
+
+        def factor(step: int) -> float:
+            if self.settings.schedule == "cosine":
+                shape = (1 + math.cos(math.pi * step / steps)) / 2
+            else:
+                shape = 0.1 ** ((step >= steps // 2) + (step >= steps * 3 // 4))
+            return shape * (min(1.0, (step + 1) / rise) if rise else 1.0)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def autocast(self, cache: bool = True) -> torch.autocast:
         on = self.settings.bf16
@@ -196,10 +214,12 @@ class Setup:
             checkpoint: Where it is kept while it lasts.
             report: As of a `Phase`.
         """
-        epochs = self.settings.warmup_epochs
+        epochs, report = self.settings.warmup_epochs, report or say
         if epochs == 0:
             return []
-        if not file.exists():
+        if file.exists():
+            report(f"warm-up: reused from {file}")
+        else:
             opt = self.sgd(model.parameters())
             phase = Phase(self, "warm-up", model, opt, epochs, checkpoint, report=report)
             for _ in phase.epochs():
@@ -218,6 +238,7 @@ class Setup:
             }
             save_checked(file, content)
             checkpoint.unlink()
+            report(f"warm-up: saved for other runs as {file}")
         saved = read(file, self.device)
         if saved["settings"] != self.warm_key:
             raise DataError(f"{file} is a warm-up with other settings or images: delete it.")
@@ -259,10 +280,11 @@ class Phase:
     ) -> None:
         self.setup, self.name, self.model, self.total = setup, name, model, epochs
         self.checkpoint = checkpoint
-        self.report = report or (lambda line: print(line, flush=True))
+        self.report = report or say
         self.settings = setup.key | (settings or {})
         self.images = fingerprint(setup.train, setup.val, setup.test)
-        self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs)
+        warmup = 0.0 if name == "warm-up" else setup.settings.lr_warmup
+        self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs, warmup)
         self.updates = Updates(optimizer) if isinstance(optimizer, RGPSelectiveOptimizer) else None
         self.kept = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler, **kept}
         if self.updates is not None:
@@ -277,7 +299,10 @@ class Phase:
 
     def epochs(self) -> Iterator[int]:
         """Yield each epoch that is left; after its steps validate and save."""
-        for epoch in range(self._load(), self.total):
+        done = self._load()
+        if done:
+            self.report(f"{self.name}: {done} of {self.total} epochs reused from {self.checkpoint}")
+        for epoch in range(done, self.total):
             began = time.perf_counter()
             self._sums = {}
             yield epoch
@@ -370,7 +395,8 @@ class Phase:
             if any(each.startswith("epochs ") for each in changed):
                 why = " Learning rates and averaging depend on epochs: a run cannot be extended."
             raise DataError(
-                f"{self.checkpoint} was made with other settings: {'; '.join(changed)}.{why}"
+                f"{self.checkpoint} was made with other settings: {'; '.join(changed)}.{why} "
+                "Repeat its settings, or begin anew in another folder."
             )
         if state["images"] != self.images:
             raise DataError(
@@ -388,7 +414,7 @@ class Phase:
 
 
 def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a run in ``out`` unasked; delete what a new one will write."""
+    """Refuse to write over a run in ``out`` unasked; delete what is left of an old one."""
     results = out / "results.json"
     started = [file for phase in phases if (file := out / f"{phase}.pt").exists()]
     if resume:
@@ -396,13 +422,13 @@ def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> No
             raise DataError(f"There is nothing to resume in {out}: leave out --resume.")
         return
     if not overwrite and (started or results.exists()):
-        kind, more = "an unfinished", "--resume to go on with it, "
+        kind, more = "an unfinished", "--resume to continue it, "
         if results.exists():
             kind, more = "a finished", ""
         raise DataError(
             f"{out} holds {kind} run: add {more}--overwrite to begin anew, or give another --out."
         )
-    for file in (*started, results):
+    for file in (results, *(file for phase in phases for file in out.glob(f"{phase}*.pt"))):
         file.unlink(missing_ok=True)
 
 

@@ -1,0 +1,82 @@
+"""Figures of the experiments: what the score ranks, the front of beta, how runs went."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import summary
+from methods import METHODS
+
+from .figure import COLOR, band, heading, interval
+
+SCORES = {  # name and marker
+    "rgp": ("RGP", "o"), "gradient": ("training gradient", "s"), "random": ("random", "D"),
+    "matched": ("random, length matched", "^"), "inverse": ("inverse RGP", "v"),
+}  # fmt: skip
+SHOWN = {"pgd20": "accuracy under PGD-20, %", "natural": "natural accuracy, %"}
+
+
+def draw_ranking(figure: Any, runs: summary.Runs) -> None:
+    """Show accuracy against the fraction updated, a line for each score."""
+    for axis, (column, title) in zip(figure.subplots(1, 2), SHOWN.items(), strict=True):
+        rows = summary.numbers(runs, "none", column)
+        y, half = np.mean(rows), interval(rows)
+        axis.axhspan(y - half, y + half, color=COLOR["none"], alpha=0.25, lw=0)
+        axis.axhline(y, color=COLOR["none"], ls="--", label="all weights updated")
+        for i, (score, (name, mark)) in enumerate(SCORES.items()):
+            shares = [s for s in (0.1, 0.3, 0.5, 0.7) if f"{score}-{s}" in runs]
+            found = [summary.numbers(runs, f"{score}-{s}", column) for s in shares]
+            x = np.array(shares) + 0.006 * (i - 2)  # intervals side by side
+            y, half = [np.mean(each) for each in found], [interval(each) for each in found]
+            axis.errorbar(x, y, half, marker=mark, color=COLOR[score], label=name, capsize=2)
+        axis.set(xlabel="fraction of the weights updated", ylabel=title, xticks=shares)
+    finish(figure, axis, runs)
+
+
+def draw_front(figure: Any, runs: summary.Runs) -> None:
+    """Show natural against robust accuracy: all weights updated, by beta, and masks beside it."""
+    axis = figure.subplots()
+    runs = {
+        name: runs[name] for name in runs if "none" in name or name in ("rgp-0.7", "random-0.7")
+    }
+    seeds = set.intersection(*(set(of) for of in runs.values()))
+    runs = {name: {seed: of[seed] for seed in seeds} for name, of in runs.items()}
+    front = {}
+    for name, of in runs.items():
+        score, beta = name.split("-")[0], next(iter(of.values()))["options"]["beta"]
+        rows = [summary.numbers(runs, name, column) for column in ("natural", "pgd20")]
+        (x, y), half = np.mean(rows, axis=1), [interval(each) for each in rows]
+        text, mark = SCORES.get(score, ("", "o"))
+        axis.errorbar(x, y, half[1], half[0], color=COLOR[score], marker=mark, capsize=2)
+        axis.annotate(f"{text} β {beta:g}", (x, y), (6, 6), textcoords="offset points", fontsize=9)
+        if score == "none":
+            front[beta] = x, y
+    line = np.transpose([front[beta] for beta in sorted(front)])
+    axis.plot(*line, color=COLOR["none"], label="all weights updated, by β")
+    axis.set(xlabel=SHOWN["natural"], ylabel=SHOWN["pgd20"])
+    finish(figure, axis, runs)
+
+
+def draw_curves(figure: Any, runs: summary.Runs) -> None:
+    """Show loss and accuracy on the validation images after each epoch."""
+    shown = {"loss": "training loss", "robust": "training attack, %", "natural": SHOWN["natural"]}
+    for axis, (column, title) in zip(figure.subplots(1, 3), shown.items(), strict=True):
+        for name, of in runs.items():
+            rows = [[row[column] for row in run["history"]] for run in of.values()]
+            color = COLOR[name if name in COLOR else name.split("-")[0]]
+            x = range(1, len(rows[0]) + 1)
+            band(axis, x, rows, color, "-", label=METHODS[name].title)
+        axis.set(xlabel="epoch, validation images", ylabel=title)
+    finish(figure, axis, runs)
+
+
+def finish(figure: Any, axis: Any, runs: summary.Runs) -> None:
+    for each in figure.axes:
+        each.grid(axis="y", alpha=0.25)
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.suptitle(f"{heading(runs)}; mean and 95 % t-interval", fontsize=10)
+
+
+DRAWN = {"ranking": (draw_ranking, (10, 4.6)), "front": (draw_front, (7, 5.4))}
