@@ -66,7 +66,9 @@ PAIRS = """
 import pathlib, sys
 sys.path.insert(0, "benchmarks/gpu")
 import emulate
-emulate.unable() and sys.exit(3)
+if reason := emulate.unable():
+    print("not able to compile:", reason)
+    sys.exit(3)
 for path, case in zip(sys.argv[1::2], sys.argv[2::2]):
     emulate.run(emulate.loaded(pathlib.Path(path)), 90, 0, [case])
 """
@@ -80,7 +82,7 @@ def python(*command):
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode == 3:
-        pytest.skip(f"Triton cannot compile here: {done.stdout.strip()}")
+        pytest.skip(done.stdout.strip())
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout
 
