@@ -27,7 +27,7 @@ from harness.training import (
     Setup,
 )
 from methods import METHODS, Method, Setting
-from methods.cure import FRONT, RANKING, REVISION
+from methods.cure import FRONT, RANKING, REVISION, START
 from torch import nn
 
 
@@ -71,12 +71,14 @@ EXPERIMENTS = {
     "ranking-digits": ("digits", ["none", *RANKING], ()),
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
+    "start-digits": ("digits", list(START), ("digits",)),
     "front-digits": ("digits", [n for n in FRONT if not n.endswith("3.5")], ("ranking-digits",)),
     "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():
     own = {"options": {}} if name.startswith("front") else {}  # a beta of their own
+    own = {"lr_warmup": 1.0} if name.startswith("start") else own
     if name == "overfitting":  # few images many times, the rate cut as where it was found
         own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
     PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)

@@ -208,3 +208,8 @@ FRONT = {
     )
     for beta in (1.0, 2.0, 3.0, 3.5, 4.5)
 }
+# The learning rate rises over the whole run: the preset says so.
+START = {
+    "trades-pre-slow": type("Slow", (PretrainedTRADES,), {"title": "TRADES, slow start"}),
+    "cure-slow": variant("CURE, slow start"),
+}
