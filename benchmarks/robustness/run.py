@@ -97,8 +97,8 @@ def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
     for path, function, what, inches in (
         (args.figure, of, runs, size), (args.curves, draw_curves, some, (13, 4.2))
     ):  # fmt: skip
-        for file in (path, path.with_suffix(".svg")) if path and what else ():
-            save(file, partial(function, runs=what), inches)
+        if path and what:
+            save(path, partial(function, runs=what), inches)
 
 
 def ordered(methods: list[str], preset: Preset) -> list[str]:

@@ -42,6 +42,10 @@ class Setting:
         """Radius in units of the published 8/255; step sizes in papers are for that radius."""
         return self.eps / (8 / 255)
 
+    def steps_before(self, epoch: int) -> int:
+        """Return how many steps the epochs before this one have."""
+        return epoch * (self.total_steps // self.epochs)
+
 
 def start(x: Tensor, setting: Setting, *, noise: float | None = None) -> Tensor:
     """Return a uniform draw in the ball, clipped, or ``x`` with normal noise, as it is."""

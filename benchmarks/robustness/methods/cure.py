@@ -38,12 +38,6 @@ class RandomScore:
         shape = s.weight.shape
         return 1.0 - torch.rand(shape, generator=draw, device=s.weight.device)  # never 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]
-
 
 class MatchedScore(RandomScore):
     """Control of the step's length: a random mask, the gradient as long as under RGP's mask.
@@ -133,6 +127,10 @@ class CURE(TRADES):
             return [name for name in layers if not name.endswith("conv1")]
         return layers[-1:] if self.options["score"] == "loss_gradient" else []
 
+    def begin_epoch(self, epoch: int) -> None:
+        if isinstance(self.score, RandomScore):
+            self.score.steps = self.setting.steps_before(epoch)
+
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         x_adv = self.perturb(x, y)
         self.model.train()
@@ -154,9 +152,6 @@ class CURE(TRADES):
         if isinstance(self.score, RandomScore):
             self.score.steps += 1
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
-
-    def carried(self) -> dict[str, Any]:
-        return {"score": self.score} if hasattr(self.score, "state_dict") else {}
 
 
 def variant(name: str, **changes: Any) -> type[CURE]:
