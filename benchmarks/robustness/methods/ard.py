@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .act import soft_kl
-from .base import Method, Setting
+from .at import AT
+from .base import Setting
 
 
-class ARD(Method):
+class ARD(AT):
     title = "ARD"
     taught = True
     official: ClassVar = {"temperature": 30.0}
@@ -20,9 +21,6 @@ class ARD(Method):
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
         self.teacher = setting.teacher()
-
-    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.pgd(x, y)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

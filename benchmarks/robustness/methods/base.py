@@ -37,11 +37,6 @@ class Setting:
     # Makes the context that networks run in, with or without a cache.
     autocast: Callable[[bool], AbstractContextManager[Any]] = lambda cache: nullcontext()
 
-    @property
-    def scale(self) -> float:
-        """Radius in units of the published 8/255; step sizes in papers are for that radius."""
-        return self.eps / (8 / 255)
-
     def steps_before(self, epoch: int) -> int:
         """Return how many steps the epochs before this one have."""
         return epoch * (self.total_steps // self.epochs)

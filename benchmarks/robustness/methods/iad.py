@@ -3,32 +3,24 @@
 Trust the teacher as far as it is right about the attacked image, and oneself for the rest.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .act import soft_kl
-from .base import Method, Setting
+from .ard import ARD
 
 
-class IAD(Method):
+class IAD(ARD):
     title = "IAD"
-    taught = True
     introspective = False
     # Introspection begins at epoch 60 of 200; before, the teacher is alone.
     official: ClassVar = {"b": 0.1, "begin": 60 / 200}
 
-    def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
-        super().__init__(model, setting, **options)
-        self.teacher = setting.teacher()
-
     def begin_epoch(self, epoch: int) -> None:
         self.introspective = epoch / self.setting.epochs >= self.options["begin"]
-
-    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.pgd(x, y)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

@@ -62,7 +62,7 @@ class LASAT(Method):
     def attack(self, x: Tensor, y: Tensor, choice: Tensor) -> Tensor:
         """Run PGD with each image's own radius, steps and length."""
         s = self.setting
-        unit = s.scale / 255
+        unit = s.eps / (8 / 255) / 255  # of the published radius
         eps, length = (per_image(choice[:, i] * unit, x) for i in (0, 2))
         most = s.attack_steps / 10  # the published range of steps is for an attack of ten
         steps = (choice[:, 1] * most).round().clamp(min=1)
