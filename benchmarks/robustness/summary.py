@@ -58,7 +58,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(runs: Runs, network: str, which: str = "last") -> str:
-    """Return Markdown: a row for each method, with the published result below its mean."""
+    """Return Markdown: a row for each method, the published result in the last column."""
     rows = [["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]]
     with PUBLISHED.open(newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file) if row["network"] == network}

@@ -63,16 +63,14 @@ def within(x_adv: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put networks into eval mode for an attack."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for an attack."""
+    mode = model.training
+    model.eval()
     try:
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        model.train(mode)
 
 
 def per_image(numbers: Tensor, x: Tensor) -> Tensor:

@@ -116,9 +116,9 @@ class CURE(TRADES):
             return RandomScore(self.setting.seed)
         if name == "matched":
             return MatchedScore(self.setting.seed, self.options["update_fraction"])
-        upside_down = lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)  # noqa: E731
-        rules = {"rgp": "rgp", "inverse": upside_down, "signed": signed}
-        return {**rules, "gradient": loss_gradient, "loss_gradient": loss_gradient}[name]
+        if name == "inverse":
+            return lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)
+        return {"rgp": "rgp", "signed": signed}.get(name, loss_gradient)
 
     def left_out(self) -> list[str]:
         """Return what the released rules do not select in: all but ``conv1``, or the head."""
