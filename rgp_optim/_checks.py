@@ -100,24 +100,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
-    """Return the ``training`` flag of each module; a frozen script has none."""
-    return {module: module.training for module in model.modules() if hasattr(module, "training")}
-
-
-def set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Call ``train`` or ``eval`` where a module has another mode.
-
-    Parents come first, since their calls reach their children; the second pass corrects modules
-    with several parents. A model from torch.export raises: it has one mode for good.
-    """
-    for _ in range(2):
-        for module, training in modes.items():
-            if module.training != training:
-                with suppress(NotImplementedError):
-                    (module.train if training else module.eval)()
-
-
 @contextmanager
 def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) -> Iterator[None]:
     """Switch to ``modes``, by default to eval mode, and back, by calls of ``train`` and ``eval``.
@@ -125,19 +107,31 @@ def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) ->
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
     Where a module's own ``train`` refuses its old mode, the flag is set, as its owner did.
     """
-    before = modes_of(model)
+    before = {module: module.training for module in model.modules() if hasattr(module, "training")}
     try:
-        set_modes(dict.fromkeys(before, False) if modes is None else modes)
+        _set_modes(dict.fromkeys(before, False) if modes is None else modes)
         yield
     finally:
-        set_modes(before)
+        _set_modes(before)
         for module, training in before.items():
             module.training = training
 
 
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Call ``train`` or ``eval`` where a module has another mode; a frozen script has none.
+
+    Parents come first, since their calls reach their children; the second pass corrects modules
+    with several parents. A model from torch.export raises: it has one mode for good.
+    """
+    for _ in range(2):
+        for module, training in modes.items():
+            if getattr(module, "training", training) != training:
+                with suppress(NotImplementedError):
+                    (module.train if training else module.eval)()
+
+
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
     """Return the model's output if it is a tensor [batch, classes]; ``hint`` ends the refusal."""
-    tensor("x", x, floating=False, hint=hint)
     logits = model(x)
     if not isinstance(logits, Tensor):
         hint = f"Wrap the model in an nn.Module whose forward returns the logits alone. {hint}"

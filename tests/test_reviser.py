@@ -423,7 +423,7 @@ def test_a_ready_copy_may_share_frozen_parts(parts, dtype):
     assert modes == [m.training for m in model.modules()]
     state = reviser.state_dict()
     shared = {f"{i}.{n}" for i in parts for n, _ in model[i].named_parameters()}
-    assert not shared & (state["model"].keys() | state["masters"].keys())
+    assert not shared & state["model"].keys()
     for again, twin in (
         copy.deepcopy((model, reviser)),
         pickle.loads(pickle.dumps((model, reviser))),
@@ -729,7 +729,7 @@ def test_resumed_and_copied_revisers_go_on_bit_for_bit(copied, dtype):
     ("changes", "message"),
     [
         (None, "`ConsistencyReviser.state_dict"),
-        ({"masters": ...}, "`ConsistencyReviser.state_dict"),
+        ({"steps": ...}, "`ConsistencyReviser.state_dict"),
         ({"model": dict(nn.Linear(1, 1).named_parameters())}, "the parameters and buffer"),
         ({"decay": 7.0}, "decay"),
         ({"rate": 7.0}, "rate"),
@@ -777,7 +777,13 @@ CONTRADICTORY = {"decay": 0.9, "horizon": 0.1, "total_steps": 100}
         (LINEAR, {"total_steps": 9}, V, "`horizon` should be given with `total_steps`"),
         (LINEAR, CONTRADICTORY, V, "with .* without `decay`. Found `horizon = 0.1, total_st"),
         (LINEAR, {"horizon": 1.5, "total_steps": 9}, V, r"`horizon` should be in \(0, 1\]"),
-        (LINEAR, {"horizon": 0.064, "total_steps": 15}, V, "0.064 .* a `horizon` of 0.334 or m"),
+        (LINEAR, {"horizon": 0.1, "total_steps": 9, "rate": 0}, V, "span at least one update"),
+        (
+            LINEAR,
+            {"horizon": 0.064, "total_steps": 15},
+            V,
+            ">= 1. Found `0.064 .* or a larger `horizon`",
+        ),
         (Shares(2, 2), {}, V, "`model` .*without shared storage. Found `weight`"),
         (LINEAR, {"revised": LINEAR}, V, "`revised` .*without shared storage"),
         (LINEAR, {"revised": nn.Linear(2, 3)}, V, "`revised` should have the parameters"),
