@@ -45,25 +45,23 @@ class ConsistencyReviser:
 
     Args:
         model: The model that is trained; copied now, on its device, and read by `update`.
-        rate: Probability of an update at each step, in [0, 1].
+        rate: Probability of an update at each step, in [0, 1]; may be assigned, as ``decay`` may.
         decay: d, in [0, 1). Default 0.999.
         horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
             ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
-        seed: Seed for the update draws, >= 0. A draw depends on seed and step alone: it is the same
-            in every process and leaves torch's generators unchanged.
+        seed: Seed of the draws, >= 0: alike in all processes; torch's generators are not used.
         revised: A ready copy, where ``copy.deepcopy`` fails or frozen parts should be shared.
 
     Attributes:
         model: The averaged copy, without gradients; half-precision weights are averaged in float32
             internally. After the first `update` it may be loaded, moved or converted.
-        rate, decay: May be assigned.
         steps: Number of calls of `update`.
 
     Raises:
-        TypeError: ``model`` is not a module, or an argument has the wrong type.
-        ValueError: a number is out of range, ``decay``, ``horizon`` and ``total_steps`` contradict
-            each other, or the model cannot be copied without shared storage.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, numbers contradict each other, or the model cannot be
+            copied without shared storage.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 7 and 8.
     """
@@ -94,8 +92,8 @@ class ConsistencyReviser:
         self._check_copy(theirs, "revised" if ready else "model", sharing=ready)
         self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
         for name, tensor in _named(self.model).items():  # a script has no `requires_grad_`
-            tensor.requires_grad_(False)
-            tensor.grad = theirs[name].grad if tensor is theirs[name] else None
+            if tensor is not theirs[name]:
+                tensor.requires_grad_(False).grad = None
         with switched(model, dict.fromkeys(self.model.modules(), False)):
             pass  # to eval mode for good; parts shared with the model are switched back
 
@@ -126,8 +124,7 @@ class ConsistencyReviser:
     def update(self) -> bool:
         """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Call it once per step, or leave it to the optimizer that was given the reviser. A model
-        whose parameters or buffers are not those of the copy raises a ValueError, nothing changed.
+        A model whose parameters or buffers are not those of the copy raises a ValueError.
         """
         if self._joined:
             hint = "`update()` is called by the optimizer's `step()`: remove this call."
@@ -140,22 +137,20 @@ class ConsistencyReviser:
         if moves or self.steps == 0:
             self._move(only_check)
         if not only_check:
-            self.steps += 1
-            self._calls = 0
+            self.steps, self._calls = self.steps + 1, 0
         return moves
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the copy and its draws: averages and plain numbers."""
         if self.steps == 0:
             self._move()
-        averages = {name: average.detach() for name, average in self._averages().items()}
         numbers = {"rate": self.rate, "decay": self.decay, "steps": self.steps, "seed": self._seed}
-        return {"model": averages, **numbers}
+        return {"model": self._average({}), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
         self._check_state(state_dict)
-        self._average(state_dict["model"], 1.0)
+        self._average(state_dict["model"])
         self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in NUMBERS)
 
     def _check_state(self, state_dict: Any) -> None:
@@ -172,14 +167,12 @@ class ConsistencyReviser:
     @torch.no_grad()
     def _move(self, only_check: bool = False) -> None:
         """Move the copy towards the model; until the first update it follows the model."""
-        copied, student = (_named(each, "modules") for each in (self.model, self._student))
-        modes = {
-            copied[n]: getattr(m, "training", False) for n, m in student.items() if n in copied
-        }
+        ours, student = (_named(each, "modules") for each in (self.model, self._student))
+        modes = {ours[n]: getattr(m, "training", False) for n, m in student.items() if n in ours}
         with switched(self.model, modes):  # merged weights differ from unmerged ones
             theirs = _named(self._student)
             if self.steps == 0:
-                self._follow(theirs, copied)
+                self._follow(theirs, ours)
             self._check_copy(theirs, "model")
             if not only_check:
                 self._average(theirs, 1.0 - self.decay if self.steps else 1.0)
@@ -206,37 +199,34 @@ class ConsistencyReviser:
                 hint = "Only frozen parts may be shared, in a copy passed as `revised=`."
                 refuse(name, "be copied without shared storage", key, hint)
 
-    @torch.no_grad()
-    def _average(self, targets: Mapping[str, Tensor], weight: float) -> None:
-        """Move the copy towards ``targets`` by ``weight``; 1 copies them."""
-        ours, averaged = _named(self.model), _averaged(self.model)
-        for name, average in self._averages().items():
-            now, target = local(average), local(targets[name]).detach()
-            if weight < 1.0 and name in averaged:
-                now.lerp_(target.to(now), weight)
-            else:
-                now.copy_(target)
-            if average is not ours[name]:
-                local(ours[name]).copy_(now)
-
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _averages(self) -> dict[str, Tensor]:
-        """Return the copy's own tensors by name; for those in half precision, float32 averages.
+    def _average(self, targets: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
+        """Move the copy towards ``targets`` by ``weight``, if any; return the averages.
 
-        A tensor that differs from its rounded average was loaded: the average restarts from it.
+        Half-precision tensors have theirs in float32; where the tensor is not its average rounded,
+        it was loaded, and the average restarts from it.
         """
-        ours, theirs, averaged = _named(self.model), _named(self._student), _averaged(self.model)
+        theirs, buffers = _named(self._student), _named(self.model, "buffers")
         before, self._masters = self._masters, {}
-        own = {name: tensor for name, tensor in ours.items() if tensor is not theirs.get(name)}
-        for name, tensor in own.items():
-            if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
-                self._masters[name] = average = tensor.detach().float()
-                kept = before.get(name, average)
+        averages = {n: t.detach() for n, t in _named(self.model).items() if t is not theirs.get(n)}
+        for name, tensor in averages.items():
+            now, averaged = local(tensor), tensor.is_floating_point() or tensor.is_complex()
+            averaged &= name not in buffers or name.rpartition(".")[2] in STATISTICS
+            if averaged and tensor.dtype in (torch.float16, torch.bfloat16):
+                self._masters[name] = average = tensor.float()
+                kept, now = before.get(name, average), local(average)
                 if _layout(kept) == _layout(average):
                     same = local(kept).to(tensor.dtype) == local(tensor)
-                    local(average).copy_(torch.where(same, local(kept), local(average)))
-        return own | self._masters
+                    now.copy_(torch.where(same, local(kept), now))
+            if targets:
+                target = local(targets[name]).detach()
+                if averaged and weight < 1.0:
+                    now.lerp_(target.to(now), weight)
+                else:
+                    now.copy_(target)
+                local(tensor).copy_(now)  # half precision: rounded
+        return averages | self._masters
 
     def _warn(self) -> None:
         """Warn once of statistics that are not filled, and of a forgotten `update`."""
@@ -259,23 +249,17 @@ class ConsistencyReviser:
 @torch.no_grad()  # the parameters of a script's copy would have a graph
 def _copy(model: nn.Module) -> nn.Module:
     """Return a deep copy, or name the attribute that refuses."""
+    values = [value for module in model.modules() for value in vars(module).values()]
     # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
-    derived = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    derived = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
     try:
-        return copy.deepcopy(model, derived)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
     except Exception as error:
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         keys = [str(frame["key"]) for frame in frames if "key" in frame and "memo" in frame]
         path = ".".join(key for key in keys if key not in ("_modules", "_parameters"))
         found = f"{path or type(model).__name__}: {type(error).__name__}: {error}".splitlines()[0]
-        hint = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
-        if _sharded(model):
-            hint = "Make the reviser first, then shard the model and `reviser.model` alike."
+        hint = "Make the reviser first, then shard or run the model; or pass a copy as `revised=`."
         refuse("model", "be copyable", found, hint)
 
 
@@ -306,25 +290,14 @@ NUMBERS: dict[str, Any] = {"rate": check.fraction, "decay": _below_one}
 NUMBERS |= {"steps": check.count, "seed": check.count}
 
 
-def _sharded(model: nn.Module) -> list[Any]:
-    """Return the modules that FSDP2 has sharded."""
-    return [module for module in model.modules() if hasattr(module, "reshard")]
-
-
 def _named(model: nn.Module, *kinds: str) -> dict[str, Any]:
     """Return parameters and buffers, or ``kinds``, by name, without torch.compile's prefix."""
-    for module in _sharded(model):
-        module.reshard()  # after a forward pass, writes to gathered weights would be lost
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # by FSDP2: writes to gathered weights would be lost
+            module.reshard()  # type: ignore[operator]
     kinds = kinds or ("parameters", "buffers")
     pairs = [pair for kind in kinds for pair in getattr(unwrapped(model), f"named_{kind}")()]
     return {name.replace("_orig_mod.", ""): value for name, value in pairs}
-
-
-def _averaged(model: nn.Module) -> set[str]:
-    """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    copied = [n for n in _named(model, "buffers") if n.rpartition(".")[2] not in STATISTICS]
-    rest = {n: t for n, t in _named(model).items() if n not in copied}
-    return {n for n, t in rest.items() if t.is_floating_point() or t.is_complex()}
 
 
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:

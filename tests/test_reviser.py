@@ -1,5 +1,6 @@
 """ConsistencyReviser: the average against a plain loop, its start, its loss, its checkpoints."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -588,6 +589,36 @@ def test_a_joined_reviser_is_updated_by_the_optimizer_alone(copied):
         assert each.steps == 1
     reviser._joined = False
     assert reviser.update()
+
+
+@pytest.mark.parametrize("misfit", ["a new layer", "weights of the copy", "none"])
+def test_what_an_update_would_refuse_is_found_before_the_step(misfit):
+    """In the steps that move the copy, known from seed and step; the check moves nothing."""
+    model = make_net()
+    reviser, twin = (started(m, rate=0.5, seed=2) for m in (model, make_net()))
+    disturb(model)
+    if misfit == "a new layer":
+        model.head = nn.Linear(16, 5)
+    if misfit == "weights of the copy":
+        model.load_state_dict(reviser.model.state_dict(), assign=True)
+    before, moves = copy.deepcopy(reviser.model), []
+    for reviser.steps in range(1, 20):
+        moves.append(twin.update())
+        refused = moves[-1] and misfit != "none"
+        with pytest.raises(ValueError, match="`model`") if refused else contextlib.nullcontext():
+            assert reviser._update(only_check=True) == moves[-1]
+        assert reviser.steps == len(moves)
+        assert same(reviser.model, before)
+    assert {*moves} == {True, False}
+
+
+@pytest.mark.parametrize("bad", [{"rate": 1.5}, {"rate": None}, {"decay": 1.0}, {"decay": "1"}])
+def test_numbers_are_checked_when_they_are_assigned(bad):
+    reviser = ConsistencyReviser(nn.Linear(1, 1), rate=0.5, decay=0.9)
+    ((name, value),) = bad.items()
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` should be"):
+        setattr(reviser, name, value)
+    assert (reviser.rate, reviser.decay) == (0.5, 0.9)
 
 
 # Draws and decay.
