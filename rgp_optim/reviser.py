@@ -274,8 +274,7 @@ def _decay(decay: float | None, horizon: float | None, total: int | None, rate: 
     expected = check.count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update: horizon * rate * total_steps >= 1"
-        hint = "Give `decay`, or a larger `horizon`."
-        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", hint)
+        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", "Raise it, or give `decay`.")
     return 1.0 - 1.0 / (horizon * expected)
 
 
