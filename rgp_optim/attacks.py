@@ -208,7 +208,8 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
-    with switched(model):
+    # Gradients exist under torch.inference_mode too, on copies that are ordinary tensors.
+    with switched(model), torch.inference_mode(False), torch.no_grad():
         # A compiled backward pass computes the gradient of every parameter that requires one.
         compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in net.modules())
         whole = (p for p in net.parameters() if compiled and not is_sharded(p))
@@ -216,9 +217,7 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
         try:
             for p in constant:
                 p.requires_grad = False
-            # Gradients exist under torch.inference_mode too, on copies that are ordinary tensors.
-            with torch.inference_mode(False), torch.no_grad():
-                yield net
+            yield net
         finally:
             for p in constant:
                 p.requires_grad = True
