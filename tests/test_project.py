@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -209,18 +210,57 @@ class Text(torch.nn.Module):
         return self.head(embedded.mean(1))
 
 
-RECIPES = {"README.md": 4, "examples/RECIPES.md": 14}
+class Pair(torch.nn.Module):
+    """Returns its logits in a tuple."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x):
+        return self.inner(x), None
+
+
+class Accelerator:
+    """The two methods of Accelerate's that the recipe calls; the trainers' tests run it itself."""
+
+    def prepare(self, model, opt):
+        return model, types.SimpleNamespace(step=opt.step, zero_grad=opt.zero_grad)
+
+    def backward(self, loss):
+        loss.backward()
+
+
+class Writer:
+    """TensorBoard's, as far as a recipe calls it."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = float(value)
+
+
+def attack_and_loss(model, x, y):
+    logits, logits_adv = model(x), model(x + 0.01)
+    return rgp_optim.kl_adv_loss(logits, logits_adv, y), logits, logits_adv
+
+
+RECIPES = {"README.md": 4, "examples/RECIPES.md": 22}
 
 
 @pytest.mark.parametrize(
     ("page", "number"), [(page, i) for page, count in RECIPES.items() for i in range(count)]
 )
-def test_recipes_run(page, number):
+def test_recipes_run(page, number, monkeypatch, tmp_path):
     """Each in the place of the loop's last lines, with every public name imported."""
+    monkeypatch.chdir(tmp_path)  # where one saves its checkpoint
     recipes, names = blocks("python", page), after_the_loop()
     assert len(recipes) == RECIPES[page]
     names |= {name: getattr(rgp_optim, name) for name in rgp_optim.__all__}
-    names |= {"ViT": Transformer, "text_model": Text()}
+    names |= {"ViT": Transformer, "text_model": Text(), "tuple_model": Pair(names["model"])}
+    names |= {"accelerator": Accelerator(), "writer": Writer(), "step": 3, "rising_steps": 100}
+    names |= {"attack_and_loss": attack_and_loss}
     names |= {"n": 2, "scaler": torch.amp.GradScaler("cpu")}
     model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))
     names["natural"] = torch.nn.functional.cross_entropy(model(x), y)
@@ -230,6 +270,11 @@ def test_recipes_run(page, number):
     if "vit" in names:
         selected = names["opt"].param_groups[0]["params"]
         assert [id(p) for p in selected] == [id(names["vit"].head.weight)]
+    if "shares" in names:
+        assert all(0.6 < share < 0.8 for share in names["writer"].scalars.values())
+        assert set(names["writer"].scalars) == {("updated/1.weight", 3), ("updated/2.weight", 3)}
+    if "last" in names:
+        assert torch.equal(names["last"]["x"], x + 0.01)
     if "fraction" in names:
         assert 0.6 < float(names["fraction"]) < 0.8
 
