@@ -73,15 +73,9 @@ def kl_attack_of(
     generator: torch.Generator | None = None,
     **settings: Any,
 ) -> Callable[[Tensor], Tensor]:
-    """Return `rgp_optim.kl_attack` of a model, one of `WAYS`.
+    """Return `rgp_optim.kl_attack` of a model in one of `WAYS`.
 
-    Args:
-        model: Is attacked.
-        way: "eager", or compiled, or captured, or both.
-        autocast: Makes the context in which the model runs, with a cache or without; a capture
-            wants none.
-        generator: Of the start's noise.
-        **settings: Of the attack.
+    ``autocast`` makes the context in which the model runs, with or, for a capture, without a cache.
     """
     attacked = torch.compile(model) if "compile" in way else model
     capture = "graph" in way

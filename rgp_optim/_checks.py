@@ -78,9 +78,6 @@ def match(first: Tensor, second: Tensor, name: str, partner: str) -> None:
         refuse(partner, f"match `{name}` in shape, dtype and device", f"{other} against {one}")
 
 
-# Models: inner module, modes, logits, labels.
-
-
 def model(model: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(model, nn.Module):
@@ -91,31 +88,11 @@ def model(model: Any) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's module inside torch.compile's and the data-parallel wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
-def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
-    """Return the ``training`` flag of each module; a frozen script has none."""
-    return {module: module.training for module in model.modules() if hasattr(module, "training")}
-
-
-def set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Call ``train`` or ``eval`` where a module has another mode.
-
-    Parents come first, since their calls reach their children; the second pass corrects modules
-    with several parents. A model from torch.export raises: it has one mode for good.
-    """
-    for _ in range(2):
-        for module, training in modes.items():
-            if module.training != training:
-                with suppress(NotImplementedError):
-                    (module.train if training else module.eval)()
+    if hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod)  # type: ignore[arg-type]
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    return model
 
 
 @contextmanager
@@ -125,19 +102,30 @@ def switched(model: nn.Module, modes: Mapping[nn.Module, bool] | None = None) ->
     Setting the flags would not do: some layers merge weights in ``eval`` and undo it in ``train``.
     Where a module's own ``train`` refuses its old mode, the flag is set, as its owner did.
     """
-    before = modes_of(model)
+    before = {module: module.training for module in model.modules() if hasattr(module, "training")}
     try:
-        set_modes(dict.fromkeys(before, False) if modes is None else modes)
+        _set_modes(dict.fromkeys(before, False) if modes is None else modes)
         yield
     finally:
-        set_modes(before)
+        _set_modes(before)
         for module, training in before.items():
             module.training = training
 
 
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Call ``train`` or ``eval`` where a module has another mode; a frozen script has none.
+
+    Parents come first, since their calls reach their children; the second pass corrects modules
+    with several parents. A model from torch.export raises: it has one mode for good.
+    """
+    for module, training in [*modes.items()] * 2:
+        if getattr(module, "training", training) != training:
+            with suppress(NotImplementedError):
+                (module.train if training else module.eval)()
+
+
 def logits_of(model: nn.Module, x: Tensor, hint: str = "") -> Tensor:
     """Return the model's output if it is a tensor [batch, classes]; ``hint`` ends the refusal."""
-    tensor("x", x, floating=False, hint=hint)
     logits = model(x)
     if not isinstance(logits, Tensor):
         hint = f"Wrap the model in an nn.Module whose forward returns the logits alone. {hint}"
@@ -161,8 +149,8 @@ def target(target: Tensor, logits: Tensor, *, probabilities: bool) -> None:
         either = f", or class probabilities, {list(logits.shape)}" if probabilities else ""
         whole = not (target.is_floating_point() or target.is_complex())
         hint = "Write target.long()." if whole and one_each else ""
-        rule = f"be class indices, int64, [{logits.shape[0]}]{either}"
-        refuse("target", rule, f"{tuple(target.shape)} {target.dtype}", hint)
+        found = f"{tuple(target.shape)} {target.dtype}"
+        refuse("target", f"be class indices, int64, [{logits.shape[0]}]{either}", found, hint)
     if target.device != logits.device:
         refuse("target", f"be on {logits.device}", str(target.device))
 

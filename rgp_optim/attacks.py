@@ -18,7 +18,8 @@ from rgp_optim.losses import kl_divergence, widen
 
 __all__ = ["kl_attack", "pgd_attack"]
 
-PGD_STEP = 0.003  # at a radius of 8/255
+KL_STEP, PGD_STEP = 1 / 4, 0.003 / (8 / 255)  # in units of the radius
+Goal = Callable[[Tensor], Tensor]  # a loss, of the logits
 START_NOISE = 0.001  # standard deviation, in units of the pixels
 
 
@@ -65,8 +66,7 @@ def kl_attack(
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 4; Zhang et al., TRADES, ICML 2019.
     """
-    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
-    step = eps / 4 if step_size is None else check.real("step_size", step_size, strict=True)
+    eps, step, draws = _check_inputs(model, x, eps, step_size, KL_STEP, steps, bounds, generator)
     with _frozen(model) as net:
         x = x.detach().clone()
         noise = torch.randn(x.shape, generator=draws, dtype=x.dtype, device=x.device)
@@ -74,7 +74,7 @@ def kl_attack(
         return _ascend(net, x + START_NOISE * noise, distance, _ball(x, eps, bounds), step, steps)
 
 
-def pgd_attack(
+def pgd_attack(  # noqa: D417 (what is `kl_attack`'s is described there)
     model: nn.Module,
     x: Tensor,
     target: Tensor,
@@ -97,30 +97,23 @@ def pgd_attack(
     returned. The defaults are the field's PGD-20; result tables call ``loss="margin"`` C&W.
 
     Args:
-        model: As in `kl_attack`.
-        x: As in `kl_attack`.
+        model, x, eps, steps, bounds, generator: As in `kl_attack`.
         target: Class indices, [batch], int64, as `kl_adv_loss` takes them; device of ``x``.
         loss: ``"cross_entropy"`` or ``"margin"``.
-        eps: As in `kl_attack`.
         step_size: Length of a step, > 0, in units of ``x``. None is ``0.003 * eps / (8 / 255)``.
-        steps: Number of steps, >= 0.
         random_start: Start from a uniform draw in the ball (True) or from ``x``.
-        bounds: As in `kl_attack`.
-        generator: As in `kl_attack`.
 
     Returns:
-        The attacked images, as in `kl_attack`.
+        The attacked images, as `kl_attack` does.
 
     Raises:
-        ValueError: a label is out of range; other errors as in `kl_attack`.
+        ValueError: a label is out of range; other errors are those of `kl_attack`.
 
     Reference: Madry et al., ICLR 2018, Eq. 2.1; Carlini and Wagner, 2017, for the margin.
     """
-    eps, draws = _check_inputs(model, x, eps, steps, bounds, generator)
+    eps, step, draws = _check_inputs(model, x, eps, step_size, PGD_STEP, steps, bounds, generator)
     check.target(target, x, probabilities=False)
     check.choice("loss", loss, ("cross_entropy", "margin"), "For C&W use 'margin'.")
-    default = PGD_STEP * (eps / (8 / 255))
-    step = default if step_size is None else check.real("step_size", step_size, strict=True)
     with _frozen(model) as net:
         x, labels = x.detach().clone(), target.clone()
         low, high = _ball(x, eps, bounds)
@@ -141,24 +134,19 @@ def pgd_attack(
 
 
 def _ascend(
-    model: nn.Module,
-    x_adv: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    ball: tuple[Tensor, Tensor],
-    step_size: float,
-    steps: int,
+    net: nn.Module, x_adv: Tensor, goal: Goal, ball: tuple[Tensor, Tensor], step: float, steps: int
 ) -> Tensor:
-    """Take ``steps`` signed steps up ``objective``, a sum over the batch, clipped to ``ball``."""
+    """Take ``steps`` signed steps up ``goal``, a sum over the batch, clipped to ``ball``."""
     for _ in range(steps):
         given = x_adv.clone().requires_grad_()  # the model may write into it
         with torch.enable_grad():
-            logits = logits_of(model, given)
+            logits = logits_of(net, given)
             wide = widen(logits.detach()).requires_grad_()
-            (pull,) = torch.autograd.grad(objective(wide), wide)
+            (pull,) = torch.autograd.grad(goal(wide), wide)
         gradient = None
         if logits.requires_grad:
+            pull = _scaled(pull, logits.detach()).to(logits.dtype)
             try:
-                pull = _scaled(pull, logits.detach()).to(logits.dtype)
                 (gradient,) = torch.autograd.grad(logits, given, pull, allow_unused=True)
             except RuntimeError as error:
                 if "use_reentrant" not in str(error):
@@ -171,7 +159,7 @@ def _ascend(
             rule = "depend on the images through autograd"
             refuse("model(x)", rule, "no graph from the logits to x", hint)
         # The sign of a NaN is 0: where the model overflows, the pixel stays.
-        x_adv = (x_adv + step_size * gradient.sign()).clamp_(*ball)
+        x_adv = (x_adv + step * gradient.sign()).clamp_(*ball)
     return x_adv.clamp(*ball)
 
 
@@ -220,35 +208,34 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
     """
     inner = getattr(model, "_orig_mod", model)  # torch.compile
     net = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
-    with switched(model):
+    # Gradients exist under torch.inference_mode too, on copies that are ordinary tensors.
+    with switched(model), torch.inference_mode(False), torch.no_grad():
         # A compiled backward pass computes the gradient of every parameter that requires one.
-        ways = ((hasattr(m, "_orig_mod"), m._compiled_call_impl) for m in net.modules())
-        compiled = any(wrapped or call is not None for wrapped, call in ways)
+        compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in net.modules())
         whole = (p for p in net.parameters() if compiled and not is_sharded(p))
         constant = [p for p in whole if p.requires_grad and p.is_leaf]
         try:
             for p in constant:
                 p.requires_grad = False
-            # Gradients exist under torch.inference_mode too, on copies that are ordinary tensors.
-            with torch.inference_mode(False), torch.no_grad():
-                yield net
+            yield net
         finally:
             for p in constant:
                 p.requires_grad = True
 
 
 def _check_inputs(
-    model: Any, x: Any, radius: Any, steps: Any, bounds: Any, draws: Any
-) -> tuple[float, torch.Generator | None]:
-    """Return radius and generator; refuse what does not fit the bounds."""
+    model: Any, x: Any, eps: Any, step: Any, share: float, steps: Any, bounds: Any, draws: Any
+) -> tuple[float, float, torch.Generator | None]:
+    """Return radius, step and generator; refuse what does not fit the bounds."""
     check.model(model)
     check.tensor("x", x, hint="Pass pixels as floats in [0, 1]: for bytes, x / 255.")
-    eps = check.real("eps", radius)
+    eps = check.real("eps", eps)
+    step = share * eps if step is None else check.real("step_size", step, strict=True)
     check.count("steps", steps)
     if draws is not None and not isinstance(draws, torch.Generator):
         draws = torch.Generator(x.device).manual_seed(check.count("generator", draws))
     if bounds is None:
-        return eps, draws
+        return eps, step, draws
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
         refuse("bounds", "be (lowest, highest), or None", bounds)
     lowest, highest = bounds
@@ -262,6 +249,6 @@ def _check_inputs(
             hint = "Normalise inside the model, or give the range of `x` as `bounds`."
             if pixels and low >= 0 and 1 < high <= 255:
                 hint = "For pixels from 0 to 255, pass x / 255."
-            rule = f"be in [{lowest:g}, {highest:g}]"
-            refuse("x", rule, f"values from {low:.3g} to {high:.3g}", hint)
-    return eps, draws
+            found = f"values from {low:.3g} to {high:.3g}"
+            refuse("x", f"be in [{lowest:g}, {highest:g}]", found, hint)
+    return eps, step, draws

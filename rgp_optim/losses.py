@@ -45,10 +45,10 @@ def kl_adv_loss(logits: Tensor, logits_adv: Tensor, target: Tensor, *, beta: flo
     check.target(target, logits, probabilities=True)
     beta = check.real("beta", beta)
     if target.is_floating_point():
-        natural = F.cross_entropy(widen(logits), target.to(widen(logits).dtype))
+        target = target.to(widen(logits).dtype)
     else:
         check.classes(target, logits)
-        natural = F.cross_entropy(widen(logits), target, ignore_index=NO_LABEL)
+    natural = F.cross_entropy(widen(logits), target, ignore_index=NO_LABEL)
     return natural + beta * kl_divergence(logits, logits_adv)
 
 
@@ -86,8 +86,7 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor, reduction: str = "batchmea
 
     A class that p excludes, its logit -inf, adds 0.
     """
-    log_p = F.log_softmax(widen(logits_p), dim=1)
-    log_q = F.log_softmax(widen(logits_q), dim=1)
+    log_p, log_q = (F.log_softmax(widen(logits), dim=1) for logits in (logits_p, logits_q))
     masked = log_p.detach() == -math.inf
     log_p, log_q = log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
     return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)

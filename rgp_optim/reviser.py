@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 import traceback
 import warnings
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rgp_optim import _checks as check
-from rgp_optim._checks import logits_of, modes_of, refuse, set_modes, switched, unwrapped
-from rgp_optim._distributed import initialised, is_sharded, local
+from rgp_optim._checks import logits_of, refuse, switched, unwrapped
+from rgp_optim._distributed import is_sharded, local
 from rgp_optim.losses import consistency_loss
 
 __all__ = ["ConsistencyReviser"]
@@ -24,8 +23,6 @@ FEW_BATCHES = 50  # seen by BatchNorm
 MANY_CALLS = 100  # without an update
 STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 COUNTER = "num_batches_tracked"
-SHARD = "Make the reviser first, then shard the model and `reviser.model` alike."
-READY = "Pass a ready copy as `revised=`, or make the reviser before the attribute is set."
 
 
 class ConsistencyReviser:
@@ -48,25 +45,23 @@ class ConsistencyReviser:
 
     Args:
         model: The model that is trained; copied now, on its device, and read by `update`.
-        rate: Probability of an update at each step, in [0, 1].
+        rate: Probability of an update at each step, in [0, 1]; may be assigned, as ``decay`` may.
         decay: d, in [0, 1). Default 0.999.
         horizon: Time constant as a fraction of the run, in (0, 1], in place of ``decay``:
             ``d = 1 - 1 / (horizon * rate * total_steps)``. The published run has 0.064.
         total_steps: Steps of the whole run, >= 1; with ``horizon`` only.
-        seed: Seed for the update draws, >= 0. A draw depends on seed and step alone: it is the same
-            in every process and leaves torch's generators unchanged.
+        seed: Seed of the draws, >= 0: alike in all processes; torch's generators are not used.
         revised: A ready copy, where ``copy.deepcopy`` fails or frozen parts should be shared.
 
     Attributes:
-        model: The averaged copy: eval mode, no gradients. Half-precision weights are averaged in
-            float32 internally. After the first `update` it may be loaded, moved or converted.
-        decay, rate: May be assigned.
+        model: The averaged copy, without gradients; half-precision weights are averaged in float32
+            internally. After the first `update` it may be loaded, moved or converted.
         steps: Number of calls of `update`.
 
     Raises:
-        TypeError: ``model`` is not a module, or an argument has the wrong type.
-        ValueError: a number is out of range, ``decay``, ``horizon`` and ``total_steps`` contradict
-            each other, or the model cannot be copied without shared storage.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, numbers contradict each other, or the model cannot be
+            copied without shared storage.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 7 and 8.
     """
@@ -83,7 +78,7 @@ class ConsistencyReviser:
         revised: nn.Module | None = None,
     ) -> None:
         check.model(model)
-        self.rate = check.fraction("rate", rate)
+        self.rate = rate
         self.decay = _decay(decay, horizon, total_steps, self.rate)
         self.steps = 0
         self._seed = check.count("seed", seed)
@@ -93,15 +88,18 @@ class ConsistencyReviser:
         self._joined: Any = None  # what calls `_update`: an optimizer's state
         self.model = _copy(unwrapped(model)) if revised is None else revised
         check.model(self.model)
-        name, theirs = "model" if revised is None else "revised", _tensors(model)
-        self._check_copy(theirs, name, sharing=revised is not None)
+        theirs, ready = _named(model), revised is not None
+        self._check_copy(theirs, "revised" if ready else "model", sharing=ready)
         self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
-        for tensor in self._own().values():
-            tensor.grad = None
-        for p in self.model.parameters():  # a script has no `requires_grad_` of its own
-            p.requires_grad_(False)
-        with switched(model, {}):  # shared parts keep their mode
-            set_modes(dict.fromkeys(modes_of(self.model), False))
+        for name, tensor in _named(self.model).items():  # a script has no `requires_grad_`
+            if tensor is not theirs[name]:
+                tensor.requires_grad_(False).grad = None
+        with switched(model, dict.fromkeys(self.model.modules(), False)):
+            pass  # to eval mode for good; parts shared with the model are switched back
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check numbers when they are assigned."""
+        super().__setattr__(name, NUMBERS[name](name, value) if name in NUMBERS else value)
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
@@ -116,7 +114,7 @@ class ConsistencyReviser:
             found = f"shapes {tuple(x.shape)}, {tuple(x_adv.shape)}, {tuple(logits.shape)}"
             refuse("x, x_adv, logits", "be of one batch, in this order", found)
         if self.steps == 0:
-            self._move(1.0)
+            self._move()
         self._warn()
         with switched(self.model), torch.no_grad():  # a trainer may have switched it
             # One by one: BatchNorm without running statistics would mix them.
@@ -126,96 +124,73 @@ class ConsistencyReviser:
     def update(self) -> bool:
         """With probability ``rate`` move the copy towards the model, and return whether.
 
-        Call it once per step, or leave it to the optimizer that was given the reviser. A model
-        whose parameters or buffers are not those of the copy raises a ValueError, nothing changed.
+        A model whose parameters or buffers are not those of the copy raises a ValueError.
         """
         if self._joined:
             hint = "`update()` is called by the optimizer's `step()`: remove this call."
             refuse("update()", "be left to the optimizer", "a call by hand", hint, RuntimeError)
         return self._update()
 
-    def _update(self) -> bool:
-        rate, decay = check.fraction("rate", self.rate), _check_decay("decay", self.decay)
-        moves = random.Random(f"{self._seed} {self.steps}").random() < rate
+    def _update(self, only_check: bool = False) -> bool:
+        """As `update`; ``only_check``: refuse what it would refuse, before the weights move."""
+        moves = random.Random(f"{self._seed} {self.steps}").random() < self.rate
         if moves or self.steps == 0:
-            self._move(1.0 - decay if self.steps else 1.0)
-        self.steps += 1
-        self._calls = 0
+            self._move(only_check)
+        if not only_check:
+            self.steps, self._calls = self.steps + 1, 0
         return moves
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the copy and its draws: tensors and plain numbers."""
+        """Return what resumes the copy and its draws: averages and plain numbers."""
         if self.steps == 0:
-            self._move(1.0)
-        tensors = {name: tensor.detach() for name, tensor in self._own().items()}
-        numbers = {"steps": self.steps, "rate": self.rate, "decay": self.decay, "seed": self._seed}
-        return {"model": tensors, "masters": dict(self._float32()), **numbers}
+            self._move()
+        numbers = {"rate": self.rate, "decay": self.decay, "steps": self.steps, "seed": self._seed}
+        return {"model": self._average({}), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
-        ours = self._check_state(state_dict)
-        with torch.no_grad():
-            for part in ("model", "masters"):
-                for name, tensor in ours[part].items():
-                    tensor.copy_(state_dict[part][name])
-        keys = ("rate", "decay", "steps", "seed")
-        self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in keys)
+        self._check_state(state_dict)
+        self._average(state_dict["model"])
+        self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in NUMBERS)
 
-    def _check_state(self, state_dict: Any) -> dict[str, Any]:
-        """Refuse a checkpoint that does not fit; return the present state, nothing changed."""
+    def _check_state(self, state_dict: Any) -> None:
+        """Refuse a checkpoint that does not fit, nothing changed."""
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or ours.keys() - state_dict.keys():
             hint = "Pass what `ConsistencyReviser.state_dict()` returned."
             refuse("state_dict", f"have {', '.join(ours)}", type(state_dict).__name__, hint)
-        for part in ("model", "masters"):
-            _check_same(ours[part], state_dict[part], "state_dict")
-        check.fraction("state_dict['rate']", state_dict["rate"])
-        _check_decay("state_dict['decay']", state_dict["decay"])
-        for key in ("steps", "seed"):
-            check.count(f"state_dict['{key}']", state_dict[key])
-        return ours
+        _check_same(ours["model"], state_dict["model"], "state_dict")
+        for key, checked in NUMBERS.items():
+            checked(f"state_dict['{key}']", state_dict[key])
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # what is made here outlives a validation loop's mode
     @torch.no_grad()
-    def _move(self, weight: float) -> None:
-        """Move the copy towards the model by ``weight``; 1 copies the model."""
-        student, copied = (_named(each, "modules") for each in (self._student, self.model))
-        moded = [n for n, m in student.items() if n in copied and hasattr(m, "training")]
-        modes = {copied[name]: student[name].training for name in moded}
+    def _move(self, only_check: bool = False) -> None:
+        """Move the copy towards the model; until the first update it follows the model."""
+        ours, student = (_named(each, "modules") for each in (self.model, self._student))
+        modes = {ours[n]: getattr(m, "training", False) for n, m in student.items() if n in ours}
         with switched(self.model, modes):  # merged weights differ from unmerged ones
-            theirs = _tensors(self._student)
+            theirs = _named(self._student)
             if self.steps == 0:
-                self._follow(theirs, copied)
+                self._follow(theirs, ours)
             self._check_copy(theirs, "model")
-            masters, ours = self._float32(), self._own()
-            averaged = _averaged(self.model) if weight < 1.0 else set()
-            starts, ends = list[Tensor](), list[Tensor]()
-            for name, tensor in ours.items():
-                now, target = local(masters.get(name, tensor)), local(theirs[name]).detach()
-                if name in averaged:
-                    starts.append(now)
-                    ends.append(target.to(now))
-                else:
-                    now.copy_(target)
-            if starts:
-                torch._foreach_lerp_(starts, ends, weight)
-            for name, master in masters.items():
-                local(ours[name]).copy_(local(master))
+            if not only_check:
+                self._average(theirs, 1.0 - self.decay if self.steps else 1.0)
 
     def _follow(self, theirs: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
         """Give the copy the devices, dtypes and shapes that the model has been given since."""
-        ours = _tensors(self.model)
+        ours = _named(self.model)
         for name, tensor in theirs.items():
             path, _, last = name.rpartition(".")
             copied = ours.get(name, tensor)
             if name not in ours and path in modules and last in modules[path]._buffers:
                 setattr(modules[path], last, tensor.clone())  # None until the first forward pass
             elif _layout(copied) != _layout(tensor) and not any(map(is_sharded, (copied, tensor))):
-                copied.data = torch.empty_like(tensor)
+                copied.data = tensor.clone()
 
     def _check_copy(self, theirs: Mapping[str, Tensor], name: str, sharing: bool = True) -> None:
         """Refuse a copy that does not match, or shares more than frozen parts of `revised`."""
-        ours = _tensors(self.model)
+        ours = _named(self.model)
         _check_same(ours, theirs, name)
         taken = {_storage(tensor) for tensor in theirs.values()} - {0}
         for key, tensor in ours.items():
@@ -224,68 +199,68 @@ class ConsistencyReviser:
                 hint = "Only frozen parts may be shared, in a copy passed as `revised=`."
                 refuse(name, "be copied without shared storage", key, hint)
 
-    def _own(self) -> dict[str, Tensor]:
-        """Return the copy's tensors, without those that it shares with the model."""
-        shared = {id(tensor) for tensor in (*self._student.parameters(), *self._student.buffers())}
-        return {name: t for name, t in _tensors(self.model).items() if id(t) not in shared}
-
-    @torch.inference_mode(False)  # what is made here outlives a validation loop's mode
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _float32(self) -> dict[str, Tensor]:
-        """Return the float32 averages of half-precision tensors, made when first needed.
+    def _average(self, targets: Mapping[str, Tensor], weight: float = 1.0) -> dict[str, Tensor]:
+        """Move the copy towards ``targets`` by ``weight``, if any; return the averages.
 
-        A tensor that differs from its rounded average was loaded: the average restarts from it.
+        Half-precision tensors have theirs in float32; where the tensor is not its average rounded,
+        it was loaded, and the average restarts from it.
         """
-        masters, averaged = self._masters, _averaged(self.model)
-        self._masters = {}
-        for name, tensor in self._own().items():
-            if tensor.dtype in (torch.float16, torch.bfloat16) and name in averaged:
-                master = masters.get(name)
-                if master is None or _layout(master)[:3] != _layout(tensor)[:3]:
-                    master = tensor.detach().float()
-                average, rounded = local(master), local(tensor)
-                same = average.to(rounded.dtype) == rounded
-                average.copy_(torch.where(same, average, rounded.float()))
-                self._masters[name] = master
-        return self._masters
+        theirs, buffers = _named(self._student), _named(self.model, "buffers")
+        before, self._masters = self._masters, {}
+        averages = {n: t.detach() for n, t in _named(self.model).items() if t is not theirs.get(n)}
+        for name, tensor in averages.items():
+            now, averaged = local(tensor), tensor.is_floating_point() or tensor.is_complex()
+            averaged &= name not in buffers or name.rpartition(".")[2] in STATISTICS
+            if averaged and tensor.dtype in (torch.float16, torch.bfloat16):
+                self._masters[name] = average = tensor.float()
+                kept, now = before.get(name, average), local(average)
+                if _layout(kept) == _layout(average):
+                    same = local(kept).to(tensor.dtype) == local(tensor)
+                    now.copy_(torch.where(same, local(kept), now))
+            if targets:
+                target = local(targets[name]).detach()
+                if averaged and weight < 1.0:
+                    now.lerp_(target.to(now), weight)
+                else:
+                    now.copy_(target)
+                local(tensor).copy_(now)  # half precision: rounded
+        return averages | self._masters
 
     def _warn(self) -> None:
         """Warn once of statistics that are not filled, and of a forgotten `update`."""
         self._calls += 1
         if self._calls == MANY_CALLS:
             text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
-            warnings.warn(text, UserWarning, stacklevel=3)
+            warnings.warn(text, stacklevel=3)
         if self._uncounted is not None:  # at the first call: on a GPU reading buffers synchronises
-            tensors = _tensors(self.model)
-            skipped = self._uncounted | _uncounted(tensors)
+            tensors = _named(self.model)
+            skipped, self._uncounted = self._uncounted | _uncounted(tensors), None
             counters = {n for n in tensors if n.endswith(COUNTER)} - skipped
-            self._uncounted = None
             fewest = min((int(local(tensors[n])) for n in counters), default=FEW_BATCHES)
             if fewest < FEW_BATCHES:
                 text = f"BatchNorm has seen {fewest} batches (< {FEW_BATCHES}): train on natural "
                 text += "images first, or the copy's targets are unreliable."
-                warnings.warn(text, UserWarning, stacklevel=3)
+                warnings.warn(text, stacklevel=3)
 
 
 @torch.inference_mode(False)  # tensors made in that mode could not be updated outside of it
 @torch.no_grad()  # the parameters of a script's copy would have a graph
 def _copy(model: nn.Module) -> nn.Module:
     """Return a deep copy, or name the attribute that refuses."""
+    values = [value for module in model.modules() for value in vars(module).values()]
     # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
-    derived = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    derived = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
     try:
-        return copy.deepcopy(model, derived)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
     except Exception as error:
         frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
         keys = [str(frame["key"]) for frame in frames if "key" in frame and "memo" in frame]
         path = ".".join(key for key in keys if key not in ("_modules", "_parameters"))
         found = f"{path or type(model).__name__}: {type(error).__name__}: {error}".splitlines()[0]
-        refuse("model", "be copyable", found, SHARD if _sharded(model) else READY)
+        hint = "Make the reviser first, then shard or run the model; or pass a copy as `revised=`."
+        refuse("model", "be copyable", found, hint)
 
 
 def _decay(decay: float | None, horizon: float | None, total: int | None, rate: float) -> float:
@@ -294,64 +269,46 @@ def _decay(decay: float | None, horizon: float | None, total: int | None, rate: 
         found = f"horizon = {horizon}, total_steps = {total}, decay = {decay}"
         refuse("horizon", "be given with `total_steps` and without `decay`", found)
     if horizon is None:
-        return _check_decay("decay", 0.999 if decay is None else decay)  # the paper's
+        return 0.999 if decay is None else decay  # the paper's
     horizon = check.real("horizon", horizon, 1.0, strict=True)
     expected = check.count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update: horizon * rate * total_steps >= 1"
-        least = f"a `horizon` of {math.ceil(1000 / expected) / 1000:g} or more, or "
-        hint = f"Give {least if expected > 1 else ''}`decay`."
-        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", hint)
+        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", "Raise it, or give `decay`.")
     return 1.0 - 1.0 / (horizon * expected)
 
 
-def _check_decay(name: str, decay: Any) -> float:
+def _below_one(name: str, decay: Any) -> float:
     if check.fraction(name, decay) == 1.0:
-        refuse(name, "be in [0, 1): 1 would never move", f"{name} = 1")
+        refuse(name, "be in [0, 1): 1 would never move", decay)
     return float(decay)
 
 
-def _sharded(model: nn.Module) -> list[Any]:
-    """Return the modules that FSDP2 has sharded."""
-    if not initialised():
-        return []
-    from torch.distributed.fsdp import FSDPModule  # slow to import
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+# Checked when assigned or loaded; in this order in a checkpoint.
+NUMBERS: dict[str, Any] = {"rate": check.fraction, "decay": _below_one}
+NUMBERS |= {"steps": check.count, "seed": check.count}
 
 
 def _named(model: nn.Module, *kinds: str) -> dict[str, Any]:
-    """Return modules, parameters, buffers by name, without the prefix that torch.compile gives."""
+    """Return parameters and buffers, or ``kinds``, by name, without torch.compile's prefix."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # by FSDP2: writes to gathered weights would be lost
+            module.reshard()  # type: ignore[operator]
+    kinds = kinds or ("parameters", "buffers")
     pairs = [pair for kind in kinds for pair in getattr(unwrapped(model), f"named_{kind}")()]
     return {name.replace("_orig_mod.", ""): value for name, value in pairs}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, each tensor once."""
-    for module in _sharded(model):
-        module.reshard()  # after a forward pass, writes to gathered weights would be lost
-    return _named(model, "parameters", "buffers")
-
-
-def _averaged(model: nn.Module) -> set[str]:
-    """Return the names of what is averaged: parameters and BatchNorm's running statistics."""
-    buffers = _named(model, "buffers").items()
-    statistics = {name: b for name, b in buffers if name.rpartition(".")[2] in STATISTICS}
-    tensors = {**_named(model, "parameters"), **statistics}.items()
-    return {name for name, t in tensors if t.is_floating_point() or t.is_complex()}
-
-
 def _uncounted(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the counters at 0 of filled statistics: these were loaded without their counter."""
-    counters = {n: n.removesuffix(COUNTER) + "running_mean" for n in tensors if n.endswith(COUNTER)}
-    means = {n: tensors[mean] for n, mean in counters.items() if mean in tensors}
-    return {n for n, mean in means.items() if _storage(mean) and mean.any() and not tensors[n]}
+    means = [n for n in tensors if n.endswith("running_mean") and _storage(tensors[n])]
+    filled = {n.replace("running_mean", COUNTER) for n in means if tensors[n].any()}
+    return {n for n in filled if n in tensors and not tensors[n]}
 
 
 def _storage(tensor: Tensor) -> int:
     """Return the address of the tensor's storage; 0 for an empty or meta tensor."""
-    with torch.no_grad():
-        return int(local(tensor).untyped_storage().data_ptr())
+    return int(local(tensor.detach()).untyped_storage().data_ptr())
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """ConsistencyReviser: the average against a plain loop, its start, its loss, its checkpoints."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -423,7 +424,7 @@ def test_a_ready_copy_may_share_frozen_parts(parts, dtype):
     assert modes == [m.training for m in model.modules()]
     state = reviser.state_dict()
     shared = {f"{i}.{n}" for i in parts for n, _ in model[i].named_parameters()}
-    assert not shared & (state["model"].keys() | state["masters"].keys())
+    assert not shared & state["model"].keys()
     for again, twin in (
         copy.deepcopy((model, reviser)),
         pickle.loads(pickle.dumps((model, reviser))),
@@ -590,6 +591,36 @@ def test_a_joined_reviser_is_updated_by_the_optimizer_alone(copied):
     assert reviser.update()
 
 
+@pytest.mark.parametrize("misfit", ["a new layer", "weights of the copy", "none"])
+def test_what_an_update_would_refuse_is_found_before_the_step(misfit):
+    """In the steps that move the copy, known from seed and step; the check moves nothing."""
+    model = make_net()
+    reviser, twin = (started(m, rate=0.5, seed=2) for m in (model, make_net()))
+    disturb(model)
+    if misfit == "a new layer":
+        model.head = nn.Linear(16, 5)
+    if misfit == "weights of the copy":
+        model.load_state_dict(reviser.model.state_dict(), assign=True)
+    before, moves = copy.deepcopy(reviser.model), []
+    for reviser.steps in range(1, 20):
+        moves.append(twin.update())
+        refused = moves[-1] and misfit != "none"
+        with pytest.raises(ValueError, match="`model`") if refused else contextlib.nullcontext():
+            assert reviser._update(only_check=True) == moves[-1]
+        assert reviser.steps == len(moves)
+        assert same(reviser.model, before)
+    assert {*moves} == {True, False}
+
+
+@pytest.mark.parametrize("bad", [{"rate": 1.5}, {"rate": None}, {"decay": 1.0}, {"decay": "1"}])
+def test_numbers_are_checked_when_they_are_assigned(bad):
+    reviser = ConsistencyReviser(nn.Linear(1, 1), rate=0.5, decay=0.9)
+    ((name, value),) = bad.items()
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` should be"):
+        setattr(reviser, name, value)
+    assert (reviser.rate, reviser.decay) == (0.5, 0.9)
+
+
 # Draws and decay.
 
 
@@ -729,7 +760,7 @@ def test_resumed_and_copied_revisers_go_on_bit_for_bit(copied, dtype):
     ("changes", "message"),
     [
         (None, "`ConsistencyReviser.state_dict"),
-        ({"masters": ...}, "`ConsistencyReviser.state_dict"),
+        ({"steps": ...}, "`ConsistencyReviser.state_dict"),
         ({"model": dict(nn.Linear(1, 1).named_parameters())}, "the parameters and buffer"),
         ({"decay": 7.0}, "decay"),
         ({"rate": 7.0}, "rate"),
@@ -777,7 +808,13 @@ CONTRADICTORY = {"decay": 0.9, "horizon": 0.1, "total_steps": 100}
         (LINEAR, {"total_steps": 9}, V, "`horizon` should be given with `total_steps`"),
         (LINEAR, CONTRADICTORY, V, "with .* without `decay`. Found `horizon = 0.1, total_st"),
         (LINEAR, {"horizon": 1.5, "total_steps": 9}, V, r"`horizon` should be in \(0, 1\]"),
-        (LINEAR, {"horizon": 0.064, "total_steps": 15}, V, "0.064 .* a `horizon` of 0.334 or m"),
+        (LINEAR, {"horizon": 0.1, "total_steps": 9, "rate": 0}, V, "span at least one update"),
+        (
+            LINEAR,
+            {"horizon": 0.064, "total_steps": 15},
+            V,
+            ">= 1. Found `0.064 .*Raise it, or give `decay`",
+        ),
         (Shares(2, 2), {}, V, "`model` .*without shared storage. Found `weight`"),
         (LINEAR, {"revised": LINEAR}, V, "`revised` .*without shared storage"),
         (LINEAR, {"revised": nn.Linear(2, 3)}, V, "`revised` should have the parameters"),

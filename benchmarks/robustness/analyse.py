@@ -1,14 +1,16 @@
-"""Look at what finished runs have learnt: figures, and the numbers they are drawn from.
+"""Draw figures of finished runs, and write the numbers behind them.
 
     python benchmarks/robustness/analyse.py --preset digits --methods at,trades-pre,cure,cure-global
+    python benchmarks/robustness/analyse.py --preset digits --blocks 8     # the block study instead
 
-Reads the weights that `run.py` has left, writes ``analysis.json`` and pictures beside the runs'
-JSON files, and prints a table of what they show.
+Reads the weights that `run.py` has left, writes pictures and ``analysis.json``, or ``blocks.json``,
+beside the runs' JSON files, and prints a table of what they show.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -104,22 +106,21 @@ def block_study(seed: int, preset: Preset, place: Place, epochs: int) -> dict[st
             batches = partial(one.train.batches, preset.batch_size, generator)
             how = {"epochs": epochs, "lr": preset.lr, "attack": attack}
             blocks.train(model, learn, batches, **how)
-        rows[label] = columns(model, one.batches(one.test), preset.eps)
-        print(f"U-{label}, seed {seed}: {rows[label]}", flush=True)
-    return rows
+        rows[f"U-{label}"] = columns(model, partial(one.loader, one.test), preset.eps)
+        print(f"U-{label}, seed {seed}: {rows[f'U-{label}']}", flush=True)
+    return {"data": one.label, "preset": asdict(preset), "rows": rows}
 
 
-def table(methods: dict[str, Any]) -> str:
-    """Return Markdown: means over the seeds; in brackets the last method minus this one, paired."""
-    *_, last = methods.values()
-    keys = list(last[0]["measures"])
-    lines = [["", *keys]]
-    for name, networks in methods.items():
-        lines.append([METHODS[name].title])
-        for key in keys:
-            values, best = ([one["measures"][key] for one in each] for each in (networks, last))
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Return Markdown: means over the seeds; in brackets the last row minus this one, paired."""
+    *_, last = rows.values()
+    lines = [["", *last[0]]]
+    for title, each in rows.items():
+        lines.append([title])
+        for key in last[0]:
+            values, best = ([one[key] for one in some] for some in (each, last))
             lead = np.subtract(best, values)
-            paired = len(lead) > 1 and networks is not last
+            paired = len(lead) > 1 and each is not last
             said = f" ({lead.mean():+.2g} ± {interval(lead):.2g})" if paired else ""
             lines[-1].append(f"{np.mean(values):.3g}{said}")
     return summary.markdown(lines)
@@ -173,7 +174,7 @@ def draw_blocks(figure: Any, rows: dict[str, list[dict[str, float]]]) -> None:
     axis, points = figure.subplots(), {}
     for label, each in rows.items():
         pairs = [(row["natural"], row["pgd20"]) for row in each]
-        points[f"U-{label}"] = scatter(axis, pairs, "#0072B2", "o")
+        points[label] = scatter(axis, pairs, "#0072B2", "o")
     axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
     axis.margins(0.12)
     figure.draw_without_rendering()  # positions are final
@@ -203,13 +204,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
     add("--methods", default="at,trades,trades-pre,cure-no-revision,cure-global,cure")
-    add("--seeds", default="0,1,2", help="by commas (0,1,2)")
-    add("--blocks", type=int, default=8, help="epochs of the block study (8); 0: none")
+    add("--seeds", default="0,1,2", help="comma-separated seeds (0,1,2)")
+    add("--blocks", type=int, help="epochs of the block study, in place of the rest")
     args = parser.parse_args(argv)
     place, preset = trainer.place_of(args, args.preset), PRESETS[args.preset]
     names, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]
     out = place.results / "analysis"
     out.mkdir(parents=True, exist_ok=True)
+    found = {"preset": args.preset, "seeds": seeds, "versions": versions(torch.device(args.device))}
+    if args.blocks:
+        study = {seed: block_study(seed, preset, place, args.blocks) for seed in seeds}
+        labels = study[seeds[0]]["rows"]
+        found["rows"] = {b: [each["rows"][b] for each in study.values()] for b in labels}
+        title = heading({"blocks": study})
+        save(out / "blocks.png", partial(draw_blocks, rows=found["rows"]), (7, 5), title)
+        write_json(out / "blocks.json", {**found, "epochs": args.blocks})
+        print(table(found["rows"]))
+        return
     every = summary.read(place.results)
     runs = {name: {seed: every[name][seed] for seed in seeds} for name in names}
     methods: dict[str, Any] = {name: [] for name in names}
@@ -217,8 +228,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, seed in product(names, reversed(seeds)):  # of the first seed, images are kept
         numbers, images[name] = look(name, seed, preset, place, runs[name][seed])
         methods[name].insert(0, numbers)
-    found = {"preset": args.preset, "seeds": seeds, "images": IMAGES, "methods": methods}
-    found["versions"] = versions(torch.device(args.device))
     show = partial(save, title=heading(runs))
     for kind, (*_, size) in LINES.items():
         if any(kind in networks[0] for networks in methods.values()):
@@ -227,13 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     drawn = {name: images[name] for name in PICTURES if name in images}
     size = (8, 1.6 + 2 * len(drawn))
     show(out / "perturbations.png", partial(draw_perturbations, images=drawn), size)
-    if args.blocks:
-        each = [block_study(seed, preset, place, args.blocks) for seed in seeds]
-        rows = {label: [one[label] for one in each] for label in each[0]}
-        found["blocks"] = {"epochs": args.blocks, "rows": rows}
-        show(out / "blocks.png", partial(draw_blocks, rows=rows), (7, 5))
-    write_json(out / "analysis.json", found)
-    print(table(methods))
+    write_json(out / "analysis.json", {**found, "images": IMAGES, "methods": methods})
+    print(table({METHODS[n].title: [one["measures"] for one in methods[n]] for n in names}))
     print(f"figures and analysis.json are in {out}")
 
 

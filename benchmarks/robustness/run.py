@@ -98,11 +98,10 @@ def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
 
     of, size = DRAWN.get(args.preset.split("-")[0], (draw_scatter, (10, 7)))
     some = {name: runs[name] for name in args.methods if name in runs}
-    for path, function, what, inches in (
-        (args.figure, of, runs, size), (args.curves, draw_curves, some, (13, 4.2))
-    ):  # fmt: skip
-        for file in (path, path.with_suffix(".svg")) if path and what else ():
-            save(file, partial(function, runs=what), inches)
+    if args.figure:
+        save(args.figure, partial(of, runs=runs), size)
+    if args.curves and some:
+        save(args.curves, partial(draw_curves, runs=some), (13, 4.2))
 
 
 def ordered(methods: list[str], preset: Preset) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from methods import METHODS, TABLE
 from methods.cure import CONTROLS, FRONT, REVISION, SCORES
 
@@ -33,6 +33,15 @@ def some_run(runs: Runs) -> dict[str, Any]:
     return next(iter(next(iter(runs.values())).values()))
 
 
+def heading(runs: Runs) -> str:
+    """Return the data, the network, the radius and the seeds of runs."""
+    some = some_run(runs)
+    p, seeds = some["preset"], sorted({seed for each in runs.values() for seed in each})
+    eps = f"{255 * p['eps']:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{some['data']}, {p['network']}, ε = {eps}, {which}"
+
+
 def numbers(runs: Runs, method: str, column: str, which: str = "last") -> list[float]:
     """Return one number for each seed."""
     rows = (run["results"][which] for run in runs[method].values())
@@ -49,7 +58,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(runs: Runs, network: str, which: str = "last") -> str:
-    """Return Markdown: a row for each method, with the published result below its mean."""
+    """Return Markdown: a row for each method, the published result in the last column."""
     rows = [["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]]
     with PUBLISHED.open(newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file) if row["network"] == network}
@@ -77,21 +86,20 @@ def report(runs: Runs) -> str:
     some = some_run(runs)
     p = some["preset"]
     published = p["network"] if p["network"] in ("resnet18", "wrn34-10") else "resnet18"
-    eps = f"{p['eps'] * 255:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"
+    every = [run for each in runs.values() for run in each.values()]
+    rises = sorted({f"{100 * run['preset'].get('lr_warmup', 0):g}" for run in every})
     doubts = [
-        f"{run['method']}, seed {seed}: {'; '.join(run['masking']['suspicions'])}"
-        for each in runs.values()
-        for seed, run in each.items()
+        f"{run['method']}, seed {run['seed']}: {'; '.join(run['masking']['suspicions'])}"
+        for run in every
         if run["masking"]["suspicions"]
     ]
     told = "; ".join(doubts) if doubts else "no run fails a test for masked gradients"
     return "\n\n".join(
         [
-            f"{some['data']}, {p['network']}, eps {eps}, {p['epochs']} epochs, the learning rate "
-            f"rising over {100 * p.get('lr_warmup', 0):g} % of the steps, "
-            f"{some['images']['test']} test images; accuracy in %, mean ± standard deviation over "
-            f"seeds; AA: {some['auto_attack'] or 'not run'}. Controls in italics. Published: "
-            f"CIFAR-10, {published}, 200 epochs.",
+            f"{heading(runs)}, {p['epochs']} epochs, the learning rate rising over "
+            f"{' or '.join(rises)} % of the steps, {some['images']['test']} test images; accuracy "
+            f"in %, mean ± standard deviation over seeds; AA: {some['auto_attack'] or 'not run'}. "
+            f"Controls in italics. Published: CIFAR-10, {published}, 200 epochs.",
             "Last epoch:",
             table(runs, published),
             "Best epoch (PGD on validation images):",
@@ -104,12 +112,12 @@ def report(runs: Runs) -> str:
     )
 
 
-def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % t-interval of a mean."""
+def interval(values: Any) -> Any:
+    """Return half the width of the mean's 95 % t-interval over the first dimension."""
     from scipy import stats  # comes with scikit-learn
 
     n = len(values)
-    return float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
 def intervals(runs: Runs) -> str:
@@ -140,6 +148,7 @@ def compared() -> list[tuple[str, str]]:
     for none, rgp, random in masked:
         pairs += [(rgp, none), (random, none), (rgp, random)]
     pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]
+    pairs += [(f"{name}-slow", name) for name in ("trades-pre", "cure")]
     pairs += [("trades-pre", "trades"), ("at-pre", "at"), *((name, "at") for name in TABLE[1:])]
     for share in (0.7, 0.5, 0.3, 0.1):
         rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,9 @@ import evaluation
 import torch
 from harness.image_data import DataError
 from harness.report import versions, write_json
-from harness.training import (
-    CIFAR10,
-    DIGITS,
-    LOADERS,
-    Batches,
-    Images,
-    Phase,
-    Report,
-    Settings,
-    Setup,
-)
+from harness.training import CIFAR10, DIGITS, LOADERS, Phase, Report, Settings, Setup
 from methods import METHODS, Method, Setting
-from methods.cure import FRONT, RANKING, REVISION
+from methods.cure import FRONT, RANKING, REVISION, START
 from torch import nn
 
 
@@ -71,12 +62,14 @@ EXPERIMENTS = {
     "ranking-digits": ("digits", ["none", *RANKING], ()),
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
+    "start-digits": ("digits", list(START), ("digits",)),
     "front-digits": ("digits", [n for n in FRONT if not n.endswith("3.5")], ("ranking-digits",)),
     "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():
     own = {"options": {}} if name.startswith("front") else {}  # a beta of their own
+    own = {"lr_warmup": 1.0} if name.startswith("start") else own
     if name == "overfitting":  # few images many times, the rate cut as where it was found
         own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
     PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)
@@ -130,11 +123,6 @@ def needs(name: str, preset: Preset) -> tuple[str, ...]:
     return ("at",)
 
 
-def warm_file(runs: Path, seed: int) -> Path:
-    """Return where the natural weights of a seed are."""
-    return runs / f"natural-seed{seed}.pt"
-
-
 class Trainer(Setup):
     """One run: a method, a seed, a preset."""
 
@@ -161,8 +149,8 @@ class Trainer(Setup):
         """Return the network as all methods get it: with random or with natural weights."""
         model = self.network()
         if warm:
-            checkpoint = self.place.runs / f"{self.stem}-warm-up.pt"
-            self.warm_up(model, warm_file(self.place.runs, self.seed), checkpoint, report)
+            file = self.place.runs / f"natural-seed{self.seed}.pt"  # the same for all methods
+            self.warm_up(model, file, file.with_name(f"{self.stem}-warm-up.pt"), report)
         return model
 
     def method(self, model: nn.Module, generator: torch.Generator) -> Method:
@@ -210,9 +198,6 @@ class Trainer(Setup):
         phase.checkpoint.unlink()  # the weights stay
         return content
 
-    def batches(self, images: Images) -> Batches:
-        return lambda: self.loader(images)
-
     def judge(self, phase: Phase, method: Method) -> dict[str, Any]:
         """Evaluate the last and the best epoch on the test images."""
         p, place, model = self.preset, self.place, phase.model
@@ -229,7 +214,8 @@ class Trainer(Setup):
             digest = hashlib.sha256(content).hexdigest()
             weights[which] = {"bytes": len(content), "sha256": digest}
         surrogate = self.other("at") if p.surrogate and self.name != "at" else None
-        masking = evaluation.masking(model, self.batches(self.test[: p.masking]), p.eps, surrogate)
+        some = partial(self.loader, self.test[: p.masking])
+        masking = evaluation.masking(model, some, p.eps, surrogate)
         attacks = "standard" if p.whole_auto_attack else "APGD-CE and APGD-T"
         return {
             "method": self.name,

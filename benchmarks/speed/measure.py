@@ -85,7 +85,6 @@ def interleaved(
     for a name is called first, not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in providers}
-    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
@@ -95,8 +94,7 @@ def interleaved(
                     before[name]()
                 times[name].append(once(provider, device, head_start))
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable()
     return times
 
 

@@ -1,10 +1,10 @@
-"""Draw the figures of the speed benchmarks from their CSV, and from nothing else.
+"""Tables and a figure of the speed benchmarks from their CSV, and from nothing else.
 
     python benchmarks/speed/plot.py benchmarks/speed/results.csv --out benchmarks/speed
+    python benchmarks/speed/plot.py benchmarks/speed/results.csv --table
 
-``select-DEVICE.png``: time of each provider by model, with the byte floor as a line.
-``size-DEVICE.png``: time against the number of weights. ``step-DEVICE.png``: a whole training step.
-With `--table` it prints the numbers of the first and the last as Markdown instead.
+``size-DEVICE.png``: time of each way to select against the number of weights. With `--table` it
+prints the times on whole models and of training steps as Markdown instead.
 Of rows that differ in commit, date or versions alone, the last one counts.
 """
 
@@ -21,26 +21,26 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 Row = dict[str, str]
 KEY = ("device", "threads", "benchmark", "model", "weights", "dtype", "scope", "keep", "provider")
 SETTINGS = ("model", "dtype", "scope", "keep")
-# Names, and Okabe and Ito's colours, which the colour-blind can tell apart.
 PROVIDERS = {
-    "ours": ("this library", "#0072B2"),
-    "ours-graph": ("this library, CUDA graph", "#56B4E9"),
-    "topk": ("torch.topk", "#E69F00"),
-    "topk-graph": ("torch.topk, CUDA graph", "#F0E442"),
-    "topk-compile": ("torch.topk, compiled", "#009E73"),
-    "kthvalue": ("torch.kthvalue", "#D55E00"),
-    "percentile": ("np.percentile", "#CC79A7"),
-    "cure": ("CURE", "#0072B2"),
-    "cure-update": ("CURE without reviser", "#56B4E9"),
-    "authors": ("CURE, authors' implementation", "#CC79A7"),
-    "trades": ("TRADES", "#E69F00"),
-    "standard": ("standard", "#999999"),
+    "ours": "this library",
+    "ours-graph": "this library, CUDA graph",
+    "topk": "torch.topk",
+    "topk-graph": "torch.topk, CUDA graph",
+    "topk-compile": "torch.topk, compiled",
+    "kthvalue": "torch.kthvalue",
+    "percentile": "np.percentile",
+    "cure": "CURE",
+    "cure-update": "CURE without reviser",
+    "authors": "CURE, authors' implementation",
+    "trades": "TRADES",
+    "standard": "standard",
 }
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#009E73")
 
 
 def read(path: Path) -> list[Row]:
@@ -72,14 +72,14 @@ def about(rows: Sequence[Row]) -> str:
     threads = f", {last['threads']} thread(s)" if last["threads"] else ""
     return (
         f"{last['device']}{threads}; torch {last['torch']}; commit {last['commit']}, "
-        f"{last['date']}.\nMedians of at least {least} interleaved runs; bars span 20 % to 80 %."
+        f"{last['date']}.\nMedians of at least {least} interleaved runs."
     )
 
 
 def markdown(rows: Sequence[Row], first: str) -> str:
     """Return a table: settings by row, providers by column."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = [[first, "dtype", "update", *(PROVIDERS[p][0] for p in providers)]]
+    lines = [[first, "dtype", "update", *(PROVIDERS[p] for p in providers)]]
     lines.append(["---"] * len(lines[0]))
     for (model, dtype, scope, keep), some in grouped(rows, *SETTINGS).items():
         found = {row["provider"]: label(float(row["p50_ms"])) for row in some}
@@ -93,43 +93,6 @@ def floor(row: Row) -> float:
     return float(row["floor_share"]) * float(row["p50_ms"])
 
 
-def draw_bars(axes: plt.Axes, rows: Sequence[Row], title: str) -> None:
-    """Draw one bar for each row."""
-    rows = sorted(rows, key=lambda row: float(row["p50_ms"]))
-    low, times, high = ([float(r[c]) for r in rows] for c in ("p20_ms", "p50_ms", "p80_ms"))
-    spread = np.subtract([times, high], [low, times])
-    names, colours = zip(*(PROVIDERS[row["provider"]] for row in rows), strict=True)
-    axes.barh(names, times, xerr=spread, color=colours, ecolor="#444444", height=0.6)
-    reference = next((t for t, r in zip(times, rows, strict=True) if r["provider"] == "ours"), None)
-    for i, t in enumerate(times):
-        ratio = f"  ({t / reference:.1f} x)" if reference and t != reference else ""
-        how = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.annotate(label(t) + ratio, (high[i], i), **how)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(high) * 1.3)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("milliseconds", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def select(rows: Sequence[Row], out: Path) -> None:
-    """Draw score, selection and masking: a panel for each model and setting."""
-    panels = grouped(rows, *SETTINGS)
-    heights = [0.28 * len(p) + 1.0 for p in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, sum(heights) + 0.8), squeeze=False, layout="constrained",
-        height_ratios=heights,
-    )  # fmt: skip
-    for ((model, dtype, scope, keep), mine), ax in zip(panels.items(), axes[:, 0], strict=True):
-        million = int(mine[0]["weights"]) / 1e6
-        scope = "each tensor" if scope == "tensor" else "all together"
-        title = f"{model}: {million:.1f} million {dtype}, update {keep} of {scope}"
-        draw_bars(ax, mine, f"{title}; dotted: byte floor {label(floor(mine[0]))}")
-        ax.axvline(floor(mine[0]), color="#000000", linestyle=":", linewidth=1)
-    finish(figure, "Score, exact selection and mask", rows, out)
-
-
 def size(rows: Sequence[Row], out: Path) -> None:
     """Draw time against the number of weights of one tensor."""
     keeps = sorted(grouped(rows, "keep").items(), reverse=True)
@@ -139,12 +102,13 @@ def size(rows: Sequence[Row], out: Path) -> None:
     )  # fmt: skip
     for ((keep,), panel), ax in zip(keeps, axes[0], strict=True):
         floors: tuple[list[int], list[float]] = [], []
-        for (provider,), mine in grouped(panel, "provider").items():
+        ways = grouped(panel, "provider").items()
+        for ((provider,), mine), colour in zip(ways, COLOURS, strict=False):
             mine.sort(key=lambda row: int(row["weights"]))
             weights = [int(row["weights"]) for row in mine]
-            name, colour = PROVIDERS[provider]
             times = [float(row["p50_ms"]) for row in mine]
-            ax.plot(weights, times, marker="o", markersize=3, color=colour, label=name)
+            how = dict(marker="o", markersize=3, color=colour, label=PROVIDERS[provider])
+            ax.plot(weights, times, **how)
             if provider == "ours":
                 floors = weights, [floor(row) for row in mine]
         ax.plot(*floors, color="#000000", linestyle=":", label="byte floor")
@@ -153,19 +117,8 @@ def size(rows: Sequence[Row], out: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds")
     axes[0, 0].legend(fontsize=8)
-    finish(figure, "Score, exact selection and mask of one tensor", rows, out)
-
-
-def step(rows: Sequence[Row], out: Path) -> None:
-    """Draw a whole training step."""
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.8), layout="constrained")
-    first = rows[0]
-    draw_bars(axes, rows, f"{first['model']}, {first['dtype']}, {first['note']}")
-    finish(figure, "One training step", rows, out)
-
-
-def finish(figure: plt.Figure, title: str, rows: Sequence[Row], out: Path) -> None:
-    figure.suptitle(f"{title}\n{about(rows)}", fontsize=7.5, x=0.01, ha="left")
+    title = f"Score, exact selection and mask of one tensor\n{about(rows)}"
+    figure.suptitle(title, fontsize=7.5, x=0.01, ha="left")
     figure.savefig(out, dpi=130)
     plt.close(figure)
     print(out)
@@ -189,11 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(markdown(rows, headers[benchmark]) + "\n")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    drawn = {"select": select, "size": size, "step": step}
     for (benchmark, device), rows in groups.items():
-        if benchmark in drawn:
+        if benchmark == "size":
             short = re.sub(r"\W+", "-", device.split("(")[0].strip()).lower()
-            drawn[benchmark](rows, args.out / f"{benchmark}-{short}.png")
+            size(rows, args.out / f"size-{short}.png")
 
 
 if __name__ == "__main__":

@@ -248,12 +248,11 @@ def test_analyse_draws_what_was_run(tmp_path, capsys):
     where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
     common = ["--preset", "test", *where, "--device", "cpu"]
     robustness.main([*common, "--methods", "at,cure-global", "--seeds", "0,1", "--quiet"])
-    analyse.main([*common, "--methods", "at,cure-global", "--seeds", "0,1", "--blocks", "1"])
+    analyse.main([*common, "--methods", "at,cure-global", "--seeds", "0,1"])
     out = tmp_path / "r" / "analysis"
     drawn = {file.name for file in out.iterdir()}
-    names = ("corruptions", "smallest", "similarity", "gradients", "updated", "blocks")
-    names += ("perturbations",)
-    assert drawn == {"analysis.json", *(f"{name}.png" for name in names)}
+    names = ("corruptions", "smallest", "similarity", "gradients", "updated", "perturbations")
+    assert drawn == {"analysis.json", *(f"{n}.{kind}" for n in names for kind in ("png", "svg"))}
     assert np.all([(out / f"{name}.png").stat().st_size > 5000 for name in names])
     found = json.loads((out / "analysis.json").read_text())
     assert found["versions"]["torch"] == torch.__version__
@@ -264,6 +263,12 @@ def test_analyse_draws_what_was_run(tmp_path, capsys):
     half = 12.706 * abs(lead[0] - lead[1]) / 2  # t with one degree of freedom, two seeds
     said = f"{sum(lead) / 2:+.2g} ± {half:.2g}"
     assert said in capsys.readouterr().out
+    analyse.main([*common, "--seeds", "0,1", "--blocks", "1"])
+    assert drawn | {"blocks.json", "blocks.png", "blocks.svg"} == {f.name for f in out.iterdir()}
+    study = json.loads((out / "blocks.json").read_text())
+    assert (study["epochs"], study["versions"]) == (1, found["versions"])
+    assert list(study["rows"]) == [f"U-{label}" for label in COMBINATIONS]
+    assert all(len(rows) == 2 and "pgd20" in rows[0] for rows in study["rows"].values())
 
 
 def test_intervals_are_those_of_student():

@@ -37,9 +37,7 @@ def draw_ranking(figure: Any, runs: summary.Runs) -> None:
 def draw_front(figure: Any, runs: summary.Runs) -> None:
     """Show natural against robust accuracy: all weights updated, by beta, and masks beside it."""
     axis = figure.subplots()
-    runs = {
-        name: runs[name] for name in runs if "none" in name or name in ("rgp-0.7", "random-0.7")
-    }
+    runs = {n: of for n, of in runs.items() if "none" in n or n in ("rgp-0.7", "random-0.7")}
     seeds = set.intersection(*(set(of) for of in runs.values()))
     runs = {name: {seed: of[seed] for seed in seeds} for name, of in runs.items()}
     front = {}
@@ -60,14 +58,15 @@ def draw_front(figure: Any, runs: summary.Runs) -> None:
 
 def draw_curves(figure: Any, runs: summary.Runs) -> None:
     """Show loss and accuracy on the validation images after each epoch."""
-    shown = {"loss": "training loss", "robust": "training attack, %", "natural": SHOWN["natural"]}
+    shown = {"loss": "training loss", "natural": SHOWN["natural"], "robust": "training attack, %"}
     for axis, (column, title) in zip(figure.subplots(1, 3), shown.items(), strict=True):
         for name, of in runs.items():
             rows = [[row[column] for row in run["history"]] for run in of.values()]
             color = COLOR[name if name in COLOR else name.split("-")[0]]
             x = range(1, len(rows[0]) + 1)
             band(axis, x, rows, color, "-", label=METHODS[name].title)
-        axis.set(xlabel="epoch, validation images", ylabel=title)
+        axis.set(xlabel="epoch; accuracy on validation images", ylabel=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     finish(figure, axis, runs)
 
 

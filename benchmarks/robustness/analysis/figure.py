@@ -1,4 +1,4 @@
-"""How figures are saved, the figure of all methods, and that of the runs' courses."""
+"""How figures are saved and what they share; the figure of all methods."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.path import Path as Line
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from methods import METHODS, TABLE
+from summary import heading, interval
 
 # The same in every figure; methods that are drawn together are the furthest apart.
 COLOR = {
@@ -32,7 +33,7 @@ Pair = tuple[float, float]
 
 
 def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -> None:
-    """Draw a figure of ``size`` inches and write it, whole or not at all."""
+    """Draw a figure of ``size`` inches and write it, as a PNG and as an SVG beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,25 +44,9 @@ def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -
         if title:
             figure.suptitle(title, fontsize=10)
         draw(figure)
-        write_whole(path, lambda p: figure.savefig(p, format=path.suffix[1:]))
+        for file in (path, path.with_suffix(".svg")):
+            write_whole(file, lambda p, kind=file.suffix[1:]: figure.savefig(p, format=kind))
         plt.close(figure)
-
-
-def heading(runs: summary.Runs) -> str:
-    """Return the data, the network, the radius and the seeds of runs, for a title."""
-    some = summary.some_run(runs)
-    p, seeds = some["preset"], sorted({seed for each in runs.values() for seed in each})
-    eps = f"{255 * p['eps']:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"
-    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"{some['data']}, {p['network']}, ε = {eps}, {which}"
-
-
-def interval(values: Any) -> Any:
-    """Return half the width of the mean's 95 % t-interval over the first dimension."""
-    from scipy import stats
-
-    n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
 def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any) -> None:
@@ -152,23 +137,3 @@ def place_labels(axis: Any, points: dict[str, Pair], others: Sequence[Pair]) -> 
         if np.hypot(*np.diff(line.vertices, axis=0)[0]) > 14:
             ends = to_pixels.inverted().transform(line.vertices)
             axis.plot(*ends.T, color="#666666", lw=0.6)
-
-
-def draw_curves(figure: Any, runs: dict[str, dict[str, Any]]) -> None:
-    """Show loss and accuracy on the validation images after each epoch, a line for each method."""
-    shown = {"loss": "training loss", "natural": "natural, %", "robust": "training attack, %"}
-    axes = figure.subplots(1, len(shown))
-    for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        for name, run in runs.items():
-            values = [row[key] for row in run["history"]]
-            how = {"color": COLOR[name], "ls": "-" if name in TABLE else "--"}
-            axis.plot(range(1, len(values) + 1), values, label=METHODS[name].title, **how)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25)
-    some = next(iter(runs.values()))
-    how = {"loc": "outside right center", "frameon": False, "fontsize": 8, "labelspacing": 0.2}
-    figure.legend(*axes[0].get_legend_handles_labels(), **how)
-    title = heading({name: {run["seed"]: run} for name, run in runs.items()})
-    figure.suptitle(f"{title}, {some['images']['val']} validation images", fontsize=10)

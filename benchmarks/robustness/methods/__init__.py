@@ -4,7 +4,7 @@ from .act import ACT
 from .ard import ARD
 from .at import AT, PretrainedAT
 from .base import Method, Setting
-from .cure import CONTROLS, CURE, FRONT, RANKING, REVISION
+from .cure import CONTROLS, CURE, FRONT, RANKING, REVISION, START
 from .fat import FAT
 from .iad import IAD
 from .las_at import LASAT
@@ -30,6 +30,6 @@ METHODS: dict[str, type[Method]] = {
 ROWS = tuple(METHODS)  # of the main table
 TABLE = ROWS[:10]  # the paper's rows; the others are controls
 METHODS |= {"none": type("Nothing", (PretrainedTRADES,), {"title": "none"})}
-METHODS |= {**RANKING, **REVISION, **FRONT}
+METHODS |= {**RANKING, **REVISION, **FRONT, **START}
 
 __all__ = ["METHODS", "ROWS", "TABLE", "Method", "Setting"]

@@ -6,32 +6,25 @@ The divergence is a mean over images and classes, as in the authors' code.
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .act import soft_kl
-from .base import Method, Setting
+from .at import AT
+from .base import Setting
 
 
-class ARD(Method):
+class ARD(AT):
     title = "ARD"
     taught = True
-    official: ClassVar = {"a": 1.0, "temperature": 30.0}
+    official: ClassVar = {"temperature": 30.0}
 
     def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
         self.teacher = setting.teacher()
 
-    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.pgd(x, y)
-
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             taught = self.teacher(x)
-        a, temperature = self.options["a"], self.options["temperature"]
+        temperature = self.options["temperature"]
         logits = self.model(x_adv)
-        kl = soft_kl(taught, logits, temperature) / logits.shape[1]
-        loss = a * temperature**2 * kl
-        if a < 1:
-            loss = loss + (1 - a) * F.cross_entropy(self.model(x), y)
-        return loss
+        return temperature**2 * soft_kl(taught, logits, temperature) / logits.shape[1]

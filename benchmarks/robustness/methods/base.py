@@ -37,10 +37,9 @@ class Setting:
     # Makes the context that networks run in, with or without a cache.
     autocast: Callable[[bool], AbstractContextManager[Any]] = lambda cache: nullcontext()
 
-    @property
-    def scale(self) -> float:
-        """Radius in units of the published 8/255; step sizes in papers are for that radius."""
-        return self.eps / (8 / 255)
+    def steps_before(self, epoch: int) -> int:
+        """Return how many steps the epochs before this one have."""
+        return epoch * (self.total_steps // self.epochs)
 
 
 def start(x: Tensor, setting: Setting, *, noise: float | None = None) -> Tensor:
@@ -64,16 +63,14 @@ def within(x_adv: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put networks into eval mode for an attack."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for an attack."""
+    mode = model.training
+    model.eval()
     try:
         yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        model.train(mode)
 
 
 def per_image(numbers: Tensor, x: Tensor) -> Tensor:

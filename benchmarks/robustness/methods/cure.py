@@ -38,12 +38,6 @@ class RandomScore:
         shape = s.weight.shape
         return 1.0 - torch.rand(shape, generator=draw, device=s.weight.device)  # never 0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]
-
 
 class MatchedScore(RandomScore):
     """Control of the step's length: a random mask, the gradient as long as under RGP's mask.
@@ -122,9 +116,9 @@ class CURE(TRADES):
             return RandomScore(self.setting.seed)
         if name == "matched":
             return MatchedScore(self.setting.seed, self.options["update_fraction"])
-        upside_down = lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)  # noqa: E731
-        rules = {"rgp": "rgp", "inverse": upside_down, "signed": signed}
-        return {**rules, "gradient": loss_gradient, "loss_gradient": loss_gradient}[name]
+        if name == "inverse":
+            return lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)
+        return {"rgp": "rgp", "signed": signed}.get(name, loss_gradient)
 
     def left_out(self) -> list[str]:
         """Return what the released rules do not select in: all but ``conv1``, or the head."""
@@ -132,6 +126,10 @@ class CURE(TRADES):
         if self.options["score"] == "signed":
             return [name for name in layers if not name.endswith("conv1")]
         return layers[-1:] if self.options["score"] == "loss_gradient" else []
+
+    def begin_epoch(self, epoch: int) -> None:
+        if isinstance(self.score, RandomScore):
+            self.score.steps = self.setting.steps_before(epoch)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         x_adv = self.perturb(x, y)
@@ -154,9 +152,6 @@ class CURE(TRADES):
         if isinstance(self.score, RandomScore):
             self.score.steps += 1
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
-
-    def carried(self) -> dict[str, Any]:
-        return {"score": self.score} if hasattr(self.score, "state_dict") else {}
 
 
 def variant(name: str, **changes: Any) -> type[CURE]:
@@ -207,4 +202,9 @@ FRONT = {
         "Front", (PretrainedTRADES,), {"title": f"none, β {beta:g}", "official": {"beta": beta}}
     )
     for beta in (1.0, 2.0, 3.0, 3.5, 4.5)
+}
+# The learning rate rises over the whole run: the preset says so.
+START = {
+    "trades-pre-slow": type("Slow", (PretrainedTRADES,), {"title": "TRADES, slow start"}),
+    "cure-slow": variant("CURE, slow start"),
 }

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Method, evaluating, per_image, start, within
+from .at import AT
+from .base import evaluating, per_image, start, within
 
 
-class FAT(Method):
+class FAT(AT):
     title = "FAT"
     # Steps beyond the first mistake, from these parts of the run on: epochs 0, 50, 90 of 120.
     official: ClassVar = {"taus": ((0.0, 0), (50 / 120, 1), (90 / 120, 2)), "omega": 0.001}
@@ -26,9 +27,6 @@ class FAT(Method):
         with evaluating(self.model):
             how = (s.eps, s.step_size, s.attack_steps, self.tau, self.options["omega"])
             return friendly_pgd(self.model, x, y, first, *how, s.generator)
-
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x_adv), y)
 
 
 def friendly_pgd(

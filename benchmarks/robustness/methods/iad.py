@@ -3,54 +3,38 @@
 Trust the teacher as far as it is right about the attacked image, and oneself for the rest.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .act import soft_kl
-from .base import Method, Setting
+from .ard import ARD
 
 
-class IAD(Method):
+class IAD(ARD):
     title = "IAD"
-    taught = True
     introspective = False
     # Introspection begins at epoch 60 of 200; before, the teacher is alone.
-    official: ClassVar = {"temperature": 1.0, "b": 0.1, "begin": 60 / 200}
-
-    def __init__(self, model: Any, setting: Setting, **options: Any) -> None:
-        super().__init__(model, setting, **options)
-        self.teacher = setting.teacher()
+    official: ClassVar = {"b": 0.1, "begin": 60 / 200}
 
     def begin_epoch(self, epoch: int) -> None:
         self.introspective = epoch / self.setting.epochs >= self.options["begin"]
 
-    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.pgd(x, y)
-
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        temperature = self.options["temperature"]
         with torch.no_grad():
             taught, taught_adv = self.teacher(x), self.teacher(x_adv)
         logits, logits_adv = self.model(x), self.model(x_adv)
         if not self.introspective:
-            return temperature**2 * soft_kl(taught, logits_adv, temperature)
-        b = self.options["b"]
-        return iad_loss(logits, logits_adv, taught, taught_adv, y, temperature, b)
+            return soft_kl(taught, logits_adv, 1.0)
+        return iad_loss(logits, logits_adv, taught, taught_adv, y, self.options["b"])
 
 
 def iad_loss(
-    logits: Tensor,
-    logits_adv: Tensor,
-    taught: Tensor,
-    taught_adv: Tensor,
-    y: Tensor,
-    temperature: float,
-    b: float,
+    logits: Tensor, logits_adv: Tensor, taught: Tensor, taught_adv: Tensor, y: Tensor, b: float
 ) -> Tensor:
-    """Return T^2 KL(t(x) || s(x_adv)) + mean[(1 - q^b) KL(s(x) || s(x_adv))].
+    """Return KL(t(x) || s(x_adv)) + mean[(1 - q^b) KL(s(x) || s(x_adv))].
 
     q is the teacher's probability of the true class on the attacked image.
     """
@@ -58,5 +42,4 @@ def iad_loss(
     own = F.kl_div(
         F.log_softmax(logits_adv, 1), F.log_softmax(logits, 1), reduction="none", log_target=True
     ).sum(1)
-    guided = temperature**2 * soft_kl(taught, logits_adv, temperature)
-    return guided + ((1 - q**b) * own).mean()
+    return soft_kl(taught, logits_adv, 1.0) + ((1 - q**b) * own).mean()

@@ -21,6 +21,7 @@ LENGTHS = range(1, 6)  # in 255ths, as the radii
 
 class LASAT(Method):
     title = "LAS-AT"
+    steps = 0
     official: ClassVar = {
         "smoothing": 0.7, "strategy_lr": 1e-4, "every": 20, "robust": 4.0, "clean": 2.0,
     }  # fmt: skip
@@ -33,11 +34,13 @@ class LASAT(Method):
         self.strategy_optimizer = torch.optim.SGD(
             self.strategy.parameters(), lr=self.options["strategy_lr"]
         )
-        self.steps = Counter()
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.steps = self.setting.steps_before(epoch)
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        self.steps.count += 1
-        if self.steps.count % self.options["every"] == 0:
+        self.steps += 1
+        if self.steps % self.options["every"] == 0:
             self.train_strategy(x, y)
         self.strategy.eval()
         with torch.no_grad():
@@ -59,7 +62,7 @@ class LASAT(Method):
     def attack(self, x: Tensor, y: Tensor, choice: Tensor) -> Tensor:
         """Run PGD with each image's own radius, steps and length."""
         s = self.setting
-        unit = s.scale / 255
+        unit = s.eps / (8 / 255) / 255  # of the published radius
         eps, length = (per_image(choice[:, i] * unit, x) for i in (0, 2))
         most = s.attack_steps / 10  # the published range of steps is for an attack of ten
         steps = (choice[:, 1] * most).round().clamp(min=1)
@@ -88,11 +91,7 @@ class LASAT(Method):
         return ce + self.options["robust"] * robust + self.options["clean"] * clean
 
     def carried(self) -> dict[str, Any]:
-        return {
-            "strategy": self.strategy,
-            "strategy_optimizer": self.strategy_optimizer,
-            "steps": self.steps,
-        }
+        return {"strategy": self.strategy, "strategy_optimizer": self.strategy_optimizer}
 
 
 class Strategy(nn.Module):
@@ -117,18 +116,6 @@ class Strategy(nn.Module):
             chosen.append(values.start + values.step * index.squeeze(1))
             total = total + log_p.gather(1, index).squeeze(1)
         return torch.stack(chosen, 1), total
-
-
-class Counter:
-    """Steps taken so far, in a form that a checkpoint holds."""
-
-    count = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.count = state_dict["count"]
 
 
 def smoothed_loss(logits: Tensor, y: Tensor, confidence: float) -> Tensor:

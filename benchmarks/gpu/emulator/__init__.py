@@ -1,0 +1,1 @@
+"""Run what Triton compiles for NVIDIA's GPUs without one; see README.md."""
