@@ -94,7 +94,7 @@ def main(argv=None):
         model.train()
         for x, y in train:
             x, y = x.to(DEVICE), y.to(DEVICE)
-            # The attack has its own block: older PyTorch would reuse its weights without a graph.
+            # The attack has its own block: older PyTorch would reuse weights cast without a graph.
             with autocast:
                 x_adv = kl_attack(model, x, eps=EPS, steps=7)
             with autocast:
