@@ -7,7 +7,7 @@ left out. Columns hold ``yes``, ``no`` with what was found, or ``refused`` with 
 - none: with update_fraction 0, no weight moves
 - half: with 0.5, each mask has the exact count
 - bits: what the masks leave out is bit-identical after each step
-- resume: a new wrapper that loads the checkpoint goes on bit for bit
+- resume: a new wrapper that loads the checkpoint continues bit for bit
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def check_resume(make: Make, kind: str) -> str:
 
 
 def resumes(make: Make, kind: str, fraction: float | None) -> bool:
-    """Whether a new optimizer that loads the checkpoint goes on bit for bit."""
+    """Whether a new optimizer that loads the checkpoint continues bit for bit."""
     first, restored = Trained(make, kind, fraction, 3), Trained(make, kind, fraction)
     with torch.no_grad():
         for p, q in zip(restored.params, first.params, strict=True):

@@ -113,7 +113,7 @@ def adds_trades(args: argparse.Namespace) -> bool:
     if changed:
         raise FlagError(
             f"{out} holds a finished run with other settings ({', '.join(changed)}): repeat its "
-            "settings to add TRADES, add --overwrite to begin anew, or give another --out."
+            "settings to add TRADES, add --overwrite to start over, or give another --out."
         )
     return True
 

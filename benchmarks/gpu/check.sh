@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in stages of at most ten minutes each:
+# All checks that need a GPU, in stages of at most ten minutes each:
 #
 #   benchmarks/gpu/check.sh OUT verify     # the tests
 #   benchmarks/gpu/check.sh OUT exact      # exactness on large data, 10,000 repeats, the memory checker
 #   benchmarks/gpu/check.sh OUT speed      # roofs, the selection against other ways, each kernel
-#   benchmarks/gpu/check.sh OUT tune       # the kernels in other sizes
-#   benchmarks/gpu/check.sh OUT step       # a whole training step, and where its time goes
-#   benchmarks/gpu/check.sh OUT cifar      # ResNet-18 on CIFAR-10; again: goes on where it was
-#   benchmarks/gpu/check.sh OUT rehearse   # what a CPU can do of it, in Triton's interpreter
+#   benchmarks/gpu/check.sh OUT tune       # other block sizes
+#   benchmarks/gpu/check.sh OUT step       # a training step and its profile
+#   benchmarks/gpu/check.sh OUT cifar      # ResNet-18 on CIFAR-10; rerun to resume
+#   benchmarks/gpu/check.sh OUT rehearse   # the part that runs on a CPU, in Triton's interpreter
 #
-# Several stages can be named; they follow one another. OUT gets STAGE.txt for each, speed.csv,
-# profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs too long is
-# noted, and the next one runs all the same; the exit status is 1 then. To keep the rows:
+# Several stages run one after another. OUT gets STAGE.txt for each, speed.csv,
+# profile.txt and, of cifar, the JSON of each finished run. A step that fails or runs out of time is
+# reported, the next one runs, and the exit status is 1. To keep the rows:
 #
 #   tail -n +2 OUT/speed.csv >>benchmarks/speed/results.csv
 #
@@ -20,13 +20,13 @@
 #   python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[dev]'
 #   export PYTHON=.venv/bin/python
 #
-# or any Python with PyTorch, Triton, pytest, hypothesis and scikit-learn. exact wants compute-sanitizer, of
-# the CUDA toolkit; cifar wants pyautoattack and the data.
+# or any Python with PyTorch, Triton, pytest, hypothesis and scikit-learn. exact needs compute-sanitizer from
+# the CUDA toolkit; cifar needs pyautoattack and the data.
 #
-#   MINUTES=9        that cifar may take; what it has trained by then is kept in RUNS
+#   MINUTES=9        limit for cifar; finished epochs are kept in RUNS
 #   RUNS=folder      checkpoints, weights and finished runs of cifar (runs/gpu-short)
-#   CIFAR=folder     where cifar-10-batches-py is (data; `run.py --download` fetches it),
-#   LABEL=text       how to name data whose files are not the originals
+#   CIFAR=folder     directory of cifar-10-batches-py (data; `run.py --download` fetches it)
+#   LABEL=text       name of data whose files are not the originals
 #   METHODS=a,b      of cifar (trades-pre,cure,trades-pre-revision,cure-random), SEEDS=0,1
 #   AUTO_ATTACK=n    images for AutoAttack (1000); 0 needs no pyautoattack
 set -uo pipefail
@@ -119,7 +119,7 @@ cifar() {
     --runs "$runs/weights" --results "$runs/results"
   case $? in
     0) ;;
-    124) echo "out of time; the same stage goes on from the last epoch" ;;
+    124) echo "out of time; rerun the stage to resume from the last epoch" ;;
     *) echo "FAILED: cifar" ;;
   esac
   mkdir -p "$out/gpu-short" && cp "$runs"/results/*.json "$out/gpu-short/"

@@ -168,7 +168,7 @@ class Trainer(Setup):
             raise DataError(f"{self.stem}, {setting.total_steps} steps: {error}") from error
 
     def run(self, report: Report | None = None) -> dict[str, Any]:
-        """Train, evaluate and write the run's JSON; go on where an earlier attempt stopped."""
+        """Train, evaluate and write the run's JSON; resume an earlier attempt."""
         p, place = self.preset, self.place
         file = place.results / f"{self.stem}.json"
         if file.exists():

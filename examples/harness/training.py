@@ -257,7 +257,7 @@ class Phase:
         optimizer: Its learning rate is scheduled; where it selects, the share of updated weights
             is in the history.
         epochs: Number of epochs.
-        checkpoint: A file. If it exists, training goes on from there, bit for bit.
+        checkpoint: A file. If it exists, training resumes from it, bit for bit.
         generator: Of the order, the augmentation and the attacks; None: a new one.
         settings: Must equal those of a checkpoint, besides the setup's.
         report: Gets a line for each epoch; None: it is printed.
@@ -396,7 +396,7 @@ class Phase:
                 why = " Learning rates and averaging depend on epochs: a run cannot be extended."
             raise DataError(
                 f"{self.checkpoint} was made with other settings: {'; '.join(changed)}.{why} "
-                "Repeat its settings, or begin anew in another folder."
+                "Repeat its settings, or start over in another folder."
             )
         if state["images"] != self.images:
             raise DataError(
@@ -426,7 +426,7 @@ def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> No
         if results.exists():
             kind, more = "a finished", ""
         raise DataError(
-            f"{out} holds {kind} run: add {more}--overwrite to begin anew, or give another --out."
+            f"{out} holds {kind} run: add {more}--overwrite to start over, or give another --out."
         )
     for file in (results, *(file for phase in phases for file in out.glob(f"{phase}*.pt"))):
         file.unlink(missing_ok=True)
@@ -437,7 +437,7 @@ def read(file: Path, device: torch.device) -> dict[str, Any]:
     try:
         return load_checked(file, device)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"{error}: delete it to begin anew.") from error
+        raise DataError(f"{error}: delete it to start over.") from error
 
 
 # Evaluation, in eval mode, on images in [0, 1]; accuracies in percent.

@@ -24,7 +24,7 @@ class Updates:
         self._steps += 1
 
     def mean(self) -> dict[str, float]:
-        """Return the fractions, in [0, 1], and begin anew. Parameters without a mask have 1."""
+        """Return the fractions, in [0, 1], and start over. Parameters without a mask have 1."""
         found = {}
         for name, p in self._named():
             found[name] = float(self._sums[p]) / self._steps if p in self._sums else 1.0

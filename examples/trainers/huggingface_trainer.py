@@ -1,7 +1,8 @@
 """CURE with Hugging Face's `Trainer`: `compute_loss` returns the scored loss.
 
-It calls the model it is given, which holds the Trainer's precision and DistributedDataParallel, and
-scores with your own wrapper, for the Trainer replaces `self.optimizer`.
+It calls the model that it is given, which applies the Trainer's precision and
+DistributedDataParallel, and scores with your own wrapper, since the Trainer replaces
+`self.optimizer`.
 """
 
 import torch

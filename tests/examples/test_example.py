@@ -237,7 +237,7 @@ def test_a_stopped_run_is_continued_as_it_was_begun(tmp_path, capsys):
     assert "holds an unfinished run: add --resume" in said
     code, said = refused(capsys, out, "--resume", "--beta", "0.2")
     assert code == 1
-    assert "other settings: beta was 6.0, is 0.2. Repeat its settings, or begin anew" in said
+    assert "other settings: beta was 6.0, is 0.2. Repeat its settings, or start over" in said
     assert "a run cannot be extended" in refused(capsys, out, "--resume", "--epochs", "9")[1]
     stopped(capsys, tmp_path / "other", "--seed", "1", within=("warm-up", 2))
     _, said = refused(capsys, tmp_path / "other", "--seed", "1", "--resume", "--eps", "0.2")
@@ -325,7 +325,7 @@ def test_a_finished_run_is_not_written_over_unasked(tmp_path, capsys):
     run(out, "--compare")
     before = (out / "results.json").read_bytes()
     for flags in (["--compare"], []):
-        assert "finished run: add --overwrite to begin" in refused(capsys, out, *flags)[1]
+        assert "finished run: add --overwrite to start over" in refused(capsys, out, *flags)[1]
         assert (out / "results.json").read_bytes() == before
         (out / "cure.pt").unlink(missing_ok=True)  # as one does to save space
     assert run(out, "--seed", "1", "--overwrite")["seed"] == 1
