@@ -112,7 +112,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def in_a_process(name: str, argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure one variant in its own process; one that fails is named."""
+    """Measure one variant in its own process; report one that fails."""
     command = [sys.executable, __file__, *argv, "--only", name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The table of finished runs beside the published one, and by how much methods differ."""
+"""Tables of finished runs, with published numbers and paired differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by method and seed
 
 
 def read(*folders: Path) -> Runs:
-    """Return the finished runs of folders."""
+    """Read the finished runs in folders."""
     runs: Runs = {}
     for file in sorted(file for folder in folders for file in folder.glob("*-seed*.json")):
         content = json.loads(file.read_text())
@@ -29,7 +29,7 @@ def read(*folders: Path) -> Runs:
 
 
 def some_run(runs: Runs) -> dict[str, Any]:
-    """Return one of the runs; what they share stands in each."""
+    """Return any one run, for the settings that all share."""
     return next(iter(next(iter(runs.values())).values()))
 
 
@@ -43,7 +43,7 @@ def heading(runs: Runs) -> str:
 
 
 def numbers(runs: Runs, method: str, column: str, which: str = "last") -> list[float]:
-    """Return one number for each seed."""
+    """Return one number per seed."""
     rows = (run["results"][which] for run in runs[method].values())
     return [row[column] for row in rows if column in row]
 
@@ -74,7 +74,7 @@ def table(runs: Runs, network: str, which: str = "last") -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose head is the first row."""
+    """Return a Markdown table; the first row is its header."""
     head, *lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *lines])
 
@@ -141,7 +141,7 @@ def intervals(runs: Runs) -> str:
 
 
 def compared() -> list[tuple[str, str]]:
-    """Return the pairs of methods whose difference says something."""
+    """Return the pairs of methods to compare."""
     masks = ("trades-pre", "cure-no-revision", "random-no-revision")
     masked = [masks, ("trades-pre-revision", "cure", "cure-random"), tuple(REVISION)]
     pairs = [("cure", "trades-pre"), ("cure", "at-pre"), *((name, "cure") for name in CONTROLS)]
@@ -158,7 +158,7 @@ def compared() -> list[tuple[str, str]]:
 
 
 def collapses(runs: Runs, few: float = 10.0) -> str:
-    """Say which runs from natural weights lose accuracy in the first epoch that they get back."""
+    """Say which runs from natural weights lose accuracy in the first epoch and recover it."""
     said = []
     for name in (name for name in runs if METHODS[name].warm):
         courses = [[row["natural"] for row in run["history"]] for run in runs[name].values()]

@@ -1,4 +1,4 @@
-"""One trainer for every method: presets, the run of a method, one JSON for a run."""
+"""One trainer for every method: presets, runs, one JSON file per run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Preset(Settings):
-    """What all methods of a table share."""
+    """Settings that all methods of a table share."""
 
     auto_attack: int = 0  # images that AutoAttack gets
     whole_auto_attack: bool = False  # all four of its attacks, or the first two
@@ -77,7 +77,7 @@ for name, (base, _, _) in EXPERIMENTS.items():
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run reads and writes."""
+    """Folders that a run reads and writes."""
 
     runs: Path  # checkpoints and weights; not for the repository
     results: Path  # one JSON for each finished run
@@ -103,7 +103,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
 
 
 def place_of(args: argparse.Namespace, name: str) -> Place:
-    """Return the folders that flags name, or those of a preset."""
+    """Return the folders given by flags, or a preset's."""
     runs = args.runs or Path("runs") / "robustness" / name
     results = args.results or Path(__file__).parent / "results" / name
     return Place(runs, results, args.data_dir, args.data_label, args.device)
@@ -146,7 +146,7 @@ class Trainer(Setup):
         return model.eval().requires_grad_(False)
 
     def start(self, warm: bool, report: Report | None = None) -> nn.Module:
-        """Return the network as all methods get it: with random or with natural weights."""
+        """Return the initial network: with random or with natural weights."""
         model = self.network()
         if warm:
             file = self.place.runs / f"natural-seed{self.seed}.pt"  # the same for all methods

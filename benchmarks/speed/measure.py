@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, a record of where it ran, and one long CSV."""
+"""Shared by the benchmarks: interleaved timing, a record of the machine, one long CSV."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEAD_START = 400_000  # cycles: about 0.2 ms, longer than the host takes for a f
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return the columns that say what was measured and on what."""
+    """Return the columns that describe a measurement: settings, machine, versions."""
     return {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -165,7 +165,7 @@ def device_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> torc
 
 
 def keep(path: Path | None, device: torch.device, rows: list[dict[str, Any]]) -> Any:
-    """Append rows to a CSV at once, as a limit of time may come; return them."""
+    """Append rows to a CSV at once, since a time limit may end the run; return them."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh, where = not path.exists(), environment(device)

@@ -59,14 +59,14 @@ def grouped(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
 
 
 def label(ms: float) -> str:
-    """Return a time as people say it."""
+    """Format a time."""
     if ms < 0.1:
         return f"{ms * 1e3:.3g} µs"
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
 def about(rows: Sequence[Row]) -> str:
-    """Return where rows come from, for a caption."""
+    """Return the machine and versions of rows, for a caption."""
     last = rows[-1]
     least = min(int(row["repeats"]) for row in rows)
     threads = f", {last['threads']} thread(s)" if last["threads"] else ""

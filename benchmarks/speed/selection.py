@@ -71,7 +71,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Case:
-    """Gradients of a model, and what is asked for."""
+    """Gradients of a model, and the settings of a selection."""
 
     g_nats: list[Tensor]
     g_advs: list[Tensor]

@@ -1,1 +1,1 @@
-"""What networks that were trained differently do differently: each module one question."""
+"""Comparisons of trained networks, one question per module."""

@@ -37,7 +37,7 @@ def shot_noise(x: Tensor, c: float, g: torch.Generator) -> Tensor:
 
 
 def impulse_noise(x: Tensor, c: float, g: torch.Generator) -> Tensor:
-    """Set a share ``c`` of the values to 0 or 1."""
+    """Set a fraction ``c`` of the values to 0 or 1."""
     hit = torch.rand(x.shape, generator=g, device=x.device)
     x = torch.where(hit < c / 2, torch.zeros_like(x), x)
     return torch.where(hit >= 1 - c / 2, torch.ones_like(x), x)
@@ -67,7 +67,7 @@ def brightness(x: Tensor, c: float, g: torch.Generator) -> Tensor:
 
 
 def through_pillow(x: Tensor, change: Callable[[Any], Any]) -> Tensor:
-    """Return images of eight bits that Pillow has changed, one by one."""
+    """Apply a Pillow operation to each image, in eight bits."""
     from PIL import Image
 
     out = []

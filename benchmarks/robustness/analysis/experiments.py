@@ -1,4 +1,4 @@
-"""Figures of the experiments: what the score ranks, the front of beta, how runs went."""
+"""Figures of the experiments: what the score ranks, the front of beta, training curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How figures are saved and what they share; the figure of all methods."""
+"""What figures share, saving them, and the figure of all methods."""
 
 from __future__ import annotations
 

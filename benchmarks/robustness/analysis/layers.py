@@ -1,4 +1,4 @@
-"""What happens layer by layer: gradients, features, and how many weights are updated."""
+"""Layer by layer: gradients, features, fraction of weights updated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of the table, by the name that flags and files use."""
+"""The methods of the table, by the names used in flags and files."""
 
 from .act import ACT
 from .ard import ARD

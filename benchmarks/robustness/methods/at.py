@@ -17,7 +17,7 @@ class AT(Method):
 
 
 class PretrainedAT(AT):
-    """The control: AT from the start that CURE has."""
+    """Control: AT from CURE's start."""
 
     title = "AT, pre-trained"
     warm = True

@@ -1,4 +1,4 @@
-"""What a method of the table is: how it attacks while training, what it minimises, what it carries.
+"""The interface of a method: its attack in training, its loss, its state.
 
 A method is a subclass of `Method` in a file of its own in this folder, named in `__init__.METHODS`.
 The trainer gives it the network, the optimizer and what the run has decided, and calls `step` for
@@ -20,7 +20,7 @@ from rgp_optim import pgd_attack
 
 @dataclass(frozen=True)
 class Setting:
-    """What the run has decided, the same for every method."""
+    """Settings of the run, the same for every method."""
 
     eps: float  # radius of the training attack, in units of the pixels
     attack_steps: int
@@ -38,7 +38,7 @@ class Setting:
     autocast: Callable[[bool], AbstractContextManager[Any]] = lambda cache: nullcontext()
 
     def steps_before(self, epoch: int) -> int:
-        """Return how many steps the epochs before this one have."""
+        """Return the number of steps before this epoch."""
         return epoch * (self.total_steps // self.epochs)
 
 
@@ -58,7 +58,7 @@ def uphill(goal: Callable[[Tensor], Tensor], x_adv: Tensor) -> Tensor:
 
 
 def within(x_adv: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
-    """Put images back into the ball around ``x`` and into [0, 1]."""
+    """Project images onto the ball around ``x`` and clip them to [0, 1]."""
     return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
 
 
@@ -74,7 +74,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def per_image(numbers: Tensor, x: Tensor) -> Tensor:
-    """Give one number for each image the dimensions of the images."""
+    """Reshape one number per image to broadcast over the images."""
     return numbers.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -96,22 +96,22 @@ class Method:
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return what updates the network; the trainer schedules its learning rate."""
+        """Return the optimizer; the trainer schedules its learning rate."""
         return self.setting.new_optimizer(self.model.parameters())
 
     def begin_epoch(self, epoch: int) -> None:
-        """Hear that ``epoch``, counted from 0, begins."""
+        """Called when ``epoch``, counted from 0, begins."""
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the attacked batch."""
         raise NotImplementedError
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        """Return what is minimised, a mean over the batch."""
+        """Return the training loss, a mean over the batch."""
         raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Take one step of the optimizer; return what is logged, detached."""
+        """Take one step of the optimizer; return losses to log, detached."""
         x_adv = self.perturb(x, y)
         self.model.train()
         return self.descend(self.loss(x, x_adv, y))
@@ -124,7 +124,7 @@ class Method:
         return {"loss": loss.detach()}
 
     def carried(self) -> dict[str, Any]:
-        """Return what has a ``state_dict`` besides network and optimizer, by name."""
+        """Return other objects with a ``state_dict``, by name."""
         return {}
 
     def pgd(self, x: Tensor, y: Tensor, model: nn.Module | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""CURE (Gowda et al., ICLR 2024), and what is left of it when one of its parts is taken away."""
+"""CURE (Gowda et al., ICLR 2024), and variants without one of its parts."""
 
 from typing import Any, ClassVar
 
@@ -15,17 +15,17 @@ from .trades import TRADES, PretrainedTRADES
 
 
 def signed(s: ScoreInputs) -> Tensor:
-    """Return the sum with its sign, as the released ``rgp_soft`` ranks."""
+    """Return the signed sum, the score of the released ``rgp_soft``."""
     return s.natural.float() * s.alpha + s.adversarial.float() * (1.0 - s.alpha)
 
 
 def loss_gradient(s: ScoreInputs) -> Tensor:
-    """Return the size of the training gradient, as the released ``rgp`` ranks."""
+    """Return the magnitude of the training gradient, the score of the released ``rgp``."""
     return s.gradient.abs()
 
 
 class RandomScore:
-    """Control without any ranking: uniform draws, new at each step, repeatable by seed."""
+    """Control without a ranking: uniform draws, new at each step, reproducible by seed."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.steps = seed, 0
@@ -40,7 +40,7 @@ class RandomScore:
 
 
 class MatchedScore(RandomScore):
-    """Control of the step's length: a random mask, the gradient as long as under RGP's mask.
+    """Control of the step's length: a random mask, the gradient rescaled to its norm under RGP's.
 
     In each tensor the training gradient that the random mask leaves is rescaled to the norm of the
     one that RGP's mask of the same fraction would have left. `rescale` does it, after the mask and
@@ -121,7 +121,7 @@ class CURE(TRADES):
         return {"rgp": "rgp", "signed": signed}.get(name, loss_gradient)
 
     def left_out(self) -> list[str]:
-        """Return what the released rules do not select in: all but ``conv1``, or the head."""
+        """Return the layers that the released rules leave out: all but ``conv1``, or the head."""
         layers = [n for n, m in self.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         if self.options["score"] == "signed":
             return [name for name in layers if not name.endswith("conv1")]

@@ -30,7 +30,7 @@ class TRADES(Method):
 
 
 class PretrainedTRADES(TRADES):
-    """The control: TRADES from the start and with the beta that CURE has."""
+    """Control: TRADES with CURE's start and beta."""
 
     title = "TRADES, pre-trained"
     warm = True
