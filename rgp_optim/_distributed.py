@@ -54,21 +54,16 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self._models: list[weakref.ref[Any]] = []  # those that can join early
-        if group is not None and not initialised():
-            rule = "be given after `torch.distributed.init_process_group`"
-            refuse("process_group", rule, f"{group}", error=RuntimeError)
-        if group is not None and not isinstance(group, dist.ProcessGroup):
+        if group is not None and not (initialised() and isinstance(group, dist.ProcessGroup)):
             rule = "be a ProcessGroup that this process belongs to, or None (all processes)"
-            refuse("process_group", rule, type(group).__name__, error=TypeError)
+            hint = "Call `torch.distributed.init_process_group` first."
+            refuse("process_group", rule, type(group).__name__, hint, TypeError)
 
     def __deepcopy__(self, _: Any) -> Ranks:
         return self
 
-    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
-        if self.group is not None:
-            hint = "Save `state_dict()` and build the optimizer again."
-            refuse("process_group", "be None in a pickle", f"{self.group}", hint, TypeError)
-        return Ranks, ()
+    def __reduce__(self) -> tuple[type[Ranks], tuple[Any]]:
+        return Ranks, (self.group,)  # of which PyTorch says that it cannot be pickled
 
     @property
     def size(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, Refused, is_sharded, local, shard
@@ -20,11 +21,10 @@ from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
 DONATED = (
-    "This loss shares a compiled graph with another, and its backward pass was compiled to write "
-    "over what it reads. Before anything is compiled, `import torch._functorch.config`, set "
-    "`torch._functorch.config.donated_buffer = False` and `torch.compiler.config.cache_key_tag = "
-    "'kept graphs'`: without the second, PyTorch may take such code from its cache on disk, and "
-    "gradients are wrong without an error. Or give each loss a forward pass of its own."
+    "This loss shares a compiled graph with another, whose backward pass writes over what it reads."
+    " Before anything is compiled, `import torch._functorch.config`, set `torch._functorch.config."
+    "donated_buffer = False` and `torch.compiler.config.cache_key_tag = 'kept graphs'` (or PyTorch "
+    "may take such code from its cache on disk). Or give each loss a forward pass of its own."
 )
 
 
@@ -38,6 +38,11 @@ def check_loss(name: str, loss: Any) -> None:
     if not loss.requires_grad:
         attached = "Compute it from the model's output with gradients enabled; do not detach it."
         refuse(name, "carry a graph", "requires_grad = False", hint or attached)
+
+
+def roles_read(rule: Any, alpha: float) -> Sequence[str]:
+    """Return the roles that a score rule reads, or may read."""
+    return ROLES if rule != "rgp" or 0.0 < alpha < 1.0 else ROLES[:1] if alpha else ROLES[1:]
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> NoReturn:
@@ -73,10 +78,9 @@ class NothingScored(Refused):
         super().__init__(
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
             "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
-            "run `loss.backward()` before `step()`, under the same settings. Without an attack "
-            "yet, pass the natural loss as both. Engines that step copies of the weights "
-            "(DeepSpeed's bf16 and fp16) leave nothing to score: use DistributedDataParallel or "
-            "FSDP2's `fully_shard`."
+            "run `loss.backward()` before `step()`. Without an attack pass the natural loss as "
+            "both. Engines that step copies of the weights (DeepSpeed's bf16 and fp16) leave "
+            "nothing to score: use DistributedDataParallel or FSDP2's `fully_shard`."
         )
 
 
@@ -135,8 +139,7 @@ class Scores:
             self._drop()
         self._tokens.add(node.token)
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
-        waits = grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing())
-        test = not self._tested and not waits
+        test = not (self._tested or grad.is_meta or check.capturing(grad))
         before = _gradients(params) if test or self._retained else {}
         self.thread = get_ident()
         try:
@@ -187,9 +190,8 @@ class Scores:
         if self.taken and not self._warned:
             self._warned = True
             warnings.warn(
-                "Earlier scores were dropped: no parameter has a gradient. That is right after a "
-                "skipped step. Where gradients are collected outside `.grad`, only the last scores "
-                "count: keep them in `.grad` until the step, or score the sum of the losses once.",
+                "Earlier scores were dropped: no parameter has a gradient. Right after a skipped "
+                "step; else keep gradients in `.grad` until the step, or score the sum of losses.",
                 stacklevel=2,
             )
         self.clear()
@@ -245,12 +247,9 @@ class Scores:
 
     def reaches(self, p: Tensor, alpha: float, rule: Any) -> bool:
         """Return whether a loss that the score reads depends on a parameter."""
-        read = list(self.taken)
-        if rule == "rgp":
-            read = [r for r, factor in zip(ROLES, (alpha, 1.0 - alpha), strict=True) if factor]
-        for role in read:
-            if role not in self.taken:
-                raise NothingScored(role)
+        read = [r for r in roles_read(rule, alpha) if rule == "rgp" or r in self.taken]
+        if missing := [role for role in read if role not in self.taken]:
+            raise NothingScored(missing[0])
         held = [self.taken[role].get(p) for role in read]
         return not held or any(g is not None for g in held) or not p.requires_grad
 

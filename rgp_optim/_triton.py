@@ -34,6 +34,8 @@ PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a ten
 # Bits per counting pass, 32 in all. Before Triton 3.8 histograms cost an instruction for every few
 # bins and element: four passes of 256 bins are faster there than three of 2048.
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+if VERSION < (3, 4):
+    raise ImportError(f"Triton {triton.__version__} has no masked histogram: 3.4 or newer has")
 DIGITS = (11, 11, 10) if VERSION >= (3, 8) else (8, 8, 8, 8)
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}

@@ -27,7 +27,7 @@ from common import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, optimizer
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, _checks
 from rgp_optim._scores import Scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")
@@ -154,7 +154,7 @@ def test_a_reviser_may_join_when_natural_training_ends():
 def test_a_captured_step_updates_no_reviser(monkeypatch):
     """Its draws would be those of the capture in every replay."""
     model, opt, reviser = joined()
-    monkeypatch.setattr(optimizer, "_capturing", lambda params: True)
+    monkeypatch.setattr(_checks, "capturing", lambda tensor: True)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="`reviser` should be None in a CUDA graph"):
         train_step(model, opt)
