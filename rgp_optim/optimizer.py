@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -57,9 +58,8 @@ class _Holder:
     conserve: Conserve
     score: str | Callable[[ScoreInputs], Tensor]
     backend: Backend
-    ranks: Ranks
+    scores: Scores
     reviser: ConsistencyReviser | None = None
-    scores: Scores = field(default_factory=Scores)
     masks: dict[Tensor, Tensor] = field(default_factory=dict)  # of the last step
     ranks_compared: bool = False  # once, and again after groups or a checkpoint have changed
     used_closure: bool = False
@@ -68,7 +68,6 @@ class _Holder:
     warned: set[str] = field(default_factory=set)
 
     def warn(self, kind: str, text: str) -> None:
-        """Warn once of each kind."""
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(text, stacklevel=4)
@@ -127,8 +126,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     training, and are saved in checkpoints. Complex tensors are left to the inner optimizer.
 
     Args:
-        optimizer: The optimizer to wrap, an instance; it may have stepped already. From now on call
-            the wrapper's methods.
+        optimizer: The instance to wrap, which may have stepped; from now on call the wrapper's methods.
         update_fraction: Share of the selected weights that is updated, dimensionless, in [0, 1].
             The paper's p is the percentage conserved: p = 30 is 0.7. May be assigned: all groups.
         alpha: Share of the natural gradient in the score, dimensionless, in [0, 1]. Likewise.
@@ -142,11 +140,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         score: ``"rgp"``, or a callable from `ScoreInputs` to a tensor of scores, the highest of
             which are updated: ``lambda s: (s.adversarial * s.weight).abs()``.
         backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
-        process_group: With ``torch.distributed``: the processes that train this model together,
-            which score and step alike. None: all of them.
-        reviser: A `ConsistencyReviser` of the model that is optimized. ``step()`` calls its update,
-            and checkpoints carry it; skipped steps do not count. May be assigned, say when natural
-            training ends.
+        process_group: The processes that train this model together and step alike. None: all.
+        reviser: A `ConsistencyReviser` of the optimized model. ``step()`` updates it (unless it is
+            skipped), and checkpoints carry it. May be assigned, say when natural training ends.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, wrapped already, or steps by another door than one
@@ -187,7 +183,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         check.choice("backend", backend, BACKENDS)
         hint = "Conserving 30 % is update_fraction=0.7."
         closure = inspect.signature(inner.step).parameters.get("closure")
-        holder = _Holder(
+        self._holder = _Holder(
             inner=inner,
             defaults={
                 "rgp_update_fraction": check.fraction("update_fraction", update_fraction, hint),
@@ -198,19 +194,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             conserve=conserve,
             score=score,
             backend=backend,
-            ranks=Ranks(process_group),
+            scores=Scores(Ranks(process_group)),
             needs_closure=closure is not None and closure.default is closure.empty,
         )
-        for group in inner.param_groups:
-            _check_group(holder.defaults | group)
-        _check_memory(self._parameters(inner))
-        _check_reviser(reviser, self._parameters(inner))
+        self._check_groups()
+        self.reviser = reviser
         for hook in inner._optimizer_step_pre_hooks.values():
             if isinstance(hook, _Guard):  # of an earlier wrapper, whose settings are not the user's
                 hook.forget(inner.param_groups)
-        self.__setstate__({"_holder": holder})
+        self.__setstate__(self.__getstate__())
         self._complete_groups()
-        self.reviser = reviser
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up hook tables and the guard; so for copies and pickles too."""
@@ -228,8 +221,6 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
-    # The inner optimizer owns these; assigning here assigns there.
-
     @property
     def inner(self) -> torch.optim.Optimizer:
         """The wrapped optimizer. Its own ``step`` knows nothing of the selection."""
@@ -244,7 +235,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
     score = property(lambda self: self._holder.score, doc="``score``, fixed.")
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
-    process_group = property(lambda self: self._holder.ranks.group, doc="``process_group``, fixed.")
+    process_group = property(
+        lambda self: self._holder.scores.ranks.group, doc="``process_group``, fixed."
+    )
 
     @property
     def reviser(self) -> ConsistencyReviser | None:
@@ -254,7 +247,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     @reviser.setter
     def reviser(self, reviser: ConsistencyReviser | None) -> None:
         holder, before = self._holder, self._holder.reviser
-        _check_reviser(reviser, self._parameters())
+        if reviser is not None:
+            if not isinstance(reviser, ConsistencyReviser):
+                refuse(
+                    "reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError
+                )
+            if not set(self._parameters()) & set(check.unwrapped(reviser._student).parameters()):
+                hint = "Make it of the model whose parameters the optimizer holds."
+                rule = "average the model that is optimized"
+                refuse("reviser", rule, "no shared parameter", hint)
         if before is not None and before._joined is holder:
             before._joined = None
         holder.reviser = reviser
@@ -271,17 +272,36 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group |= {**self._holder.defaults, **group}
 
+    def _check_groups(self) -> None:
+        """Refuse settings and parameters that cannot be selected in."""
+        for group in self.param_groups:
+            Settings.of(self._holder.defaults | group)
+            if group.get("differentiable"):
+                hint = "Masked and restored weights have no derivative."
+                refuse("differentiable", "be False", True, hint)
+        params = self._parameters()
+        if any(hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened") for p in params):
+            found = "a parameter of FullyShardedDataParallel (FSDP1)"
+            hint = "Shard the model with `torch.distributed.fsdp.fully_shard` (FSDP2)."
+            refuse("optimizer", "have parameters that keep their shape", found, hint, RuntimeError)
+        plain = [p for p in params if type(p) in (Tensor, nn.Parameter)]
+        starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: empty, meta, XLA
+        for p in plain:  # the mask of one would hold for the other
+            if starts[p.data_ptr()] > 1:
+                hint = "Tie weights by using one parameter twice, or give each memory of its own."
+                found = f"two parameters at one address, one of shape {tuple(p.shape)}"
+                refuse("optimizer", "have parameters with memory of their own", found, hint)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the inner optimizer; missing ``rgp_*`` settings get the defaults."""
         self._holder.inner.add_param_group(param_group)
         self._holder.ranks_compared = False
         try:
-            self._complete_groups()
-            _check_group(self.param_groups[-1])
-            _check_memory(self._parameters())
+            self._check_groups()
         except BaseException:
             self.param_groups.pop()
             raise
+        self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's checkpoint, with the ``rgp_*`` settings in its groups.
@@ -314,13 +334,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         ours = [{name: g[name] for name in self._holder.defaults} for g in self.param_groups]
         for group in state_dict.get("param_groups", ()):  # other formats are the inner one's
             Settings.of({**self._holder.defaults, **group})
-        copied = state_dict.pop(REVISER, None)
-        if self.reviser is not None and copied is not None:
-            self.reviser._check_state(copied)
+        reviser, copied = self.reviser, state_dict.pop(REVISER, None)
+        if reviser and copied is not None:
+            reviser._check_state(copied)
         self._holder.inner.load_state_dict(state_dict)
-        if self.reviser is not None and copied is not None:
-            self.reviser.load_state_dict(copied)
-        elif self.reviser is not None and self.state:
+        if reviser and copied is not None:
+            reviser.load_state_dict(copied)
+        elif reviser and self.state:
             text = (
                 "The checkpoint has no averaged copy: the reviser stays as it is. Load it with "
                 "`reviser.load_state_dict` if it was saved apart."
@@ -337,8 +357,6 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._holder.scores.clear()
         options = {} if set_to_none else {"set_to_none": False}  # older ones have no options
         self._holder.inner.zero_grad(**options)
-
-    # Take, select, step, restore.
 
     @_disable_dynamo
     def scored(
@@ -392,9 +410,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def _take(self, losses: dict[str, Tensor], grad: Tensor, node: Any) -> Tensor:
         """Take the scores, within the backward pass; see `Scores.take`."""
-        ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
-        params = [p for p in ranked if p.requires_grad]
-        return self._holder.scores.take(losses, params, grad, node, self._holder.ranks)
+        params = [p for p, s in self._selected().items() if s.update_fraction and p.requires_grad]
+        return self._holder.scores.take(losses, params, grad, node)
 
     def _refuse_unselected(self) -> None:
         """Refuse groups in which weights should be selected, and none can be."""
@@ -482,7 +499,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         selected = {p: each for p, each in self._selected().items() if p.grad is not None}
         for p in selected:
             if cast(Tensor, p.grad).layout != torch.strided:
-                refuse_sparse(f"gradient of {_name(self.param_groups, p)}", cast(Tensor, p.grad))
+                refuse_sparse(f"gradient of {self._names()[p]}", cast(Tensor, p.grad))
         if holder.scores.running and (holder.scores.thread or len(params) > 1):
             raise Refused(
                 "step() was called within the backward pass, where other parameters may wait for "
@@ -495,6 +512,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
             )
         ranked = {p: each for p, each in selected.items() if each.update_fraction > 0.0}
+        ranks = holder.scores.ranks
+        first = ranks.size > 1 and not holder.ranks_compared
+        if first:
+            self._compare_ranks({})
+        if ranks.size > 1 and ranked:
+            ranks.refuse_join(first)
         try:
             with torch.no_grad():
                 masks = self._score_and_mask(ranked) if ranked else {}
@@ -504,7 +527,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
             return {p: _empty_mask(p) for p in dense}, False  # all: Rprop moves at a rate of 0
         masks |= {p: _empty_mask(p) for p in selected if p not in ranked}
-        if not holder.ranks_compared and holder.ranks.size > 1:
+        if first:
             self._compare_ranks(masks)
             holder.ranks_compared = True
         return masks, True
@@ -522,53 +545,45 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _score_and_mask(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
         holder, scores = self._holder, self._holder.scores
-        if holder.ranks.size > 1:
-            if not holder.ranks_compared:
-                holder.ranks.find_models()
-                self._compare_ranks({})
-            holder.ranks.refuse_join()
-        scores.average(holder.ranks, list(selected))
-        params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
-        if len(params) < len(selected):
-            names = [_name(self.param_groups, p) for p in selected.keys() - set(params)]
+        scores.average(list(selected))
+        reached = {p: s for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)}
+        if len(reached) < len(selected):
+            names = [self._names()[p] for p in selected.keys() - reached.keys()]
             text = (
                 f"No scored loss depends on {_listed(names)}, but the training loss does: all of "
                 "it is updated. If that is meant, set 'rgp_select': False for its group; if not, "
                 "look for `detach()` or `use_reentrant=True` on the way."
             )
             holder.warn("unreached", text)
-            selected = {p: selected[p] for p in params}
-        direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
         # Under the global scope groups with different fractions cannot share a threshold.
         shared = holder.scope == "global"
-        pools = [s.update_fraction if shared else i for i, s in enumerate(selected.values())]
+        pools = [s.update_fraction if shared else i for i, s in enumerate(reached.values())]
+        select = partial(functional.select, backend=holder.backend)
+        if holder.score == "rgp" and not any(map(is_sharded, reached)):
+            rows = zip(map(scores.pair, reached), reached.values(), pools, strict=True)
+            entries = [Entry(*pair, s.alpha, s.update_fraction, pool) for pair, s, pool in rows]
+            return dict(zip(reached, select(entries), strict=True))
         masks: dict[Tensor, Tensor] = {}
-        for indices in [range(len(params))] if direct else by_pool(pools):  # gathered by pool
-            part, entries = [params[i] for i in indices], []
-            for i, p in zip(indices, part, strict=True):
-                alpha, last = selected[p].alpha, (selected[p].update_fraction, pools[i])
-                if direct:
-                    entries.append(Entry(*scores.pair(p, alpha), alpha, *last))
-                else:
-                    whole = distributed.whole(scores.score(p, alpha, holder.score), p)
-                    entries.append(Entry(whole, None, None, *last))
-            found = functional.select(entries, backend=holder.backend)
-            masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
+        for indices in by_pool(pools):  # gathered pool by pool
+            part = [list(reached.items())[i] for i in indices]
+            entries = []
+            for p, s in part:
+                score = distributed.whole(scores.score(p, s.alpha, holder.score), p)
+                entries.append(Entry(score, None, None, s.update_fraction))
+            found = zip(part, select(entries), strict=True)
+            masks |= {p: distributed.own_part(mask, p) for (p, _), mask in found}
         return masks
 
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
         """Raise if replicas differ: in their parameters, and once there are masks in the rest."""
-        plain = [p for p in self._parameters() if not is_sharded(p)]
-        shapes = repr([(tuple(p.shape), p.dtype) for p in plain]).encode()
-        device = local(self._parameters()[0]).device
-        held: dict[str, Tensor | None] = {
-            "their parameters": torch.tensor(list(shapes), dtype=torch.uint8, device=device)
-        }
-        for p in plain if masks else ():
-            name = _name(self.param_groups, p)
+        names = {p: name for p, name in self._names().items() if not is_sharded(p)}
+        shapes = repr([(tuple(p.shape), p.dtype) for p in names]).encode()
+        held: dict[str, Tensor | None] = {"their parameters": torch.tensor(list(shapes))}
+        for p, name in names.items() if masks else ():
             held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
             held[f"the mask of {name}"] = masks.get(p)
-        if differing := self._holder.ranks.differing(held):
+        device = local(self._parameters()[0]).device
+        if differing := self._holder.scores.ranks.differing(held, device):
             raise RuntimeError(
                 f"step(): the ranks differ in {_listed(differing)}. Nothing was changed. Each rank "
                 "must hold the whole model (ZeroRedundancyOptimizer around the wrapper splits it: "
@@ -583,7 +598,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._holder.copies_checked = True
         for p in [p for p in params if isinstance(self.state.get(p), dict) and not p.is_meta]:
             for key, copy in self.state[p].items():
-                if isinstance(copy, Tensor) and copy.shape == p.shape and not copy.is_sparse:
+                dense = isinstance(copy, Tensor) and not copy.is_sparse
+                if dense and copy.shape == p.shape and key != "ax":  # ASGD's is never written back
                     copy, weight = local(copy).to(p.dtype), local(p)
                     if torch.equal(copy, weight) and weight.any():
                         text = (
@@ -593,18 +609,17 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                         )
                         return self._holder.warn("copies", text)
 
-    def _parameters(self, inner: torch.optim.Optimizer | None = None) -> list[Tensor]:
-        return [p for group in (inner or self).param_groups for p in group["params"]]
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
-
-def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
-    """Return a parameter's name, or its place, for messages."""
-    for i, group in enumerate(groups):
-        for j, other in enumerate(group["params"]):
-            if other is p:
-                names = group.get("param_names")
-                return f"{names[j] if names else f'parameter {j}'} (group {i})"
-    return "a parameter"
+    def _names(self) -> dict[Tensor, str]:
+        """Return the parameters' names, or their places, for messages."""
+        found: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                name = group["param_names"][j] if "param_names" in group else f"parameter {j}"
+                found[p] = f"{name} (group {i})"
+        return found
 
 
 def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -642,38 +657,6 @@ def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimiz
     return cast(torch.optim.Optimizer, optimizer)
 
 
-def _check_reviser(reviser: Any, params: Sequence[Tensor]) -> None:
-    """Refuse a reviser of another model."""
-    if reviser is None:
-        return
-    if not isinstance(reviser, ConsistencyReviser):
-        refuse("reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError)
-    if not set(params) & set(check.unwrapped(reviser._student).parameters()):
-        hint = "Make it of the model whose parameters the optimizer holds."
-        refuse("reviser", "average the model that is optimized", "no shared parameter", hint)
-
-
-def _check_memory(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that lie in the same memory: the mask of one would hold for the other."""
-    plain = [p for p in params if type(p) in (Tensor, nn.Parameter) and p.numel()]
-    starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: meta, XLA
-    for p in plain:
-        if starts[p.data_ptr()] > 1:
-            hint = "Tie weights by using one parameter twice, or give each memory of its own."
-            found = f"two parameters at one address, one of shape {tuple(p.shape)}"
-            refuse("optimizer", "have parameters with memory of their own", found, hint)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuse settings and parameters that cannot be selected in."""
-    Settings.of(group)
-    for p in group.get("params", ()):
-        distributed.check_parameter(p)
-    if group.get("differentiable"):
-        hint = "Masked and restored weights have no derivative."
-        refuse("differentiable", "be False", True, hint)
-
-
 class _Guard:
     """A step hook of the inner optimizer: refuses a step past the wrapper while scores wait."""
 
@@ -701,9 +684,9 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
     held = [local(p.grad) for p in everyone if p.grad is not None]
     starts = Counter(g.data_ptr() for g in held if g.layout == torch.strided)
     for p in params:
-        gradient = cast(Tensor, p.grad)
-        if starts[local(gradient).data_ptr()] > 1 or 0 in local(gradient).stride():
-            p.grad = gradient.clone(memory_format=torch.contiguous_format)
+        gradient = local(p.grad)
+        if starts[gradient.data_ptr()] > 1 or 0 in gradient.stride():
+            p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -734,15 +717,15 @@ class _Evaluated:
             self.loss = closure()
         self._params, self._versions = params, [p._version for p in params]
         self._before = [p.detach().clone() for p in params] if copy else []
-        self._refused = False
+        self._changed = False
 
     @torch.no_grad()
     def __call__(self) -> Any:
         """Return the loss; refuse where the weights have changed since the evaluation."""
-        self._refused = [p._version for p in self._params] != self._versions
+        self._changed = [p._version for p in self._params] != self._versions
         for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
-            self._refused |= not torch.equal(local(p).nan_to_num(), local(old).nan_to_num())
-        if self._refused:
+            self._changed |= not torch.equal(local(p).nan_to_num(), local(old).nan_to_num())
+        if self._changed:
             raise RuntimeError(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 f"the closure is evaluated once per step, before weights are selected. {SAM_HINT}"
@@ -750,7 +733,6 @@ class _Evaluated:
         return self.loss
 
     def undo(self) -> None:
-        """After a refusal put back the weights, copied in the first such step only."""
-        if self._refused:
-            for p, old in zip(self._params, self._before, strict=False):
-                p.copy_(old)
+        """Put changed weights back; they are copied in the first such step only."""
+        for p, old in zip(self._params, self._before if self._changed else (), strict=False):
+            p.copy_(old)
