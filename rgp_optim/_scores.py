@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, NoReturn
@@ -62,9 +62,7 @@ class Scored(torch.autograd.Function):
     """The identity on a loss; its backward takes the scores before the loss's graph runs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, take: Callable[..., Tensor], losses: dict[str, Tensor]
-    ) -> Any:
+    def forward(ctx: Any, loss: Tensor, take: Any, losses: dict[str, Tensor]) -> Any:
         ctx.take, ctx.roles, ctx.token = take, list(losses), object()
         ctx.save_for_backward(*losses.values())
         return loss.clone()

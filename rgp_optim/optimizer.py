@@ -20,20 +20,11 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no
 
 from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
-from rgp_optim import functional
+from rgp_optim import _scores, functional
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, Refused, is_sharded, local
 from rgp_optim._reference import Entry, by_pool
-from rgp_optim._scores import (
-    ROLES,
-    NothingScored,
-    Scored,
-    ScoreInputs,
-    Scores,
-    check_loss,
-    refuse_sparse,
-    roles_read,
-)
+from rgp_optim._scores import ROLES, NothingScored, Scored, ScoreInputs, Scores
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
 from rgp_optim.reviser import ConsistencyReviser
@@ -126,7 +117,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     training, and are saved in checkpoints. Complex tensors are left to the inner optimizer.
 
     Args:
-        optimizer: The instance to wrap, which may have stepped; from now on call the wrapper's methods.
+        optimizer: The optimizer to wrap, an instance; it may have stepped already. From now on call
+            the wrapper's methods.
         update_fraction: Share of the selected weights that is updated, dimensionless, in [0, 1].
             The paper's p is the percentage conserved: p = 30 is 0.7. May be assigned: all groups.
         alpha: Share of the natural gradient in the score, dimensionless, in [0, 1]. Likewise.
@@ -247,15 +239,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     @reviser.setter
     def reviser(self, reviser: ConsistencyReviser | None) -> None:
         holder, before = self._holder, self._holder.reviser
-        if reviser is not None:
-            if not isinstance(reviser, ConsistencyReviser):
-                refuse(
-                    "reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError
-                )
-            if not set(self._parameters()) & set(check.unwrapped(reviser._student).parameters()):
-                hint = "Make it of the model whose parameters the optimizer holds."
-                rule = "average the model that is optimized"
-                refuse("reviser", rule, "no shared parameter", hint)
+        if reviser is not None and not isinstance(reviser, ConsistencyReviser):
+            refuse("reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError)
+        ours = set(self._parameters())
+        if reviser and ours.isdisjoint(check.unwrapped(reviser._student).parameters()):
+            hint = "Make it of the model whose parameters the optimizer holds."
+            refuse("reviser", "average the model that is optimized", "no shared parameter", hint)
         if before is not None and before._joined is holder:
             before._joined = None
         holder.reviser = reviser
@@ -390,7 +379,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         pairs = zip(ROLES, (natural, adversarial), strict=True)
         given = {role: each for role, each in pairs if each is not None}
         for name, each in {"loss": loss, **given}.items():
-            check_loss(name, each)
+            _scores.check_loss(name, each)
         if not given:
             hint = "Pass the cross-entropies that score the weights."
             refuse("natural", "be given, or `adversarial`", "None", hint)
@@ -398,7 +387,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if not any(p.requires_grad for p in selected):
             self._refuse_unselected()
         ranked = [each for each in selected.values() if each.update_fraction > 0.0]
-        read = {role for s in ranked for role in roles_read(self._holder.score, s.alpha)}
+        read = {role for s in ranked for role in _scores.roles_read(self._holder.score, s.alpha)}
         wanted = {role: each for role, each in given.items() if role in read}
         for role, each in wanted.items():
             if each.dtype == torch.float16 != loss.dtype:
@@ -499,7 +488,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         selected = {p: each for p, each in self._selected().items() if p.grad is not None}
         for p in selected:
             if cast(Tensor, p.grad).layout != torch.strided:
-                refuse_sparse(f"gradient of {self._names()[p]}", cast(Tensor, p.grad))
+                _scores.refuse_sparse(f"gradient of {self._names()[p]}", cast(Tensor, p.grad))
         if holder.scores.running and (holder.scores.thread or len(params) > 1):
             raise Refused(
                 "step() was called within the backward pass, where other parameters may wait for "
