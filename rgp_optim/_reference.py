@@ -100,7 +100,7 @@ def select(entries: Entries, pool_mask: Callable[[Entries], Tensor] = pool_mask)
         members = [entries[i] for i in indices]
         mask, shapes = pool_mask(members), [each.present.shape for each in members]
         parts = mask.split_with_sizes([s.numel() for s in shapes]) if len(shapes) > 1 else [mask]
-        masks |= zip(indices, map(Tensor.view, parts, shapes), strict=True)
+        masks |= zip(indices, map(torch.reshape, parts, shapes), strict=True)
     return [masks[i] for i in range(len(entries))]
 
 

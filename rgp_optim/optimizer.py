@@ -500,7 +500,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
             )
-        ranked = {p: each for p, each in selected.items() if each.update_fraction > 0.0}
+        ranked = {p: s for p, s in selected.items() if s.update_fraction > 0.0}
         ranks = holder.scores.ranks
         first = ranks.size > 1 and not holder.ranks_compared
         if first:
@@ -515,7 +515,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 raise
             dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
             return {p: _empty_mask(p) for p in dense}, False  # all: Rprop moves at a rate of 0
-        masks |= {p: _empty_mask(p) for p in selected if p not in ranked}
+        masks |= {p: _empty_mask(p) for p, s in selected.items() if s.update_fraction == 0.0}
         if first:
             self._compare_ranks(masks)
             holder.ranks_compared = True
