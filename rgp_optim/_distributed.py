@@ -62,8 +62,11 @@ class Ranks:
     def __deepcopy__(self, _: Any) -> Ranks:
         return self
 
-    def __reduce__(self) -> tuple[type[Ranks], tuple[Any]]:
-        return Ranks, (self.group,)  # of which PyTorch says that it cannot be pickled
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        if self.group is not None:
+            hint = "Save `state_dict()` and build the optimizer again."
+            refuse("process_group", "be None in a pickle", f"{self.group}", hint, TypeError)
+        return Ranks, ()
 
     @property
     def size(self) -> int:

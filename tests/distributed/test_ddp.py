@@ -299,7 +299,7 @@ def test_what_is_refused(two, program, args, message, by):
 
 
 def test_a_process_group_needs_initialised_processes():
-    with pytest.raises(RuntimeError, match="after `torch"):
+    with pytest.raises(TypeError, match=r"Call `torch.distributed.init_process_group` first"):
         make_opt(small(), process_group=object())
 
 

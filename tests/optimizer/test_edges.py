@@ -476,6 +476,17 @@ def test_weights_that_an_optimizer_keeps_twice_are_warned_of_once(dtype):
             opt.step()
 
 
+def test_an_average_that_is_never_written_back_is_not_warned_of():
+    """ASGD's is the weights until it begins to average."""
+    w = nn.Parameter(torch.ones(2, 3))
+    opt = wrap([w], partial(torch.optim.ASGD, lr=0.1))
+    for _ in range(2):
+        opt.zero_grad()
+        backward(opt, (w * torch.arange(6.0).view(2, 3)).sum())
+        opt.step()
+        assert torch.equal(opt.state[w]["ax"] == w, opt.masks()[w])
+
+
 class Quantised(torch.Tensor):
     """Keeps its values in a plain tensor, and lacks an operation."""
 
