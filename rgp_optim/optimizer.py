@@ -227,9 +227,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
     score = property(lambda self: self._holder.score, doc="``score``, fixed.")
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
-    process_group = property(
-        lambda self: self._holder.scores.ranks.group, doc="``process_group``, fixed."
-    )
+    process_group = property(lambda self: self._holder.scores.ranks.group, doc="Fixed, too.")
 
     @property
     def reviser(self) -> ConsistencyReviser | None:
@@ -553,9 +551,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             entries = [Entry(*pair, s.alpha, s.update_fraction, pool) for pair, s, pool in rows]
             return dict(zip(reached, select(entries), strict=True))
         masks: dict[Tensor, Tensor] = {}
+        items = list(reached.items())
         for indices in by_pool(pools):  # gathered pool by pool
-            part = [list(reached.items())[i] for i in indices]
-            entries = []
+            part, entries = [items[i] for i in indices], []
             for p, s in part:
                 score = distributed.whole(scores.score(p, s.alpha, holder.score), p)
                 entries.append(Entry(score, None, None, s.update_fraction))
