@@ -78,6 +78,11 @@ def match(first: Tensor, second: Tensor, name: str, partner: str) -> None:
         refuse(partner, f"match `{name}` in shape, dtype and device", f"{other} against {one}")
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Tell whether a CUDA graph captures what is done with a tensor."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def model(model: Any) -> None:
     """Refuse anything but a module."""
     if not isinstance(model, nn.Module):

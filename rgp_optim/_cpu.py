@@ -119,7 +119,6 @@ def _empty_keys(pool: Sequence[Source], size: int) -> tuple[Array, Array]:
 
 
 def _keys(pool: Sequence[Source]) -> Array:
-    """Return all keys of a pool."""
     keys, spare = _empty_keys(pool, sum(source[0][0].numel() for source in pool))
     start = 0
     for source in pool:

@@ -40,7 +40,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Any:
     """Return this rank's shard of a DTensor, or the tensor (or None) itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def initialised() -> bool:
@@ -53,13 +53,11 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
-        self._models: list[weakref.ref[Any]] = []  # those that can join early
-        if group is not None and not initialised():
-            rule = "be given after `torch.distributed.init_process_group`"
-            refuse("process_group", rule, f"{group}", error=RuntimeError)
-        if group is not None and not isinstance(group, dist.ProcessGroup):
+        self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # those that can join early
+        if group is not None and not (initialised() and isinstance(group, dist.ProcessGroup)):
             rule = "be a ProcessGroup that this process belongs to, or None (all processes)"
-            refuse("process_group", rule, type(group).__name__, error=TypeError)
+            hint = "Call `torch.distributed.init_process_group` first."
+            refuse("process_group", rule, type(group).__name__, hint, TypeError)
 
     def __deepcopy__(self, _: Any) -> Ranks:
         return self
@@ -72,18 +70,14 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """Number of processes."""
         return dist.get_world_size(self.group) if initialised() else 1
 
-    def find_models(self) -> None:
-        """Look for models of DistributedDataParallel among all objects."""
-        kind = torch.nn.parallel.DistributedDataParallel
-        self._models = [weakref.ref(o) for o in gc.get_objects() if issubclass(type(o), kind)]
-
-    def refuse_join(self) -> None:
+    def refuse_join(self, first: bool) -> None:
         """Refuse a step within ``join()``: a rank without batches averages no scores."""
-        models = [model for ref in self._models if (model := ref()) is not None]
-        if any(model._join_config.enable for model in models):
+        if first:
+            kind = torch.nn.parallel.DistributedDataParallel
+            self._models = weakref.WeakSet(o for o in gc.get_objects() if issubclass(type(o), kind))
+        if any(model._join_config.enable for model in self._models):
             raise RuntimeError(
                 "step() within `DistributedDataParallel.join()`: ranks that have no batch left "
                 "cannot average scores. Give each rank as many batches, with `DistributedSampler` "
@@ -103,11 +97,8 @@ class Ranks:
                 means[i] = piece.view(gradients[i].shape)
         return [means[i] for i in range(len(gradients))]
 
-    def differing(self, tensors: Mapping[str, Tensor | None]) -> list[str]:
+    def differing(self, tensors: Mapping[str, Tensor | None], device: torch.device) -> list[str]:
         """Return the names of the tensors whose bits differ between ranks; waits for the device."""
-        if not tensors:
-            return []
-        device = next((t.device for t in tensors.values() if t is not None), "cpu")
         sums = torch.stack([_hash(t).to(device) for t in tensors.values()])
         bounds = torch.stack([sums, -sums])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
@@ -124,17 +115,6 @@ def _hash(tensor: Tensor | None) -> Tensor:
     bits = plain.contiguous().view(_INTS[plain.element_size()]).flatten()
     places = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x1E3779B97F4A7C15
     return ((bits + 1) * (places ^ (places >> 31))).sum()
-
-
-def check_parameter(p: Tensor) -> None:
-    """Refuse parameters of which this process has an unknown part."""
-    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
-        found = "a parameter of FullyShardedDataParallel (FSDP1)"
-        hint = "Shard the model with `torch.distributed.fsdp.fully_shard` (FSDP2)."
-        refuse("optimizer", "have parameters that keep their shape", found, hint, RuntimeError)
-
-
-# Scores of sharded parameters.
 
 
 def shard(gradient: Any, p: Any) -> Any:
@@ -167,9 +147,6 @@ def own_part(mask: Tensor, p: Any) -> Tensor:
     return replicas.redistribute(placements=p.placements).to_local().clone()
 
 
-# Gradients for the score, which must reach nothing else.
-
-
 def take(
     role: str, loss: Tensor, params: Sequence[Tensor], grad: Tensor
 ) -> Sequence[Tensor | None]:
@@ -181,8 +158,6 @@ def take(
     """
     nodes = _scored_nodes(loss) if initialised() else set()
     groups = _fsdp_groups() if any(is_sharded(p) for p in params) else []
-    if groups:
-        _refuse_unreduced(groups, params)
     try:
         if groups:
             return _take_sharded(loss, params, grad, groups, nodes)
@@ -220,6 +195,7 @@ def _take_sharded(
     reached = [each.sharded_param for group in groups for each in group.fsdp_params]
     reached += [node.variable for node in nodes if hasattr(node, "variable")]
     outside = {p: p.grad for p in (*params, *reached)}
+    _refuse_unreduced(groups, params)
     try:
         for p in outside:
             p.grad = None
@@ -269,9 +245,8 @@ def _refuse_unreduced(groups: Sequence[Any], params: Sequence[Tensor]) -> None:
 def _first_pass_unrecorded(nodes: set[Any]) -> Iterator[None]:
     """Keep a DDP model with ``static_graph`` from recording this pass as its first."""
     models = {node.ddp_weakref() for node in nodes if hasattr(node, "ddp_weakref")} - {None}
-    waiting = [
-        ddp for ddp in models if ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
-    ]
+    static = [ddp for ddp in models if ddp.static_graph]
+    waiting = [ddp for ddp in static if not ddp._static_graph_delay_allreduce_enqueued]
     try:
         for ddp in waiting:
             ddp._static_graph_delay_allreduce_enqueued = True

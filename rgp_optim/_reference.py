@@ -45,9 +45,7 @@ class Entry(NamedTuple):
 
 def update_count(n: int, update_fraction: float) -> int:
     """Return k, the number of weights updated out of ``n``: max(1, round(update_fraction * n))."""
-    if n == 0 or update_fraction == 0.0:
-        return 0
-    return max(1, round(update_fraction * n))
+    return max(1, round(update_fraction * n)) if n and update_fraction else 0
 
 
 def score_dtype(gradient: Tensor) -> torch.dtype:
@@ -102,8 +100,7 @@ def select(entries: Entries, pool_mask: Callable[[Entries], Tensor] = pool_mask)
         members = [entries[i] for i in indices]
         mask, shapes = pool_mask(members), [each.present.shape for each in members]
         parts = mask.split_with_sizes([s.numel() for s in shapes]) if len(shapes) > 1 else [mask]
-        for i, part, shape in zip(indices, parts, shapes, strict=True):
-            masks[i] = part.view(shape)
+        masks |= zip(indices, map(torch.reshape, parts, shapes), strict=True)
     return [masks[i] for i in range(len(entries))]
 
 

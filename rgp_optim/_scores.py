@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, Refused, is_sharded, local, shard
@@ -20,11 +22,15 @@ from rgp_optim._reference import rgp_score
 
 ROLES = ("natural", "adversarial")
 DONATED = (
-    "This loss shares a compiled graph with another, and its backward pass was compiled to write "
-    "over what it reads. Before anything is compiled, `import torch._functorch.config`, set "
-    "`torch._functorch.config.donated_buffer = False` and `torch.compiler.config.cache_key_tag = "
-    "'kept graphs'`: without the second, PyTorch may take such code from its cache on disk, and "
-    "gradients are wrong without an error. Or give each loss a forward pass of its own."
+    "This loss shares a compiled graph with another, whose backward pass writes over what it reads."
+    " Before anything is compiled, `import torch._functorch.config`, set `torch._functorch.config."
+    "donated_buffer = False` and `torch.compiler.config.cache_key_tag = 'kept graphs'` (or PyTorch "
+    "may take such code from its cache on disk). Or give each loss a forward pass of its own."
+)
+
+DROPPED = (
+    "Earlier scores were dropped: no parameter has a gradient. Right after a skipped step; else "
+    "keep gradients in `.grad` until the step, or score the sum of losses."
 )
 
 
@@ -40,6 +46,11 @@ def check_loss(name: str, loss: Any) -> None:
         refuse(name, "carry a graph", "requires_grad = False", hint or attached)
 
 
+def roles_read(rule: Any, alpha: float) -> Sequence[str]:
+    """Return the roles that a score rule reads, or may read."""
+    return ROLES if rule != "rgp" or 0.0 < alpha < 1.0 else ROLES[:1] if alpha else ROLES[1:]
+
+
 def refuse_sparse(name: str, gradient: Tensor) -> NoReturn:
     """Refuse a sparse gradient of a selected parameter."""
     hint = "Set 'rgp_select': False for the parameter's group, or make the gradient dense."
@@ -51,17 +62,13 @@ class Scored(torch.autograd.Function):
     """The identity on a loss; its backward takes the scores before the loss's graph runs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, take: Callable[..., Tensor], losses: dict[str, Tensor]
-    ) -> Any:
-        """Keep the losses of the score until the graph of ``loss`` is freed."""
+    def forward(ctx: Any, loss: Tensor, take: Any, losses: dict[str, Tensor]) -> Any:
         ctx.take, ctx.roles, ctx.token = take, list(losses), object()
         ctx.save_for_backward(*losses.values())
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Take the scores under the incoming gradient, then pass it on."""
         losses = dict(zip(ctx.roles, ctx.saved_tensors, strict=True))
         return grads[0] + ctx.take(losses, grads[0], ctx), None, None
 
@@ -73,10 +80,9 @@ class NothingScored(Refused):
         super().__init__(
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
             "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
-            "run `loss.backward()` before `step()`, under the same settings. Without an attack "
-            "yet, pass the natural loss as both. Engines that step copies of the weights "
-            "(DeepSpeed's bf16 and fp16) leave nothing to score: use DistributedDataParallel or "
-            "FSDP2's `fully_shard`."
+            "run `loss.backward()` before `step()`. Without an attack pass the natural loss as "
+            "both. Engines that step copies of the weights (DeepSpeed's bf16 and fp16) leave "
+            "nothing to score: use DistributedDataParallel or FSDP2's `fully_shard`."
         )
 
 
@@ -84,6 +90,7 @@ class NothingScored(Refused):
 class Scores:
     """The gradients of both losses since the last step, by role and parameter."""
 
+    ranks: Ranks
     taken: dict[str, dict[Tensor, Tensor | None]] = field(default_factory=dict)  # None: unused
     thread: int = 0  # which takes scores now
     _tokens: set[object] = field(default_factory=set)  # of the scored losses that gave them
@@ -109,12 +116,7 @@ class Scores:
 
     @torch.no_grad()
     def take(
-        self,
-        losses: dict[str, Tensor],
-        params: Sequence[Tensor],
-        grad: Tensor,
-        node: Any,
-        ranks: Ranks,
+        self, losses: dict[str, Tensor], params: Sequence[Tensor], grad: Tensor, node: Any
     ) -> Tensor:
         """Add the gradients of the losses, each seeded with the gradient that reached ``node``.
 
@@ -132,11 +134,13 @@ class Scores:
             return torch.zeros_like(grad)
         fresh = node.token not in self._tokens and not self.running
         if fresh and all(p.grad is None for p in params):
-            self._drop()
+            if self.taken and not self._warned:
+                self._warned = True
+                warnings.warn(DROPPED, stacklevel=2)
+            self.clear()
         self._tokens.add(node.token)
         self._pass = torch._C._current_graph_task_id()  # other scored losses may share it
-        waits = grad.is_meta or (grad.is_cuda and torch.cuda.is_current_stream_capturing())
-        test = not self._tested and not waits
+        test = not (self._tested or grad.is_meta or check.capturing(grad))
         before = _gradients(params) if test or self._retained else {}
         self.thread = get_ident()
         try:
@@ -150,10 +154,12 @@ class Scores:
                 if role in repeated:
                     apart[role] = _apart(first, gradients, grad.device)
                 self._add(role, params, gradients)
-            passed = test and _same(apart, grad.device, ranks)
+            passed = test and _same(apart, grad.device, self.ranks)
             self._put_back(before)
             self._tested |= passed
-            return self._not_finite(grad)
+            taken = [local(g) for held in self.taken.values() for g in held.values()]
+            largest = get_total_norm([g for g in taken if g is not None and g.numel()], math.inf)
+            return (largest * 0.0).to(grad.device, grad.dtype)
         except BaseException as error:
             self.clear()  # half a score would select the wrong weights
             if "donated buffers" in str(error):
@@ -175,24 +181,6 @@ class Scores:
                     "the scores were taken: a layer calls `backward` inside its own backward pass, "
                     f"or another thread ran one. {distributed.ONCE}"
                 )
-
-    def _not_finite(self, grad: Tensor) -> Tensor:
-        """Return 0, or NaN if a gradient that was taken is not finite; without a wait."""
-        taken = [local(g) for held in self.taken.values() for g in held.values() if g is not None]
-        largest = get_total_norm([g for g in taken if g.numel()], float("inf"))
-        return (largest * 0.0).to(grad.device, grad.dtype)
-
-    def _drop(self) -> None:
-        """Forget scores whose gradients are gone, as after a skipped step."""
-        if self.taken and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "Earlier scores were dropped: no parameter has a gradient. That is right after a "
-                "skipped step. Where gradients are collected outside `.grad`, only the last scores "
-                "count: keep them in `.grad` until the step, or score the sum of the losses once.",
-                stacklevel=2,
-            )
-        self.clear()
 
     def _add(self, role: str, params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients to a role's; never in place, they may share memory."""
@@ -217,7 +205,7 @@ class Scores:
                 gradient = gradient.detach()
                 held[p] = gradient if earlier is None else earlier + gradient
 
-    def average(self, ranks: Ranks, params: Sequence[Tensor]) -> None:
+    def average(self, params: Sequence[Tensor]) -> None:
         """Replace gradients by their means over ranks that each have a batch of their own.
 
         A loss that reaches a parameter on one rank reaches it on all.
@@ -229,45 +217,35 @@ class Scores:
                     "when the loss was scored. Change `rgp_update_fraction`, `rgp_select` or "
                     "`requires_grad` before `scored`, or after the step."
                 )
-        keys = [(r, p) for r in ROLES if r in self.taken for p in params if not is_sharded(p)]
-        if ranks.size > 1 and keys:
+        plain = [p for p in params if not is_sharded(p)] if self.ranks.size > 1 else []
+        keys = [(role, p) for role in ROLES if role in self.taken for p in plain]
+        if keys:
             held = [(self.taken[role].get(p), p) for role, p in keys]
             filled = [torch.zeros_like(p) if g is None else g for g, p in held]
-            reached = torch.ones(len(keys), device=filled[0].device)
             unused = [i for i, (g, _) in enumerate(held) if g is None]
+            reached = torch.ones(len(keys), device=filled[0].device)
             for i in unused:
                 reached[i] = 0.0
-            *means, reached = ranks.average([*filled, reached])
+            *means, reached = self.ranks.average([*filled, reached])
             # Read on the host only where a loss leaves a parameter out.
             nowhere = {i for i in unused if float(reached[i]) == 0.0}
-            for i, ((role, p), mean) in enumerate(zip(keys, means, strict=True)):
-                self.taken[role][p] = None if i in nowhere else mean
+            for i, (role, p) in enumerate(keys):
+                self.taken[role][p] = None if i in nowhere else means[i]
 
     def reaches(self, p: Tensor, alpha: float, rule: Any) -> bool:
         """Return whether a loss that the score reads depends on a parameter."""
-        read = list(self.taken)
-        if rule == "rgp":
-            read = [r for r, factor in zip(ROLES, (alpha, 1.0 - alpha), strict=True) if factor]
-        for role in read:
-            if role not in self.taken:
-                raise NothingScored(role)
+        read = roles_read(rule, alpha) if rule == "rgp" else list(self.taken)
+        if missing := [role for role in read if role not in self.taken]:
+            raise NothingScored(missing[0])
         held = [self.taken[role].get(p) for role in read]
         return not held or any(g is not None for g in held) or not p.requires_grad
 
-    def get(self, role: str, p: Tensor) -> Tensor | None:
-        """Return this rank's gradient of a role; None where the loss does not depend on ``p``.
+    def pair(self, p: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return this rank's natural and adversarial gradient, not both None.
 
         Every rank must call: partial sums of a sharded gradient are reduced here.
         """
-        if role not in self.taken:
-            raise NothingScored(role)
-        gradient: Tensor | None = shard(self.taken[role].get(p), p)
-        return gradient
-
-    def pair(self, p: Tensor, alpha: float) -> tuple[Tensor | None, Tensor | None]:
-        """Return the natural and the adversarial gradient that the score reads, not both None."""
-        g_nat = self.get("natural", p) if alpha > 0.0 else None
-        g_adv = self.get("adversarial", p) if alpha < 1.0 else None
+        g_nat, g_adv = (shard(self.taken.get(role, {}).get(p), p) for role in ROLES)
         if g_nat is None and g_adv is None:
             g_nat = torch.zeros_like(local(p.detach()))
         return g_nat, g_adv
@@ -275,7 +253,7 @@ class Scores:
     def score(self, p: Tensor, alpha: float, rule: Any) -> Tensor:
         """Return the scores of this rank's part of a parameter, under a rule."""
         if rule == "rgp":
-            return rgp_score(*self.pair(p, alpha), alpha)
+            return rgp_score(*self.pair(p), alpha)
         weight = local(p.detach())
         score = rule(ScoreInputs(p, weight, shard(p.grad, p), alpha, self))
         if not isinstance(score, Tensor) or not score.is_floating_point():
@@ -299,11 +277,11 @@ def _gradients(params: Sequence[Tensor]) -> dict[Tensor, tuple[Tensor | None, in
 
 
 def _apart(first: Sequence[Any], second: Sequence[Any], device: torch.device) -> Tensor:
-    """Return the norm of a difference, the norm of the first, and 1: they were compared."""
+    """Return the norms of the difference and of the first; both are 0 without weights."""
     pairs = [(a, local(b)) for a, b in zip(first, second, strict=True) if a is not None]
     sizes = [torch.stack([(a - b).float().norm(), a.float().norm()]).to(device) for a, b in pairs]
-    both = torch.stack(sizes).norm(dim=0) if sizes else torch.zeros(2, device=device)
-    return torch.cat([both, torch.ones(1, device=device)])
+    norms: Tensor = torch.stack([torch.zeros(2, device=device), *sizes]).norm(dim=0)
+    return norms
 
 
 def _same(found: dict[str, Tensor], device: torch.device, ranks: Ranks) -> bool:
@@ -312,17 +290,18 @@ def _same(found: dict[str, Tensor], device: torch.device, ranks: Ranks) -> bool:
     All ranks decide alike: a rank without weights, or alone with an overflow, would otherwise
     repeat passes, and their collectives, by itself.
     """
-    table = torch.stack([found.get(role, torch.zeros(3, device=device)) for role in ROLES])
+    untested = torch.tensor([0.0, 1.0], device=device)
+    table = torch.stack([found.get(role, untested) for role in ROLES])
     if ranks.size > 1:
         (table,) = ranks.average([table])
     passed = True
-    for role, (apart, size, compared) in zip(ROLES, table.tolist(), strict=True):
+    for role, (apart, size) in zip(ROLES, table.tolist(), strict=True):
         if apart > 0.01 * size:  # kernels that add in any order differ by far less
             raise Refused(
                 f"scored: two backward passes of the {role} loss give gradients "
                 f"{apart / size:.0%} apart. {distributed.ONCE}"
             )
-        passed &= not compared or 0.0 < size < float("inf")
+        passed &= 0.0 < size < math.inf
     return passed
 
 
@@ -357,5 +336,7 @@ class ScoreInputs:
         return self._read("adversarial")
 
     def _read(self, role: str) -> Tensor:
-        gradient = self._scores.get(role, self.parameter)
+        if role not in self._scores.taken:
+            raise NothingScored(role)
+        gradient = shard(self._scores.taken[role].get(self.parameter), self.parameter)
         return torch.zeros_like(self.weight) if gradient is None else gradient

@@ -34,6 +34,8 @@ PIECE = 1024  # the same where loads are narrow: unaligned, strided, or at a ten
 # Bits per counting pass, 32 in all. Before Triton 3.8 histograms cost an instruction for every few
 # bins and element: four passes of 256 bins are faster there than three of 2048.
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+if VERSION < (3, 4):
+    raise ImportError(f"Triton {triton.__version__} has no masked histogram: 3.4 or newer has")
 DIGITS = (11, 11, 10) if VERSION >= (3, 8) else (8, 8, 8, 8)
 # Each product and sum is rounded, as in the reference: no fused multiply-add.
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -57,8 +59,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAT = (1, 1, 1, 0, 0)  # N1 .. S2 of contiguous memory
 KEYS, GRADIENTS, SCORES = (tl.constexpr(i) for i in range(3))  # what a counting pass reads
 
-
-# Kernels.
+Table = list[list[int]]
 
 
 @triton.jit
@@ -316,12 +317,6 @@ def _merge_chunk(
         tl.store(there, new, mask=inside)
 
 
-# Tables.
-
-
-Table = list[list[int]]
-
-
 def _tables(rows: Table, pools: Table, device: torch.device) -> tuple[Tensor, ...]:
     """Return rows, pools and the owner of each chunk on the device."""
     counts = [-(-row[SIZE.value] // CHUNK) for row in rows]
@@ -355,9 +350,6 @@ def _row(size: int, layout: tuple[int, ...], code: int, *rest: int) -> list[int]
     fast = layout == FLAT and all(address % 16 == 0 for address in rest[:3])
     row = [size, 0, code, fast, *layout, *rest]
     return row + [0] * (WIDTH.value - len(row))
-
-
-# Select, mask, restore.
 
 
 def select(entries: Entries) -> list[Tensor]:
@@ -411,49 +403,41 @@ def _same_layout(nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor, tuple[int, .
     """Return two gradients, copied if need be, and the layout that they share."""
     layout = _layout(nat.shape, nat.stride())
     if layout is None or layout != _layout(adv.shape, adv.stride()):
-        nat, adv = nat.contiguous(), adv.contiguous()
-        layout = _layout(nat.shape, nat.stride())
-    assert layout is not None
+        return nat.contiguous(), adv.contiguous(), FLAT
     return nat, adv, layout
 
 
 def zero_and_save_(rows: Sequence[Masking]) -> list[Tensor | None]:
     """Zero each gradient outside its mask and copy each weight; see `_reference`."""
-    masks, table = [mask.contiguous() for mask, _, _ in rows], Table()
-    saved = [None if weight is None else torch.empty_like(weight) for _, _, weight in rows]
-    for mask, copy, (_, gradient, weight) in zip(masks, saved, rows, strict=True):
-        if gradient is not None:
-            _add_row(table, gradient, None, mask)
-        if copy is not None:
-            _add_row(table, copy, weight, None)
-    _launch_merge(table, masks)
+    saved = [None if weight is None else torch.empty_like(weight) for *_, weight in rows]
+    zeroed = [(gradient, None, mask) for mask, gradient, _ in rows if gradient is not None]
+    pairs = zip(saved, rows, strict=True)
+    copied = [(copy, weight, None) for copy, (*_, weight) in pairs if copy is not None]
+    _merge_all([*zeroed, *copied])
     return saved
 
 
 def restore_(rows: Sequence[Restoring]) -> None:
     """Put back each weight outside its mask, in place and bit for bit; see `_reference`."""
-    masks, table = [mask.contiguous() for mask, _, _ in rows], Table()
-    for mask, (_, weight, saved) in zip(masks, rows, strict=True):
-        _add_row(table, weight, saved, mask)
-    _launch_merge(table, masks)
+    _merge_all([(weight, saved, mask) for mask, weight, saved in rows])
 
 
-def _add_row(table: Table, target: Tensor, source: Tensor | None, mask: Tensor | None) -> None:
-    """Add a row of `_merge`; merge the rare tensors that it cannot take at once."""
-    layout = FLAT if mask is None else _layout(target.shape, target.stride())
-    # With equal strides `torch.empty_like` has found the tensor dense.
-    alike = source is None or source.stride() == target.stride()
-    if layout is None or not alike or target.element_size() not in (2, 4, 8):
-        new = torch.zeros_like(target) if source is None else source
-        target.copy_(new if mask is None else torch.where(mask, target, new))
-        return
-    addresses = [0 if t is None else t.data_ptr() for t in (mask, target, source)]
-    table.append(_row(target.numel(), layout, target.element_size(), *addresses))
-
-
-def _launch_merge(table: Table, masks: Sequence[Tensor]) -> None:
+def _merge_all(merges: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
+    """Set each target to its source (None: 0) outside its mask (None: everywhere)."""
+    table, masks = Table(), []
+    for target, source, mask in merges:
+        layout = FLAT if mask is None else _layout(target.shape, target.stride())
+        # With equal strides `torch.empty_like` has found the tensor dense.
+        alike = source is None or source.stride() == target.stride()
+        if layout is None or not alike or target.element_size() not in (2, 4, 8):
+            new = torch.zeros_like(target) if source is None else source
+            target.copy_(new if mask is None else torch.where(mask, target, new))
+            continue
+        masks.append(mask if mask is None else mask.contiguous())  # copies live until they are read
+        addresses = [0 if t is None else t.data_ptr() for t in (masks[-1], target, source)]
+        table.append(_row(target.numel(), layout, target.element_size(), *addresses))
     if any(row[SIZE.value] for row in table):
-        with torch.cuda.device_of(masks[0]):
-            rows, _, owners = _tables(table, [], masks[0].device)
+        with torch.cuda.device_of(merges[0][0]):
+            rows, _, owners = _tables(table, [], merges[0][0].device)
             sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK, "PIECE": PIECE, **OPTIONS}
             _merge[(owners.numel(),)](rows, owners, **sizes)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ SCOPES = ("tensor", "global")
 BACKENDS = ("auto", "cpu", "triton", "torch")
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, slowly: for tests
-_faults: dict[torch.device, str | None] = {}  # found by comparing the kernels once per device
+_faults: dict[tuple[str, torch.device], str | None] = {}
 
 
 def rgp_score(g_nat: Tensor, g_adv: Tensor, *, alpha: float) -> Tensor:
@@ -94,8 +93,8 @@ def rgp_topk_masks(
     g_nats: Sequence[Tensor | None],
     g_advs: Sequence[Tensor | None],
     *,
-    alpha: float | Sequence[float],
-    update_fraction: float | Sequence[float],
+    alpha: float,
+    update_fraction: float,
     scope: Scope = "tensor",
     backend: Backend = "auto",
 ) -> list[Tensor]:
@@ -105,8 +104,8 @@ def rgp_topk_masks(
         g_nats: Gradients of the natural loss, one per tensor; any shapes and real floating dtypes.
             None counts as 0; a pair of two None is refused.
         g_advs: Gradients of the adversarial loss, each with shape, dtype and device of its partner.
-        alpha: Share of the natural term, in [0, 1]; one number, or one per tensor.
-        update_fraction: As in `topk_mask`; one number, or one per tensor for ``"tensor"``.
+        alpha: Share of the natural term, dimensionless, in [0, 1].
+        update_fraction: As in `topk_mask`.
         scope: ``"tensor"``, the paper's, or ``"global"``: one threshold for all, which are on one
             device; n is the sum of the sizes, and ties go to the earlier tensor.
         backend: As in `topk_mask`.
@@ -115,9 +114,8 @@ def rgp_topk_masks(
         One mask per tensor, as in `topk_mask`.
 
     Raises:
-        ValueError: lengths or gradients do not match, or the scope is unknown; under
-            ``scope="global"`` several fractions or devices are given. Other errors as in
-            `topk_mask`.
+        ValueError: lengths or gradients do not match, the scope is unknown, or several devices
+            share a threshold. Other errors as in `topk_mask`.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
     """
@@ -128,13 +126,11 @@ def rgp_topk_masks(
         _check_pair(g_nat, g_adv, f"g_nats[{i}]", f"g_advs[{i}]")
     check.choice("scope", scope, SCOPES)
     check.choice("backend", backend, BACKENDS)
-    alphas = _per_tensor("alpha", alpha, count)
-    fractions = _per_tensor("update_fraction", update_fraction, count)
-    if scope == "global" and len(set(fractions)) > 1:
-        rule = "be one number under scope='global', where all tensors share a threshold"
-        refuse("update_fraction", rule, update_fraction)
+    alpha = check.fraction("alpha", alpha)
+    fraction = check.fraction("update_fraction", update_fraction)
     pools = [0] * count if scope == "global" else list(range(count))
-    return select([*map(Entry, g_nats, g_advs, alphas, fractions, pools)], backend=backend)
+    pairs = zip(g_nats, g_advs, pools, strict=True)
+    return select([Entry(a, b, alpha, fraction, pool) for a, b, pool in pairs], backend=backend)
 
 
 def select(entries: Entries, *, backend: str = "auto") -> list[Tensor]:
@@ -167,8 +163,7 @@ def _module(backend: str, name: str, tensors: Sequence[Any]) -> ModuleType:
     """Choose the module that does the work. Called at each use, never at import."""
     for each in {"auto": ("cpu", "triton"), "torch": ()}.get(backend, (backend,)):
         reason = _unsupported_reason(each, name, tensors)
-        if reason is None and each == "triton":
-            reason = _fault(tensors[0].device, warn=backend == "auto")
+        reason = reason or _fault(each, tensors[0].device, warn=backend == "auto")
         if reason is None:
             return import_module(f"rgp_optim._{each}")
         if backend != "auto":
@@ -182,12 +177,8 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     device = tensors[0].device.type
     if device not in (("cpu",) if backend == "cpu" or _INTERPRETED else ("cuda",)):
         return f"tensors on {device}"
-    if device == "cuda" and torch.cuda.is_current_stream_capturing():  # replays reread the tables
+    if check.capturing(tensors[0]):  # replays reread the tables
         return "a stream under CUDA graph capture"
-    if not _installed("numpy" if backend == "cpu" else "triton"):
-        return f"{'numpy' if backend == 'cpu' else 'triton'} is not installed"
-    if backend == "triton" and not _masks_histograms():
-        return "triton is older than 3.4"
     kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter}
     if kinds:  # a subclass need not have its values in memory
         return f"a {next(iter(kinds)).__name__}"
@@ -198,35 +189,22 @@ def _unsupported_reason(backend: str, name: str, tensors: Sequence[Any]) -> str 
     return None
 
 
-@cache
-def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):  # hidden on purpose
-        return False
-
-
-@cache
-def _masks_histograms() -> bool:
-    try:
-        return bool(import_module("rgp_optim._triton").VERSION >= (3, 4))
-    except Exception:  # `_fault` says what it is
-        return True
-
-
-def _fault(device: torch.device, warn: bool) -> str | None:
-    """Compare the kernels with the reference once per process and device; say what is wrong."""
-    if device not in _faults:
+def _fault(backend: str, device: torch.device, warn: bool) -> str | None:
+    """Import a backend, and compare the kernels with the reference once per device."""
+    if (backend, device) not in _faults:
+        fault = None
         try:
-            agrees = _agrees(import_module("rgp_optim._triton"), device)
-            _faults[device] = None if agrees else "whose masks differ from the reference's"
+            module = import_module(f"rgp_optim._{backend}")
+            if backend == "triton" and not _agrees(module, device):
+                fault = "whose masks differ from the reference's"
         except Exception as error:  # a driver, a compiler: whatever it is, the reference runs
-            _faults[device] = f"which raises {type(error).__name__}: {error}"
-        if _faults[device] is not None and warn:
-            text = f"The Triton backend, {_faults[device]}, is not used on {device}. Weights are "
+            fault = f"which raises {type(error).__name__}: {error}"
+        _faults[backend, device] = fault
+        if fault and warn:
+            text = f"The backend {backend!r}, {fault}, is not used on {device}. Weights are "
             text += "selected by a sort, which gives the same masks and is slower."
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-    return _faults[device]
+    return _faults[backend, device]
 
 
 def _agrees(kernels: ModuleType, device: torch.device) -> bool:
@@ -257,15 +235,6 @@ def _agrees(kernels: ModuleType, device: torch.device) -> bool:
         if not all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs):
             return False
     return True
-
-
-def _per_tensor(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    """Return one checked fraction per tensor."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return [check.fraction(name, value)] * count
-    if len(value) != count:
-        refuse(name, f"be a number, or one for each of the {count} tensors", value)
-    return [check.fraction(f"{name}[{i}]", each) for i, each in enumerate(value)]
 
 
 def _check_pair(g_nat: Tensor | None, g_adv: Tensor | None, name: str, partner: str) -> None:

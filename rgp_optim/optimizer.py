@@ -9,8 +9,9 @@ import inspect
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -19,11 +20,11 @@ from torch._compile import _disable_dynamo  # as torch.optim uses it: imports no
 
 from rgp_optim import _checks as check
 from rgp_optim import _distributed as distributed
-from rgp_optim import functional
+from rgp_optim import _scores, functional
 from rgp_optim._checks import refuse
 from rgp_optim._distributed import Ranks, Refused, is_sharded, local
 from rgp_optim._reference import Entry, by_pool
-from rgp_optim._scores import NothingScored, Scored, ScoreInputs, Scores, check_loss, refuse_sparse
+from rgp_optim._scores import ROLES, NothingScored, Scored, ScoreInputs, Scores
 from rgp_optim.functional import BACKENDS, SCOPES, Backend, Scope
 from rgp_optim.groups import Settings
 from rgp_optim.reviser import ConsistencyReviser
@@ -48,9 +49,8 @@ class _Holder:
     conserve: Conserve
     score: str | Callable[[ScoreInputs], Tensor]
     backend: Backend
-    ranks: Ranks
+    scores: Scores
     reviser: ConsistencyReviser | None = None
-    scores: Scores = field(default_factory=Scores)
     masks: dict[Tensor, Tensor] = field(default_factory=dict)  # of the last step
     ranks_compared: bool = False  # once, and again after groups or a checkpoint have changed
     used_closure: bool = False
@@ -59,7 +59,6 @@ class _Holder:
     warned: set[str] = field(default_factory=set)
 
     def warn(self, kind: str, text: str) -> None:
-        """Warn once of each kind."""
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(text, stacklevel=4)
@@ -101,9 +100,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     .. math:: \mathrm{RGP}(w) = \alpha\,|\partial\,\mathrm{CE}(x) / \partial w|
               + (1 - \alpha)\,|\partial\,\mathrm{CE}(x_{adv}) / \partial w|,
 
-    and of n weights the ``max(1, round(update_fraction * n))`` highest are updated, never one that
-    scores 0; `rgp_optim.functional.topk_mask` states the rule in full. The wrapper is a
-    ``torch.optim.Optimizer``; ``param_groups``, ``state`` and checkpoints are the inner one's::
+    and the highest are updated, as `rgp_optim.functional.topk_mask` states in full. The wrapper is
+    a ``torch.optim.Optimizer``; ``param_groups``, ``state`` and checkpoints are the inner one's::
 
         inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         opt = RGPSelectiveOptimizer(inner, update_fraction=0.7, alpha=0.1)
@@ -113,19 +111,17 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         loss.backward()
         opt.step()
 
-    The settings of a param group are ``rgp_update_fraction``, ``rgp_alpha`` and ``rgp_select``
-    (None: select in tensors with two or more dimensions, update the others always; True: select in
-    all; False: update all always). They may be set before or after wrapping, may change during
-    training, and are saved in checkpoints; a group's own values win over the arguments here.
-    Tensors with fraction 1 and complex tensors are left to the inner optimizer.
+    A param group's own ``rgp_update_fraction``, ``rgp_alpha`` and ``rgp_select`` (None: select in
+    tensors with two or more dimensions, update the others whole; True: select in all; False: in
+    none) win over the arguments here. They may be set before or after wrapping, may change during
+    training, and are saved in checkpoints. Complex tensors are left to the inner optimizer.
 
     Args:
         optimizer: The optimizer to wrap, an instance; it may have stepped already. From now on call
             the wrapper's methods.
         update_fraction: Share of the selected weights that is updated, dimensionless, in [0, 1].
-            The paper's p is the percentage conserved: p = 30 is 0.7. Assign ``opt.update_fraction``
-            to change it in all groups.
-        alpha: Share of the natural gradient in the score, dimensionless, in [0, 1]. Assignable too.
+            The paper's p is the percentage conserved: p = 30 is 0.7. May be assigned: all groups.
+        alpha: Share of the natural gradient in the score, dimensionless, in [0, 1]. Likewise.
         scope: ``"tensor"``: the fraction holds in each tensor, as in the paper. ``"global"``: over
             all selected tensors; groups with different fractions are selected separately.
         conserve: ``"weights"``: a conserved weight is bit-identical after the step; the inner
@@ -136,23 +132,20 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         score: ``"rgp"``, or a callable from `ScoreInputs` to a tensor of scores, the highest of
             which are updated: ``lambda s: (s.adversarial * s.weight).abs()``.
         backend: ``"auto"`` takes the fastest that runs on the tensors; a named one must run.
-        reviser: A `ConsistencyReviser` of the model that is optimized. ``step()`` calls its update,
-            and checkpoints carry it; skipped steps do not count. ``opt.reviser`` may be assigned,
-            say when natural training ends.
-        process_group: With ``torch.distributed``: the processes that train this model together.
-            None: all of them. Each must score and step alike.
+        process_group: The processes that train this model together and step alike. None: all.
+        reviser: A `ConsistencyReviser` of the optimized model. ``step()`` updates it (unless it is
+            skipped), and checkpoints carry it. May be assigned, say when natural training ends.
 
     Raises:
-        TypeError: ``optimizer`` is a class, no optimizer, wrapped already, or evaluates its closure
-            several times (LBFGS, SAM); an argument has the wrong type.
+        TypeError: ``optimizer`` is no optimizer, wrapped already, or steps by another door than one
+            ``step()`` per gradient (LBFGS, SAM); an argument has the wrong type.
         ValueError: a number is out of its range, a name unknown, or ``differentiable`` is True.
         RuntimeError: the parameters are FSDP1's.
 
     Note:
         ``.grad`` is an ordinary gradient between backward and step: unscaling, clipping and logging
         see it whole. ``step()`` sets it to 0 where weights are conserved (not with ``"update"``).
-        NaN scores rank highest, so they surface. Step hooks of the wrapper and of the inner
-        optimizer both run; global step hooks run twice.
+        Step hooks of the wrapper and of the inner optimizer both run; global step hooks run twice.
 
     Reference: Gowda et al., CURE, ICLR 2024, Eq. 6 and Algorithm 1.
     """
@@ -181,7 +174,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         check.choice("conserve", conserve, ("weights", "gradients", "update"))
         check.choice("backend", backend, BACKENDS)
         hint = "Conserving 30 % is update_fraction=0.7."
-        holder = _Holder(
+        closure = inspect.signature(inner.step).parameters.get("closure")
+        self._holder = _Holder(
             inner=inner,
             defaults={
                 "rgp_update_fraction": check.fraction("update_fraction", update_fraction, hint),
@@ -192,19 +186,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             conserve=conserve,
             score=score,
             backend=backend,
-            ranks=Ranks(process_group),
-            needs_closure=_needs_closure(inner),
+            scores=Scores(Ranks(process_group)),
+            needs_closure=closure is not None and closure.default is closure.empty,
         )
-        for group in inner.param_groups:
-            _check_group(holder.defaults | group)
-        _check_memory(self._parameters(inner))
-        _check_reviser(reviser, self._parameters(inner))
+        self._check_groups()
+        self.reviser = reviser
         for hook in inner._optimizer_step_pre_hooks.values():
             if isinstance(hook, _Guard):  # of an earlier wrapper, whose settings are not the user's
                 hook.forget(inner.param_groups)
-        self.__setstate__({"_holder": holder})
+        self.__setstate__(self.__getstate__())
         self._complete_groups()
-        self.reviser = reviser
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up hook tables and the guard; so for copies and pickles too."""
@@ -215,21 +206,12 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Return the contents of a copy: not the ``step`` that schedulers put on an instance."""
         return {"_holder": self._holder}
 
-    def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{name}={getattr(self._holder, name)!r}"
-            for name in ("scope", "conserve", "score", "backend")
-        )
-        return f"{type(self).__name__}({self._holder.inner!r}, {shown})"
-
     def __getattr__(self, name: str) -> Any:
         """Find public methods that only the inner optimizer has; none that steps."""
         inner = self.__dict__["_holder"].inner if "_holder" in self.__dict__ else None
         if name.startswith("_") or "step" in name or not callable(getattr(inner, name, None)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
-
-    # The inner optimizer owns these; assigning here assigns there.
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -245,7 +227,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     conserve = property(lambda self: self._holder.conserve, doc="``conserve``, fixed.")
     score = property(lambda self: self._holder.score, doc="``score``, fixed.")
     backend = property(lambda self: self._holder.backend, doc="``backend``, fixed.")
-    process_group = property(lambda self: self._holder.ranks.group, doc="``process_group``, fixed.")
+    process_group = property(lambda self: self._holder.scores.ranks.group, doc="Fixed, too.")
 
     @property
     def reviser(self) -> ConsistencyReviser | None:
@@ -254,10 +236,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     @reviser.setter
     def reviser(self, reviser: ConsistencyReviser | None) -> None:
-        holder = self._holder
-        _check_reviser(reviser, self._parameters())
-        if holder.reviser is not None and holder.reviser._joined is holder:
-            holder.reviser._joined = None
+        holder, before = self._holder, self._holder.reviser
+        if reviser is not None and not isinstance(reviser, ConsistencyReviser):
+            refuse("reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError)
+        ours = set(self._parameters())
+        if reviser and ours.isdisjoint(check.unwrapped(reviser._student).parameters()):
+            hint = "Make it of the model whose parameters the optimizer holds."
+            refuse("reviser", "average the model that is optimized", "no shared parameter", hint)
+        if before is not None and before._joined is holder:
+            before._joined = None
         holder.reviser = reviser
         if reviser is not None:
             reviser._joined = holder  # and no other's: two optimizers would count a step twice
@@ -270,22 +257,37 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _complete_groups(self) -> None:
         """Give each param group the ``rgp_*`` settings it lacks."""
         for group in self.param_groups:
-            for name, value in self._holder.defaults.items():
-                group.setdefault(name, value)
+            group |= {**self._holder.defaults, **group}
+
+    def _check_groups(self) -> None:
+        """Refuse settings and parameters that cannot be selected in."""
+        for group in self.param_groups:
+            Settings.of(self._holder.defaults | group)
+            if group.get("differentiable"):
+                hint = "Masked and restored weights have no derivative."
+                refuse("differentiable", "be False", True, hint)
+        params = self._parameters()
+        if any(hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened") for p in params):
+            found = "a parameter of FullyShardedDataParallel (FSDP1)"
+            hint = "Shard the model with `torch.distributed.fsdp.fully_shard` (FSDP2)."
+            refuse("optimizer", "have parameters that keep their shape", found, hint, RuntimeError)
+        plain = [p for p in params if type(p) in (Tensor, nn.Parameter)]
+        starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: empty, meta, XLA
+        for p in plain:  # the mask of one would hold for the other
+            if starts[p.data_ptr()] > 1:
+                hint = "Tie weights by using one parameter twice, or give each memory of its own."
+                found = f"two parameters at one address, one of shape {tuple(p.shape)}"
+                refuse("optimizer", "have parameters with memory of their own", found, hint)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the inner optimizer; missing ``rgp_*`` settings get the defaults."""
-        if isinstance(param_group, dict):  # else torch's own error
-            params = param_group.get("params", ())
-            if isinstance(params, Iterator):  # readable once
-                params = list(params)
-                param_group = {**param_group, "params": params}
-            several = [params] if isinstance(params, Tensor) else params
-            plain = [each[1] if isinstance(each, tuple) else each for each in several]
-            _check_group({**self._holder.defaults, **param_group, "params": plain})
-            _check_memory([*self._parameters(), *plain])
         self._holder.inner.add_param_group(param_group)
         self._holder.ranks_compared = False
+        try:
+            self._check_groups()
+        except BaseException:
+            self.param_groups.pop()
+            raise
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,21 +321,20 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         ours = [{name: g[name] for name in self._holder.defaults} for g in self.param_groups]
         for group in state_dict.get("param_groups", ()):  # other formats are the inner one's
             Settings.of({**self._holder.defaults, **group})
-        copied = state_dict.pop(REVISER, None)
-        if self.reviser is not None and copied is not None:
-            self.reviser._check_state(copied)
+        reviser, copied = self.reviser, state_dict.pop(REVISER, None)
+        if reviser and copied is not None:
+            reviser._check_state(copied)
         self._holder.inner.load_state_dict(state_dict)
-        if self.reviser is not None and copied is not None:
-            self.reviser.load_state_dict(copied)
-        elif self.reviser is not None and self.state:
+        if reviser and copied is not None:
+            reviser.load_state_dict(copied)
+        elif reviser and self.state:
             text = (
                 "The checkpoint has no averaged copy: the reviser stays as it is. Load it with "
                 "`reviser.load_state_dict` if it was saved apart."
             )
             self._holder.warn("copy", text)
         for group, before in zip(self.param_groups, ours, strict=True):
-            for name, value in before.items():
-                group.setdefault(name, value)
+            group |= {**before, **group}
         self._holder.ranks_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -344,18 +345,16 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         options = {} if set_to_none else {"set_to_none": False}  # older ones have no options
         self._holder.inner.zero_grad(**options)
 
-    # Take, select, step, restore.
-
     @_disable_dynamo
     def scored(
         self, loss: Tensor, *, natural: Tensor | None = None, adversarial: Tensor | None = None
     ) -> Tensor:
         """Return the training loss, which takes the scores when its backward pass runs.
 
-        Its incoming gradient (a loss scale, say) reaches scores and training gradient alike. Scores
-        of micro-batches add up until ``step()`` or ``zero_grad()``, while gradients stay in
-        ``.grad``. After a skipped step call ``opt.zero_grad()`` or clear gradients to None: zeroed
-        in place they leave earlier scores. The extra passes change no ``.grad``; hooks run in them.
+        A loss scale reaches scores and training gradient alike. Scores of micro-batches add up, as
+        gradients do, until ``step()`` or ``zero_grad()``. After a skipped step clear gradients to
+        None: zeroed in place they leave earlier scores. The extra passes change no ``.grad``; hooks
+        run in them.
 
         Args:
             loss: The loss to minimise; a scalar tensor with a graph.
@@ -370,16 +369,15 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a loss is not a tensor.
             ValueError: a loss is not a scalar or carries no graph; both scored losses are None.
-            RuntimeError: in the backward pass: a loss depends on no selected parameter;
-                a graph cannot run several times, as with ``use_reentrant=True`` (looked at in the
-                first pass; under torch.distributed in each); FSDP2 holds unreduced gradients.
+            RuntimeError: in the backward pass: a loss depends on no selected parameter; a graph
+                cannot run several times (tested in the first pass); FSDP2 holds gradients back.
         """
         if not torch.is_grad_enabled():
             return loss
-        losses = {"natural": natural, "adversarial": adversarial}
-        given = {role: each for role, each in losses.items() if each is not None}
+        pairs = zip(ROLES, (natural, adversarial), strict=True)
+        given = {role: each for role, each in pairs if each is not None}
         for name, each in {"loss": loss, **given}.items():
-            check_loss(name, each)
+            _scores.check_loss(name, each)
         if not given:
             hint = "Pass the cross-entropies that score the weights."
             refuse("natural", "be given, or `adversarial`", "None", hint)
@@ -387,12 +385,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         if not any(p.requires_grad for p in selected):
             self._refuse_unselected()
         ranked = [each for each in selected.values() if each.update_fraction > 0.0]
-        always = bool(ranked) and self._holder.score != "rgp"
-        factors = {
-            "natural": [s.alpha for s in ranked],
-            "adversarial": [1 - s.alpha for s in ranked],
-        }
-        wanted = {role: each for role, each in given.items() if always or any(factors[role])}
+        read = {role for s in ranked for role in _scores.roles_read(self._holder.score, s.alpha)}
+        wanted = {role: each for role, each in given.items() if role in read}
         for role, each in wanted.items():
             if each.dtype == torch.float16 != loss.dtype:
                 hint = f"Compute the cross-entropy of `logits.float()`, or pass {role}.float()."
@@ -403,26 +397,24 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     def _take(self, losses: dict[str, Tensor], grad: Tensor, node: Any) -> Tensor:
         """Take the scores, within the backward pass; see `Scores.take`."""
-        ranked = [p for p, s in self._selected().items() if s.update_fraction > 0.0]
-        params = [p for p in ranked if p.requires_grad]
-        return self._holder.scores.take(losses, params, grad, node, self._holder.ranks)
+        params = [p for p, s in self._selected().items() if s.update_fraction and p.requires_grad]
+        return self._holder.scores.take(losses, params, grad, node)
 
     def _refuse_unselected(self) -> None:
         """Refuse groups in which weights should be selected, and none can be."""
+        taken_out = not self._parameters()  # by ZeRO 3, which puts them back for its step
         for group in self.param_groups:
-            settings = Settings.of({**self._holder.defaults, **group})
-            chosen = settings.update_fraction == 1.0 or settings.select is False
-            taken_out = not self._parameters()  # by ZeRO 3, which puts them back for its step
+            chosen = group["rgp_update_fraction"] == 1.0 or group["rgp_select"] is False
             if (group["params"] or taken_out) and not chosen:
                 shapes = _listed([str(tuple(p.shape)) for p in group["params"]])
-                refuse(
-                    "param_groups",
-                    "have a trainable parameter with two or more dimensions to select in",
-                    "empty groups" if taken_out else f"shapes {shapes}, or frozen ones",
+                rule = "have a trainable parameter with two or more dimensions to select in"
+                found = "empty groups" if taken_out else f"shapes {shapes}, or frozen ones"
+                hint = (
                     "Engines that flatten or copy the parameters (DeepSpeed's ZeRO and bf16) leave "
                     "none: use DistributedDataParallel or FSDP2's `fully_shard`. To update all "
-                    "weights on purpose set `update_fraction` to 1.",
+                    "weights on purpose set `update_fraction` to 1."
                 )
+                refuse("param_groups", rule, found, hint)
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -436,11 +428,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             What the closure returned; without one, what the inner step returned.
 
         Raises:
-            RuntimeError: a selected parameter has a gradient but nothing was scored since the last
-                step, or scores wait but no parameter has a gradient; it is called within the
-                backward pass, or needs the loss at other weights; the ranks differ (compared in
-                the first step). With all learning rates 0 an unscored step moves nothing instead:
-                checkpoint tools do that.
+            RuntimeError: a selected parameter has a gradient but no score, or scores wait without a
+                gradient; it is called within the backward pass, or needs the loss at other weights;
+                the ranks differ (compared in the first step). With all learning rates 0 an unscored
+                step moves nothing instead: checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
             ValueError: a setting is out of its range; a score has the wrong shape. No weight has
                 been changed in any of these cases; a closure has run.
@@ -451,33 +442,31 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             holder.used_closure = True
         elif holder.needs_closure:
             refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
-        if holder.reviser is not None and _capturing(self._parameters()):
+        if holder.reviser is not None and any(map(check.capturing, self._parameters())):
             hint = "Set `opt.reviser = None`, and call `reviser.update()` after each replay."
             refuse("reviser", "be None in a CUDA graph", "a reviser", hint, RuntimeError)
         masks, steps = self._select()
-        mask_gradients, save = holder.conserve != "update", holder.conserve != "gradients"
         with torch.no_grad():
             _own_gradients(list(masks), self._parameters())
-            if save:
+            zeroed, restored = holder.conserve != "update", holder.conserve != "gradients"
+            if restored:
                 _check_restorable(masks, holder.backend)
             rows = [
-                (mask, local(p.grad) if mask_gradients else None, local(p) if save else None)
+                (mask, local(p.grad) if zeroed else None, local(p) if restored else None)
                 for p, mask in masks.items()
             ]
             saved = functional.zero_and_save_(rows, backend=holder.backend)
             holder.masks = masks
             holder.scores.clear()  # used up: the guard lets the inner step pass
             try:
-                arguments = [] if evaluated is None else [evaluated]
-                result = holder.inner.step(*arguments)
-                if save and masks and not holder.copies_checked:
+                result = holder.inner.step(*([] if evaluated is None else [evaluated]))
+                if restored and not holder.copies_checked:
                     self._warn_of_copies(masks)
             finally:  # also where the inner step stops half-way
                 if evaluated is not None:
                     evaluated.undo()
-                if save:  # the inner step may have given weights new memory
-                    weights = map(local, masks)
-                    rows = [*zip(masks.values(), weights, saved, strict=True)]
+                if restored:  # the inner step may have given weights new memory
+                    rows = [*zip(masks.values(), map(local, masks), saved, strict=True)]
                     functional.restore_(rows, backend=holder.backend)
         if steps and holder.reviser is not None and holder.reviser._joined is holder:
             holder.reviser._update()
@@ -494,11 +483,10 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _select(self) -> tuple[dict[Tensor, Tensor], bool]:
         """Return the masks of this step, by parameter, and whether it counts as one."""
         holder, params = self._holder, self._parameters()
-        self._complete_groups()
         selected = {p: each for p, each in self._selected().items() if p.grad is not None}
         for p in selected:
-            if p.grad is not None and p.grad.layout != torch.strided:
-                refuse_sparse(f"gradient of {_name(self.param_groups, p)}", p.grad)
+            if cast(Tensor, p.grad).layout != torch.strided:
+                _scores.refuse_sparse(f"gradient of {self._names()[p]}", cast(Tensor, p.grad))
         if holder.scores.running and (holder.scores.thread or len(params) > 1):
             raise Refused(
                 "step() was called within the backward pass, where other parameters may wait for "
@@ -510,7 +498,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "step(): the weights are scored, but no parameter has a gradient to step with. "
                 "Call `backward()` on the loss that `scored` returned, after `zero_grad()`."
             )
-        ranked = {p: each for p, each in selected.items() if each.update_fraction > 0.0}
+        ranked = {p: s for p, s in selected.items() if s.update_fraction > 0.0}
+        ranks = holder.scores.ranks
+        first = ranks.size > 1 and not holder.ranks_compared
+        if first:
+            self._compare_ranks({})
+        if ranks.size > 1 and ranked:
+            ranks.refuse_join(first)
         try:
             with torch.no_grad():
                 masks = self._score_and_mask(ranked) if ranked else {}
@@ -519,8 +513,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 raise
             dense = [p for p in params if p.grad is not None and p.grad.layout == torch.strided]
             return {p: _empty_mask(p) for p in dense}, False  # all: Rprop moves at a rate of 0
-        masks |= {p: _empty_mask(p) for p in selected if p not in ranked}
-        if not holder.ranks_compared and holder.ranks.size > 1:
+        masks |= {p: _empty_mask(p) for p, s in selected.items() if s.update_fraction == 0.0}
+        if first:
             self._compare_ranks(masks)
             holder.ranks_compared = True
         return masks, True
@@ -528,8 +522,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _selected(self) -> dict[Tensor, Settings]:
         """Return the parameters in which some weights are conserved, with their settings."""
         found: dict[Tensor, Settings] = {}
+        self._complete_groups()
         for group in self.param_groups:
-            settings = Settings.of({**self._holder.defaults, **group})
+            settings = Settings.of(group)
             if settings.update_fraction < 1.0:
                 found |= {p: settings for p in group["params"] if settings.selects(p)}
         return found
@@ -537,63 +532,52 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def _score_and_mask(self, selected: dict[Tensor, Settings]) -> dict[Tensor, Tensor]:
         """Score and select, with the averaged gradients or the gathered scores of all ranks."""
         holder, scores = self._holder, self._holder.scores
-        if holder.ranks.size > 1:
-            if not holder.ranks_compared:
-                holder.ranks.find_models()
-                self._compare_ranks({})
-            holder.ranks.refuse_join()
-        scores.average(holder.ranks, list(selected))
-        params = [p for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)]
-        if len(params) < len(selected):
-            names = [_name(self.param_groups, p) for p in selected.keys() - set(params)]
+        scores.average(list(selected))
+        reached = {p: s for p, s in selected.items() if scores.reaches(p, s.alpha, holder.score)}
+        if len(reached) < len(selected):
+            names = [self._names()[p] for p in selected.keys() - reached.keys()]
             text = (
                 f"No scored loss depends on {_listed(names)}, but the training loss does: all of "
-                "it is updated. If that is meant, set 'rgp_select': False for its group."
+                "it is updated. If that is meant, set 'rgp_select': False for its group; if not, "
+                "look for `detach()` or `use_reentrant=True` on the way."
             )
             holder.warn("unreached", text)
-            selected = {p: selected[p] for p in params}
-        direct = holder.score == "rgp" and not any(is_sharded(p) for p in params)
         # Under the global scope groups with different fractions cannot share a threshold.
         shared = holder.scope == "global"
-        pools = [s.update_fraction if shared else i for i, s in enumerate(selected.values())]
+        pools = [s.update_fraction if shared else i for i, s in enumerate(reached.values())]
+        select = partial(functional.select, backend=holder.backend)
+        if holder.score == "rgp" and not any(map(is_sharded, reached)):
+            rows = zip(map(scores.pair, reached), reached.values(), pools, strict=True)
+            entries = [Entry(*pair, s.alpha, s.update_fraction, pool) for pair, s, pool in rows]
+            return dict(zip(reached, select(entries), strict=True))
         masks: dict[Tensor, Tensor] = {}
-        for indices in [range(len(params))] if direct else by_pool(pools):  # gathered by pool
-            part, entries = [params[i] for i in indices], []
-            for i, p in zip(indices, part, strict=True):
-                alpha, last = selected[p].alpha, (selected[p].update_fraction, pools[i])
-                if direct:
-                    entries.append(Entry(*scores.pair(p, alpha), alpha, *last))
-                else:
-                    whole = distributed.whole(scores.score(p, alpha, holder.score), p)
-                    entries.append(Entry(whole, None, None, *last))
-            found = functional.select(entries, backend=holder.backend)
-            masks |= {p: distributed.own_part(m, p) for p, m in zip(part, found, strict=True)}
+        items = list(reached.items())
+        for indices in by_pool(pools):  # gathered pool by pool
+            part, entries = [items[i] for i in indices], []
+            for p, s in part:
+                score = distributed.whole(scores.score(p, s.alpha, holder.score), p)
+                entries.append(Entry(score, None, None, s.update_fraction))
+            found = zip(part, select(entries), strict=True)
+            masks |= {p: distributed.own_part(mask, p) for (p, _), mask in found}
         return masks
 
     def _compare_ranks(self, masks: dict[Tensor, Tensor]) -> None:
-        """Raise if replicas differ: in their parameters before anything is averaged, in the rest.
-
-        Comparing more would fail where the parameters differ.
-        """
-        plain = [p for p in self._parameters() if not is_sharded(p)]
-        shapes = repr([(tuple(p.shape), p.dtype) for p in plain]).encode()
-        device = local(self._parameters()[0]).device
-        held: dict[str, Tensor | None] = {
-            "their parameters": torch.tensor(list(shapes), dtype=torch.uint8, device=device)
-        }
-        for p in plain if masks else ():
-            name = _name(self.param_groups, p)
+        """Raise if replicas differ: in their parameters, and once there are masks in the rest."""
+        names = {p: name for p, name in self._names().items() if not is_sharded(p)}
+        shapes = repr([(tuple(p.shape), p.dtype) for p in names]).encode()
+        held: dict[str, Tensor | None] = {"their parameters": torch.tensor(list(shapes))}
+        for p, name in names.items() if masks else ():
             held |= {f"the weights of {name}": p, f"the gradient of {name}": p.grad}
             held[f"the mask of {name}"] = masks.get(p)
-        if differing := self._holder.ranks.differing(held):
+        device = local(self._parameters()[0]).device
+        if differing := self._holder.scores.ranks.differing(held, device):
             raise RuntimeError(
                 f"step(): the ranks differ in {_listed(differing)}. Nothing was changed. Each rank "
-                "must hold the whole model: shard it with FSDP2's `fully_shard`, not with "
-                "ZeroRedundancyOptimizer around the wrapper. Weights differ if the ranks start or "
-                "load differently. A gradient differs if it was not reduced: the model was not "
-                "called through DistributedDataParallel, or another loss had its backward pass "
-                "first. Masks differ if a score rule draws at random. Models that train apart need "
-                "a `process_group` each."
+                "must hold the whole model (ZeroRedundancyOptimizer around the wrapper splits it: "
+                "use FSDP2's `fully_shard`) and start alike. A gradient differs if the model was "
+                "not called through DistributedDataParallel, or another loss had its backward pass "
+                "first; a mask if a score rule draws at random. Models that train apart need a "
+                "`process_group` each."
             )
 
     def _warn_of_copies(self, params: Iterable[Tensor]) -> None:
@@ -601,7 +585,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         self._holder.copies_checked = True
         for p in [p for p in params if isinstance(self.state.get(p), dict) and not p.is_meta]:
             for key, copy in self.state[p].items():
-                if isinstance(copy, Tensor) and copy.shape == p.shape and not copy.is_sparse:
+                dense = isinstance(copy, Tensor) and not copy.is_sparse
+                if dense and copy.shape == p.shape and key != "ax":  # ASGD's is never written back
                     copy, weight = local(copy).to(p.dtype), local(p)
                     if torch.equal(copy, weight) and weight.any():
                         text = (
@@ -611,18 +596,17 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                         )
                         return self._holder.warn("copies", text)
 
-    def _parameters(self, inner: torch.optim.Optimizer | None = None) -> list[Tensor]:
-        return [p for group in (inner or self).param_groups for p in group["params"]]
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
-
-def _name(groups: Sequence[dict[str, Any]], p: Tensor) -> str:
-    """Return a parameter's name, or its place, for messages."""
-    for i, group in enumerate(groups):
-        for j, other in enumerate(group["params"]):
-            if other is p:
-                names = group.get("param_names")
-                return f"{names[j] if names else f'parameter {j}'} (group {i})"
-    return "a parameter"
+    def _names(self) -> dict[Tensor, str]:
+        """Return the parameters' names, or their places, for messages."""
+        found: dict[Tensor, str] = {}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                name = group["param_names"][j] if "param_names" in group else f"parameter {j}"
+                found[p] = f"{name} (group {i})"
+        return found
 
 
 def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -630,11 +614,10 @@ def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimiz
     kind = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
     rule = ""
     hint = "Write RGPSelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.1)."
-    if isinstance(optimizer, type):
-        rule, kind = "be an instance, not a class", f"the class {kind}"
-        hint = f"Write RGPSelectiveOptimizer({optimizer.__name__}(model.parameters(), ...))."
-    elif not isinstance(optimizer, torch.optim.Optimizer):
-        rule = "be an instance of torch.optim.Optimizer"
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        rule = "be an instance of torch.optim.Optimizer, not a class"
+        if isinstance(optimizer, type):
+            hint = f"Write RGPSelectiveOptimizer({kind}(model.parameters(), ...))."
     elif options:
         rule, kind = "have its options itself", f"the options {', '.join(options)}"
     elif isinstance(optimizer, RGPSelectiveOptimizer):
@@ -659,38 +642,6 @@ def _check_inner(optimizer: Any, options: dict[str, Any]) -> torch.optim.Optimiz
     if rule:
         refuse("optimizer", rule, kind, hint, TypeError)
     return cast(torch.optim.Optimizer, optimizer)
-
-
-def _check_reviser(reviser: Any, params: Sequence[Tensor]) -> None:
-    """Refuse a reviser of another model."""
-    if reviser is None:
-        return
-    if not isinstance(reviser, ConsistencyReviser):
-        refuse("reviser", "be a ConsistencyReviser", type(reviser).__name__, error=TypeError)
-    if not set(params) & set(check.unwrapped(reviser._student).parameters()):
-        hint = "Make it of the model whose parameters the optimizer holds."
-        refuse("reviser", "average the model that is optimized", "no shared parameter", hint)
-
-
-def _check_memory(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that lie in the same memory: the mask of one would hold for the other."""
-    plain = [p for p in params if type(p) in (Tensor, nn.Parameter) and p.numel()]
-    starts = Counter(p.data_ptr() for p in plain if p.data_ptr())  # 0: meta, XLA
-    for p in plain:
-        if starts[p.data_ptr()] > 1:
-            hint = "Tie weights by using one parameter twice, or give each memory of its own."
-            found = f"two parameters at one address, one of shape {tuple(p.shape)}"
-            refuse("optimizer", "have parameters with memory of their own", found, hint)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuse settings and parameters that cannot be selected in."""
-    Settings.of(group)
-    for p in group.get("params", ()):
-        distributed.check_parameter(p)
-    if group.get("differentiable"):
-        hint = "Masked and restored weights have no derivative."
-        refuse("differentiable", "be False", True, hint)
 
 
 class _Guard:
@@ -720,17 +671,13 @@ def _own_gradients(params: Sequence[Tensor], everyone: Sequence[Tensor]) -> None
     held = [local(p.grad) for p in everyone if p.grad is not None]
     starts = Counter(g.data_ptr() for g in held if g.layout == torch.strided)
     for p in params:
-        gradient = cast(Tensor, p.grad)
-        if starts[local(gradient).data_ptr()] > 1 or 0 in local(gradient).stride():
-            p.grad = gradient.clone(memory_format=torch.contiguous_format)
+        gradient = local(p.grad)
+        if starts[gradient.data_ptr()] > 1 or 0 in gradient.stride():
+            p.grad = cast(Tensor, p.grad).clone(memory_format=torch.contiguous_format)
 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-
-
-def _capturing(params: Sequence[Tensor]) -> bool:
-    return any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()
 
 
 def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
@@ -755,19 +702,17 @@ class _Evaluated:
     def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], copy: bool) -> None:
         with torch.enable_grad():
             self.loss = closure()
-        self._params = params
-        self._versions = [p._version for p in params]
+        self._params, self._versions = params, [p._version for p in params]
         self._before = [p.detach().clone() for p in params] if copy else []
-        self._refused = False
+        self._changed = False
 
     @torch.no_grad()
     def __call__(self) -> Any:
         """Return the loss; refuse where the weights have changed since the evaluation."""
-        changed = [p._version for p in self._params] != self._versions
+        self._changed = [p._version for p in self._params] != self._versions
         for p, old in zip(self._params, self._before, strict=False):  # `p.data` has no version
-            changed = changed or not bool(((local(p) == local(old)) | local(old).isnan()).all())
-        if changed:
-            self._refused = True
+            self._changed |= not torch.equal(local(p).nan_to_num(), local(old).nan_to_num())
+        if self._changed:
             raise RuntimeError(
                 "step(): the inner optimizer changed the weights and called the closure again, but "
                 f"the closure is evaluated once per step, before weights are selected. {SAM_HINT}"
@@ -775,13 +720,6 @@ class _Evaluated:
         return self.loss
 
     def undo(self) -> None:
-        """After a refusal put back the weights, copied in the first such step only."""
-        if self._refused:
-            for p, old in zip(self._params, self._before, strict=False):
-                p.copy_(old)
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether ``step`` cannot be called without a closure."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+        """Put changed weights back; they are copied in the first such step only."""
+        for p, old in zip(self._params, self._before if self._changed else (), strict=False):
+            p.copy_(old)

@@ -27,8 +27,7 @@ from common import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, optimizer
-from rgp_optim._scores import Scores
+from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, _checks, _scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")
 
@@ -154,7 +153,7 @@ def test_a_reviser_may_join_when_natural_training_ends():
 def test_a_captured_step_updates_no_reviser(monkeypatch):
     """Its draws would be those of the capture in every replay."""
     model, opt, reviser = joined()
-    monkeypatch.setattr(optimizer, "_capturing", lambda params: True)
+    monkeypatch.setattr(_checks, "capturing", lambda tensor: True)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="`reviser` should be None in a CUDA graph"):
         train_step(model, opt)
@@ -353,7 +352,7 @@ def test_the_first_pass_changes_nothing_and_is_the_only_one_tested(monkeypatch):
     assert counts == [(4, 1), (2, 1), (2, 1)]  # hooks can tell the passes apart
     plain = Run()
     plain.opt._holder.scores._tested = True
-    monkeypatch.setattr(Scores, "_not_finite", lambda self, grad: torch.zeros_like(grad))
+    monkeypatch.setattr(_scores, "get_total_norm", lambda *_: torch.zeros(()))
     for seed in range(3):
         plain.step(seed)
     assert same(run, plain)
@@ -475,6 +474,17 @@ def test_weights_that_an_optimizer_keeps_twice_are_warned_of_once(dtype):
         backward(opt, (w.float() * torch.arange(6.0).view(2, 3)).sum())
         with contextlib.nullcontext() if seen is None else seen:  # once
             opt.step()
+
+
+def test_an_average_that_is_never_written_back_is_not_warned_of():
+    """ASGD's is the weights until it begins to average."""
+    w = nn.Parameter(torch.ones(2, 3))
+    opt = wrap([w], partial(torch.optim.ASGD, lr=0.1))
+    for _ in range(2):
+        opt.zero_grad()
+        backward(opt, (w * torch.arange(6.0).view(2, 3)).sum())
+        opt.step()
+        assert torch.equal(opt.state[w]["ax"] == w, opt.masks()[w])
 
 
 class Quantised(torch.Tensor):

@@ -1,8 +1,11 @@
 """The functional layer: the method as functions, argument checks, the choice of a backend."""
 
 import math
+import sys
 import warnings
+from importlib import import_module
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -64,10 +67,7 @@ def test_scores_and_masks_by_independent_code(backend, arrays, fraction, data):
         np.testing.assert_array_equal(to_numpy(mask), want)
 
 
-def test_lists_of_settings_and_of_mixed_dtypes():
-    g = torch.arange(1.0, 11.0)
-    masks = rgp_topk_masks([g, g], [g, g], alpha=[0, 1], update_fraction=[0.2, 0.5])
-    assert [int(m.sum()) for m in masks] == [2, 5]
+def test_mixed_dtypes_and_missing_gradients():
     gs = [torch.tensor([1.0, 4.0]).half(), torch.tensor([3.0, 2.0]).double(), torch.tensor([5.0])]
     masks = rgp_topk_masks(gs, gs, alpha=0.5, update_fraction=0.4, scope="global")
     assert [m.tolist() for m in masks] == [[False, True], [False, False], [True]]
@@ -100,9 +100,6 @@ def masks(g_nats, g_advs, **options):
     return lambda: rgp_topk_masks(g_nats, g_advs, **{**HALF, **options})
 
 
-SEVERAL = masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global")
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -121,9 +118,8 @@ SEVERAL = masks([G, G], [G, G], update_fraction=[0.5, 0.6], scope="global")
         (topk(G, backend="cuda"), ValueError, "`backend` should be one of 'auto', 'cpu', 'triton'"),
         (masks([G], []), ValueError, "as many entries as `g_nats`"),
         (masks([None], [None]), ValueError, r"where `g_advs\[0\]` is None.*Leave out"),
-        (masks([G], [G], alpha=[0.1, 0.2]), ValueError, "one for each of the 1 tensors"),
-        (masks([G], [G], alpha=[2.0]), ValueError, r"`alpha\[0\]` should be in"),
-        (SEVERAL, ValueError, "one number under scope='global'"),
+        (masks([G], [G], alpha=2.0), ValueError, r"`alpha` should be in"),
+        (masks([G], [G], update_fraction=[0.5]), TypeError, "`update_fraction` should be a number"),
         (masks([G], [G], scope="layer"), ValueError, "`scope` should be one of 'tensor', 'gl"),
         (masks(TWO, TWO, scope="global"), ValueError, "`scope` should be 'tensor' where"),
     ],
@@ -144,20 +140,17 @@ NEGATED = torch.full((3,), -1j, device=DEVICE).conj()  # its imaginary part is -
 
 
 @pytest.mark.parametrize(
-    ("backend", "tensor", "installed", "reason"),
+    ("backend", "tensor", "reason"),
     [
-        ("cpu", torch.ones(3, device="meta"), True, "tensors on meta"),
-        ("triton", torch.ones(3, device="meta"), True, "tensors on meta"),
-        ("cpu", torch.ones(3, device="cpu").as_subclass(Marked), True, "a Marked"),
-        ("triton", torch.ones(3, dtype=torch.float64, device=DEVICE), True, "a float64 tensor"),
-        ("cpu", torch.imag(NEGATED.cpu()), True, "the negative bit"),
-        ("triton", torch.imag(NEGATED), True, "the negative bit"),
-        ("cpu", torch.ones(3, device="cpu"), False, "numpy is not installed"),
-        ("triton", G, False, "triton is not installed"),
+        ("cpu", torch.ones(3, device="meta"), "tensors on meta"),
+        ("triton", torch.ones(3, device="meta"), "tensors on meta"),
+        ("cpu", torch.ones(3, device="cpu").as_subclass(Marked), "a Marked"),
+        ("triton", torch.ones(3, dtype=torch.float64, device=DEVICE), "a float64 tensor"),
+        ("cpu", torch.imag(NEGATED.cpu()), "the negative bit"),
+        ("triton", torch.imag(NEGATED), "the negative bit"),
     ],
 )
-def test_a_named_backend_must_run(backend, tensor, installed, reason, monkeypatch):
-    monkeypatch.setattr(functional, "_installed", lambda package: installed)
+def test_a_named_backend_must_run(backend, tensor, reason):
     message = f"`backend` should be able to run on these.*{backend}.*{reason}.*Use 'auto'"
     with pytest.raises(RuntimeError, match=message):
         topk_mask(tensor, update_fraction=0.5, backend=backend)
@@ -243,18 +236,15 @@ FAULTS = {
 def kernels(monkeypatch):
     """Replace the kernels by the reference, with faults; make "auto" choose them."""
 
-    def install(version=(3, 4), **faults):
+    def install(**faults):
         names = ("select", "zero_and_save_", "restore_")
         fake = SimpleNamespace(**{name: getattr(_reference, name) for name in names} | faults)
-        fake.VERSION = version
-        monkeypatch.setattr(functional, "import_module", {"rgp_optim._triton": fake}.__getitem__)
-        monkeypatch.setattr(functional, "_installed", lambda package: package == "triton")
+        modules = {"rgp_optim._triton": fake}
+        monkeypatch.setattr(functional, "import_module", modules.__getitem__)
         monkeypatch.setattr(functional, "_INTERPRETED", DEVICE.type == "cpu")
-        monkeypatch.setattr(functional, "_faults", {})
-        functional._masks_histograms.cache_clear()
+        monkeypatch.setattr(functional, "_faults", {("cpu", DEVICE): "which is left out"})
 
-    yield install
-    functional._masks_histograms.cache_clear()
+    return install
 
 
 def test_a_cuda_graph_captures_the_reference(monkeypatch):
@@ -275,7 +265,7 @@ def test_kernels_that_differ_are_not_used_and_raise_where_they_are_named(
     kernels(**faults)
     score = torch.tensor([3.0, 1.0, 3.0, 0.0])
     if first == "auto":
-        with pytest.warns(RuntimeWarning, match=f"The Triton backend, .*{problem}.*same masks"):
+        with pytest.warns(RuntimeWarning, match=f"The backend 'triton', .*{problem}.*same masks"):
             mask = topk_mask(score, update_fraction=0.25)
         assert mask.tolist() == [True, False, False, False]
         assert topk_mask(score, update_fraction=0.25).tolist() == mask.tolist()  # one warning
@@ -300,13 +290,25 @@ def test_kernels_that_agree_are_used(kernels):
     assert calls.count(3) == 2  # the others are of the comparison
 
 
-def test_kernels_without_masked_histograms_are_not_used(kernels):
-    """Silently, like a Triton that is not installed: it is as old as PyTorch."""
-    kernels(version=(3, 3), select=raising)
-    mask = topk_mask(G, update_fraction=0.5)
+def test_kernels_without_masked_histograms_are_not_used(kernels, monkeypatch):
+    kernels()
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.3.1")
+    monkeypatch.setattr(functional, "import_module", import_module)  # the real one, anew
+    monkeypatch.delitem(sys.modules, "rgp_optim._triton", raising=False)
+    with pytest.warns(RuntimeWarning, match="ImportError: Triton 3.3.1 has no masked histogram"):
+        mask = topk_mask(G, update_fraction=0.5)
     assert mask.tolist() == [True, True, False]
-    with pytest.raises(RuntimeError, match=r"triton is older than 3.4`. Use 'auto'"):
-        topk_mask(G, update_fraction=0.5, backend="triton")
+
+
+def test_a_package_that_is_missing(monkeypatch):
+    """Every tensor is selected in by the reference, after a warning."""
+    missing = mock.Mock(side_effect=ModuleNotFoundError("No module named 'numpy'"))
+    monkeypatch.setattr(functional, "import_module", missing)
+    monkeypatch.setattr(functional, "_faults", {})
+    with pytest.warns(RuntimeWarning, match="No module named 'numpy'.*selected by a sort"):
+        assert topk_mask(G, update_fraction=0.5).tolist() == [True, True, False]
+    with pytest.raises(RuntimeError, match=r"No module named 'numpy'`. Use 'auto'"):
+        topk_mask(torch.ones(3, device="cpu"), update_fraction=0.5, backend="cpu")
 
 
 # Memory that is not the value.

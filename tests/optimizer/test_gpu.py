@@ -59,7 +59,7 @@ def captured(step):
 def test_auto_takes_the_kernels():
     g = torch.randn(100, device="cuda")
     assert functional._module("auto", "select", [g]).__name__ == "rgp_optim._triton"
-    assert functional._faults[g.device] is None  # compared with the reference
+    assert functional._faults["triton", g.device] is None  # compared with the reference
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])

@@ -420,7 +420,7 @@ def test_gradients_collected_elsewhere_are_warned_of(way):
             else:
                 torch.autograd.grad(scored, [w])
 
-    with pytest.warns(UserWarning, match="only the last scores count") as seen:
+    with pytest.warns(UserWarning, match="keep gradients in `.grad` until the step") as seen:
         micro_batches()
     assert len(seen) == 1
 

@@ -29,8 +29,7 @@ def test_it_is_the_inner_optimizer_to_whoever_looks():
     assert opt._step_supports_amp_scaling is False
     assert not hasattr(opt, "momentum")
     assert opt.masks() == {}
-    for shown in ("rgp_update_fraction: 0.3", "SGD", "scope='global'"):
-        assert shown in repr(opt)
+    assert "rgp_update_fraction: 0.3" in repr(opt)
     new_group = {**opt.param_groups[0], "lr": 7.0}
     for name, new in {"param_groups": [new_group], "state": {}, "defaults": {"lr": 1.0}}.items():
         assert getattr(opt, name) is getattr(opt.inner, name)
@@ -411,7 +410,12 @@ def in_group(**settings):
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
-        (lambda p: torch.optim.SGD, {}, TypeError, "not a class.*the class SGD.*Write"),
+        (
+            lambda p: torch.optim.SGD,
+            {},
+            TypeError,
+            r"not a class.*Write RGPSelectiveOptimizer\(SGD",
+        ),
         (
             lambda p: p,
             {},
