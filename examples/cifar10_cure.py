@@ -71,7 +71,6 @@ def train(setup: Setup, args: argparse.Namespace, method: str, model: nn.Module)
         for x, y in tqdm(phase.batches(), method, steps, leave=False, disable=quiet):
             with setup.autocast():
                 x_adv = kl_attack(model, x, generator=phase.generator, **attack)
-            with setup.autocast():  # anew: older PyTorch would reuse weights cast without a graph
                 # Two forward passes: BatchNorm normalises natural and attacked images apart.
                 logits, logits_adv = model(x), model(x_adv)
                 loss = kl_adv_loss(logits, logits_adv, y, beta=args.beta)

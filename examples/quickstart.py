@@ -94,10 +94,8 @@ def main(argv=None):
         model.train()
         for x, y in train:
             x, y = x.to(DEVICE), y.to(DEVICE)
-            # The attack has its own block: older PyTorch would reuse weights cast without a graph.
             with autocast:
                 x_adv = kl_attack(model, x, eps=EPS, steps=7)
-            with autocast:
                 logits, logits_adv = model(x), model(x_adv)
                 loss = kl_adv_loss(logits, logits_adv, y, beta=BETA)
                 loss = loss + GAMMA * reviser(x, x_adv, logits, logits_adv)

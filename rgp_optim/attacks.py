@@ -221,6 +221,7 @@ def _frozen(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for p in constant:
                 p.requires_grad = True
+            torch.clear_autocast_cache()  # older PyTorch would go on with weights without a graph
 
 
 def _check_inputs(

@@ -442,10 +442,13 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             holder.used_closure = True
         elif holder.needs_closure:
             refuse("closure", "be given: the inner step needs it", "None", error=TypeError)
-        if holder.reviser is not None and any(map(check.capturing, self._parameters())):
+        reviser = holder.reviser if holder.reviser and holder.reviser._joined is holder else None
+        if reviser and any(map(check.capturing, self._parameters())):
             hint = "Set `opt.reviser = None`, and call `reviser.update()` after each replay."
             refuse("reviser", "be None in a CUDA graph", "a reviser", hint, RuntimeError)
         masks, steps = self._select()
+        if steps and reviser:
+            reviser._update(only_check=True)
         with torch.no_grad():
             _own_gradients(list(masks), self._parameters())
             zeroed, restored = holder.conserve != "update", holder.conserve != "gradients"
@@ -468,8 +471,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 if restored:  # the inner step may have given weights new memory
                     rows = [*zip(masks.values(), map(local, masks), saved, strict=True)]
                     functional.restore_(rows, backend=holder.backend)
-        if steps and holder.reviser is not None and holder.reviser._joined is holder:
-            holder.reviser._update()
+        if steps and reviser:
+            reviser._update()
         return result if evaluated is None else evaluated.loss
 
     def masks(self) -> dict[Tensor, Tensor]:

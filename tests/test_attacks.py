@@ -333,6 +333,15 @@ def test_modes_of_modules_with_several_parents_or_a_train_of_their_own(attack, m
 
 
 @each_attack
+def test_training_goes_on_under_the_same_autocast(attack):
+    """Older PyTorch caches an attack's cast weights, without a graph."""
+    net = make_net()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        net(attack(net, X)).float().square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@each_attack
 def test_without_grad_mode_and_for_inputs_with_a_graph(attack):
     model, x = make_net(), X.clone()
     plain = attack(model, x, generator=0)

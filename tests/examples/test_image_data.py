@@ -93,7 +93,9 @@ def test_a_file_that_would_run_something_runs_nothing(tmp_path):
     target = tmp_path / "owned"
     for bad in (Malicious(target), {b"data": Malicious(target), b"labels": []}, Reaching()):
         (folder / "data_batch_3").write_bytes(pickle.dumps(bad, protocol=2))
-        with pytest.raises(DataError, match=r"data_batch_3 is not a CIFAR-10 batch .* is not allowed"):
+        with pytest.raises(
+            DataError, match=r"data_batch_3 is not a CIFAR-10 batch .* is not allowed"
+        ):
             load_cifar10(folder)
     assert not target.exists()
 

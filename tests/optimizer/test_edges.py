@@ -120,6 +120,23 @@ def test_steps_that_do_not_count(how):
     assert reviser.steps == 0
 
 
+def test_a_copy_that_does_not_fit_is_refused_before_the_step():
+    model, opt, reviser = joined()
+    train_step(model, opt)
+    reviser.rate = 1.0
+    loss, nat, adv = losses(model, *make_batch())
+    backward(opt, loss, natural=nat, adversarial=adv)
+    before = copy.deepcopy(model)
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"a difference at extra\.bias"):
+        opt.step()
+    del model.extra
+    assert same(model, before)
+    assert reviser.steps == 1
+    opt.step()
+    assert reviser.steps == 2
+
+
 def test_the_last_optimizer_that_takes_a_reviser_updates_it():
     model, first, reviser = joined()
     second = RGPSelectiveOptimizer(torch.optim.SGD(model.head.parameters(), 0.1), reviser=reviser)
