@@ -110,7 +110,7 @@ class Scores:
         return bool(self.thread) or self._pass == torch._C._current_graph_task_id() != -1
 
     def clear(self) -> None:
-        """Forget the scores: they are used up, or a new window begins."""
+        """Discard the scores."""
         self.taken.clear()
         self._tokens.clear()
 
@@ -169,7 +169,7 @@ class Scores:
             self.thread = 0
 
     def _put_back(self, before: dict[Tensor, tuple[Tensor | None, int]]) -> None:
-        """Give tensors with `retain_grad` their gradients back; refuse if a leaf's has changed."""
+        """Restore `.grad` of tensors with `retain_grad`; refuse if a leaf's has changed."""
         for tensor, (gradient, version) in before.items():
             if not tensor.is_leaf:
                 tensor.grad, self._retained = gradient, True

@@ -202,7 +202,7 @@ def _fault(backend: str, device: torch.device, warn: bool) -> str | None:
         _faults[backend, device] = fault
         if fault and warn:
             text = f"The backend {backend!r}, {fault}, is not used on {device}. Weights are "
-            text += "selected by a sort, which gives the same masks and is slower."
+            text += "selected by a sort: the same masks, slower."
             warnings.warn(text, RuntimeWarning, stacklevel=2)
     return _faults[backend, device]
 

@@ -207,7 +207,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         return {"_holder": self._holder}
 
     def __getattr__(self, name: str) -> Any:
-        """Find public methods that only the inner optimizer has; none that steps."""
+        """Forward the inner optimizer's public methods, except those that step."""
         inner = self.__dict__["_holder"].inner if "_holder" in self.__dict__ else None
         if name.startswith("_") or "step" in name or not callable(getattr(inner, name, None)):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -215,7 +215,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     @property
     def inner(self) -> torch.optim.Optimizer:
-        """The wrapped optimizer. Its own ``step`` knows nothing of the selection."""
+        """The wrapped optimizer. Its own ``step`` updates all weights."""
         return self._holder.inner
 
     param_groups: list[dict[str, Any]] = _of_inner("param_groups", "The inner optimizer's groups.")
@@ -231,7 +231,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     @property
     def reviser(self) -> ConsistencyReviser | None:
-        """The reviser that ``step()`` updates; may be assigned, None to take it off."""
+        """The reviser that ``step()`` updates; assignable; None removes it."""
         return self._holder.reviser
 
     @reviser.setter
@@ -251,7 +251,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
 
     @property
     def scoring(self) -> bool:
-        """Whether a pass that takes the scores runs, for hooks that should leave it out."""
+        """True during a pass that takes the scores, so that hooks can skip it."""
         return bool(self._holder.scores.thread)
 
     def _complete_groups(self) -> None:
@@ -349,7 +349,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
     def scored(
         self, loss: Tensor, *, natural: Tensor | None = None, adversarial: Tensor | None = None
     ) -> Tensor:
-        """Return the training loss, which takes the scores when its backward pass runs.
+        """Return the loss; its backward pass also takes the scores.
 
         A loss scale reaches scores and training gradient alike. Scores of micro-batches add up, as
         gradients do, until ``step()`` or ``zero_grad()``. After a skipped step clear gradients to
@@ -434,7 +434,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 step moves nothing instead: checkpoint tools do that.
             TypeError: a selected parameter has a sparse gradient; a score has the wrong type.
             ValueError: a setting is out of its range; a score has the wrong shape. No weight has
-                been changed in any of these cases; a closure has run.
+                been changed then; the closure, if any, has run.
         """
         holder, evaluated = self._holder, None
         if closure is not None:
@@ -465,7 +465,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 result = holder.inner.step(*([] if evaluated is None else [evaluated]))
                 if restored and not holder.copies_checked:
                     self._warn_of_copies(masks)
-            finally:  # also where the inner step stops half-way
+            finally:  # also if the inner step raises
                 if evaluated is not None:
                     evaluated.undo()
                 if restored:  # the inner step may have given weights new memory
@@ -684,7 +684,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
-    """Refuse subclasses whose values cannot be put back: put back none of them."""
+    """Refuse tensor subclasses that cannot be restored, by a trial."""
     odd = [w for w in map(local, masks) if type(w) not in (Tensor, nn.Parameter)]
     try:
         if rows := [(torch.ones_like(w, dtype=torch.bool), w, w.clone()) for w in odd]:
@@ -692,7 +692,7 @@ def _check_restorable(masks: dict[Tensor, Tensor], backend: Backend) -> None:
     except Exception as error:
         hint = "Set 'rgp_select': False for its group, or conserve='gradients'."
         found = f"{type(odd[0]).__name__}, {type(error).__name__}: {error}"
-        refuse("conserve", "be able to put weights back", found, hint)
+        refuse("conserve", "have weights that can be restored", found, hint)
 
 
 def _empty_mask(p: Tensor) -> Tensor:

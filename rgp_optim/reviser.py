@@ -105,7 +105,7 @@ class ConsistencyReviser:
         """Return the `consistency_loss` of a batch, after two forward passes of the copy.
 
         ``logits`` and ``logits_adv`` are the model's outputs on ``x`` and ``x_adv``, with their
-        graph. For a model whose input or output is no single tensor, use `consistency_loss`.
+        graph. For a model whose input or output is not a single tensor, use `consistency_loss`.
         """
         hint = "Or pass logits to `consistency_loss`."
         for name, each in (("x", x), ("x_adv", x_adv), ("logits", logits)):
@@ -148,7 +148,7 @@ class ConsistencyReviser:
         return {"model": self._average({}), **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, draws included; a misfit is refused, nothing changed."""
+        """Continue from ``state_dict``; one that does not fit is refused, and nothing changes."""
         self._check_state(state_dict)
         self._average(state_dict["model"])
         self.rate, self.decay, self.steps, self._seed = (state_dict[key] for key in NUMBERS)
@@ -248,7 +248,7 @@ class ConsistencyReviser:
 @torch.inference_mode(False)  # tensors made in that mode could not be updated outside of it
 @torch.no_grad()  # the parameters of a script's copy would have a graph
 def _copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy, or name the attribute that refuses."""
+    """Return a deep copy, or name the attribute that cannot be copied."""
     values = [value for module in model.modules() for value in vars(module).values()]
     # Attributes with a graph, such as the `weight` that pruning or weight_norm computes.
     derived = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]

@@ -37,7 +37,7 @@ ARROWS = {
     "_reference": set(),
     "_checks": set(),
 }
-LINES, LONGEST = 3518, 70  # of the package; statements of a function, in lines
+LINES, LONGEST = 3300, 70  # of the package; statements of a function, in lines
 
 
 def imported(module):
