@@ -528,7 +528,7 @@ def test_weights_that_cannot_be_put_back_are_found_before_the_step(lacks):
     w, other = nn.Parameter(Quantised(torch.ones(2, 3), lacks)), nn.Parameter(torch.ones(2, 3))
     opt = wrap([w, other], sgd(momentum=0.9, foreach=False))
     backward(opt, w.sum() + other.sum())
-    with pytest.raises(ValueError, match=r"`conserve` should have weights that can be restored.*rgp_sel"):
+    with pytest.raises(ValueError, match=r"`conserve` should have weights that can be restored"):
         opt.step()
     assert (w.value == 1).all()
     assert (other == 1).all()
