@@ -79,10 +79,10 @@ class NothingScored(Refused):
     def __init__(self, role: str) -> None:
         super().__init__(
             f"step() needs the gradients of the {role} loss, and none were taken since the last "
-            "step or zero_grad. Write `loss = opt.scored(loss, natural=..., adversarial=...)` and "
-            "run `loss.backward()` before `step()`. Without an attack pass the natural loss as "
-            "both. Engines that step copies of the weights (DeepSpeed's bf16 and fp16) leave "
-            "nothing to score: use DistributedDataParallel or FSDP2's `fully_shard`."
+            f"step or zero_grad. Give `{role}=` in `loss = opt.scored(loss, natural=..., "
+            "adversarial=...)` and run `loss.backward()` before `step()`. Without an attack pass "
+            "the natural loss as both. Engines that step copies of the weights (DeepSpeed's bf16, "
+            "fp16) leave nothing to score: use DistributedDataParallel or FSDP2's `fully_shard`."
         )
 
 

@@ -58,10 +58,10 @@ class _Holder:
     copies_checked: bool = False
     warned: set[str] = field(default_factory=set)
 
-    def warn(self, kind: str, text: str) -> None:
+    def warn(self, kind: str, text: str, stacklevel: int = 4) -> None:
         if kind not in self.warned:
             self.warned.add(kind)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=stacklevel)
 
 
 def _of_inner(name: str, doc: str) -> Any:
@@ -332,7 +332,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
                 "The checkpoint has no averaged copy: the reviser stays as it is. Load it with "
                 "`reviser.load_state_dict` if it was saved apart."
             )
-            self._holder.warn("copy", text)
+            self._holder.warn("copy", text, stacklevel=3)
         for group, before in zip(self.param_groups, ours, strict=True):
             group |= {**before, **group}
         self._holder.ranks_compared = False

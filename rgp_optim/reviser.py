@@ -98,7 +98,6 @@ class ConsistencyReviser:
             pass  # to eval mode for good; parts shared with the model are switched back
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check numbers when they are assigned."""
         super().__setattr__(name, NUMBERS[name](name, value) if name in NUMBERS else value)
 
     def __call__(self, x: Tensor, x_adv: Tensor, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -232,8 +231,8 @@ class ConsistencyReviser:
         """Warn once of statistics that are not filled, and of a forgotten `update`."""
         self._calls += 1
         if self._calls == MANY_CALLS:
-            text = f"{MANY_CALLS} consistency losses without `update()`: call it after each step."
-            warnings.warn(text, stacklevel=3)
+            text = "losses without an update: give the optimizer `reviser=`, or call `update()`."
+            warnings.warn(f"{MANY_CALLS} {text}", stacklevel=3)
         if self._uncounted is not None:  # at the first call: on a GPU reading buffers synchronises
             tensors = _named(self.model)
             skipped, self._uncounted = self._uncounted | _uncounted(tensors), None
@@ -274,7 +273,8 @@ def _decay(decay: float | None, horizon: float | None, total: int | None, rate: 
     expected = check.count("total_steps", total, minimum=1) * rate
     if horizon * expected < 1.0:
         rule = "span at least one update: horizon * rate * total_steps >= 1"
-        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", "Raise it, or give `decay`.")
+        hint = f"Give {-(-1e3 // expected) / 1e3:g} or more, or `decay`." if expected > 1 else ""
+        refuse("horizon", rule, f"{horizon:g} * {rate:g} * {total}", hint or "Give `decay`.")
     return 1.0 - 1.0 / (horizon * expected)
 
 

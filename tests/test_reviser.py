@@ -813,7 +813,7 @@ CONTRADICTORY = {"decay": 0.9, "horizon": 0.1, "total_steps": 100}
             LINEAR,
             {"horizon": 0.064, "total_steps": 15},
             V,
-            ">= 1. Found `0.064 .*Raise it, or give `decay`",
+            ">= 1. Found `0.064 .*Give 0.334 or more, or `decay`",
         ),
         (Shares(2, 2), {}, V, "`model` .*without shared storage. Found `weight`"),
         (LINEAR, {"revised": LINEAR}, V, "`revised` .*without shared storage"),

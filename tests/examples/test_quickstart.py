@@ -110,10 +110,10 @@ def test_wrong_flags(flags, message, capsys, monkeypatch):
 
 
 def test_a_checkpoint_of_another_length_is_refused(tmp_path, capsys):
-    torch.save({"epochs": 20}, tmp_path / "run.pt")
+    torch.save({"flags": (20, False)}, tmp_path / "run.pt")
     with pytest.raises(SystemExit):
         run("--checkpoint", tmp_path / "run.pt")
-    assert "run.pt has --epochs 20; give another file." in capsys.readouterr().err
+    assert "run.pt: has --epochs 20, bf16 False." in capsys.readouterr().err
 
 
 def test_one_short_file_that_needs_little():

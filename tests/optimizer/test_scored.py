@@ -384,7 +384,11 @@ def reentrant(run, partly=False):
         (call(**NONE), ValueError, "`natural` should be given, or `adversarial`"),
         (acts("plain", "step"), RuntimeError, "gradients of the natural loss, and none were"),
         (acts("score half", "step"), RuntimeError, "gradients of the adversarial loss, and none"),
-        (acts("score", "zero_grad", "plain", "step"), RuntimeError, "Write `loss = opt.scored"),
+        (
+            acts("score", "zero_grad", "plain", "step"),
+            RuntimeError,
+            "Give `natural=` in `loss = opt.sc",
+        ),
         (acts("score", "clear", "step"), RuntimeError, "are scored, but no parameter has a grad"),
         (scored_twice, RuntimeError, "A scored loss was given as `natural` or `adversarial`"),
         (sparse, TypeError, r"`natural gradient` should be dense"),
