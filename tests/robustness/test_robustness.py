@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -691,10 +692,16 @@ def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
 
 
 def test_the_page_has_the_differences_of_the_committed_runs():
-    folder = ROOT / "benchmarks" / "robustness"
+    folder = BENCHMARKS / "robustness"
+    page, printed = (folder / "RESULTS.md").read_text(), []
     runs = summary.read(folder / "results" / "ranking-digits")
     assert {name: len(of) for name, of in runs.items()} == dict.fromkeys(["none", *RANKING], 8)
-    assert summary.intervals(runs) in (folder / "RESULTS.md").read_text()
+    assert summary.intervals(runs) in page
+    for preset in ("digits", "cpu", *trainer.EXPERIMENTS):
+        names = preset, *trainer.EXPERIMENTS.get(preset, ("", (), ()))[2]
+        if runs := summary.read(*(folder / "results" / name for name in names)):
+            printed += summary.intervals(runs).splitlines()
+    assert set(re.findall(r"^\| \S+ - \S+ \|.*$", page, re.M)) <= set(printed)
 
 
 def test_a_collapse_is_said():
