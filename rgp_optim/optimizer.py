@@ -463,7 +463,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             holder.scores.clear()  # used up: the guard lets the inner step pass
             try:
                 result = holder.inner.step(*([] if evaluated is None else [evaluated]))
-                if restored and not holder.copies_checked:
+                if restored and masks and not holder.copies_checked:
                     self._warn_of_copies(masks)
             finally:  # also if the inner step raises
                 if evaluated is not None:
