@@ -463,7 +463,7 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             holder.scores.clear()  # used up: the guard lets the inner step pass
             try:
                 result = holder.inner.step(*([] if evaluated is None else [evaluated]))
-                if restored and not holder.copies_checked:
+                if restored and masks and not holder.copies_checked:
                     self._warn_of_copies(masks)
             finally:  # also if the inner step raises
                 if evaluated is not None:
@@ -503,8 +503,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             )
         ranked = {p: s for p, s in selected.items() if s.update_fraction > 0.0}
         ranks = holder.scores.ranks
-        first = ranks.size > 1 and not holder.ranks_compared
-        if first:
+        fractions = {group["rgp_update_fraction"] for group in self.param_groups}
+        if first := ranks.size > 1 and not holder.ranks_compared and fractions != {1.0}:
             self._compare_ranks({})
         if ranks.size > 1 and ranked:
             ranks.refuse_join(first)

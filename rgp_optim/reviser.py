@@ -92,7 +92,7 @@ class ConsistencyReviser:
         self._check_copy(theirs, "revised" if ready else "model", sharing=ready)
         self._uncounted: set[str] | None = _uncounted(theirs)  # None: warned
         for name, tensor in _named(self.model).items():  # a script has no `requires_grad_`
-            if tensor is not theirs[name]:
+            if tensor is not theirs[name] and tensor.is_leaf:
                 tensor.requires_grad_(False).grad = None
         with switched(model, dict.fromkeys(self.model.modules(), False)):
             pass  # to eval mode for good; parts shared with the model are switched back
@@ -292,7 +292,7 @@ NUMBERS |= {"steps": check.count, "seed": check.count}
 def _named(model: nn.Module, *kinds: str) -> dict[str, Any]:
     """Return parameters and buffers, or ``kinds``, by name, without torch.compile's prefix."""
     for module in model.modules():
-        if hasattr(module, "reshard"):  # by FSDP2: writes to gathered weights would be lost
+        if hasattr(module, "_get_fsdp_state"):  # FSDP2: writes to gathered weights would be lost
             module.reshard()  # type: ignore[operator]
     kinds = kinds or ("parameters", "buffers")
     pairs = [pair for kind in kinds for pair in getattr(unwrapped(model), f"named_{kind}")()]

@@ -408,6 +408,23 @@ def test_a_ready_copy_may_be_compiled():
     assert averages(reviser, model.eval(), torch.rand(8, 4))
 
 
+class Odd(nn.Linear):
+    """Has a method with the name of one of FSDP2's, and keeps a buffer with its graph."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("kept", self.weight.sum(1))
+
+    def reshard(self, plan):
+        raise AssertionError
+
+
+def test_modules_with_methods_and_buffers_of_their_own():
+    reviser = started(Odd(), revised=Odd())
+    assert not any(p.requires_grad for p in reviser.model.parameters())
+    reviser.load_state_dict(reviser.state_dict())
+
+
 @pytest.mark.parametrize("parts", [(0,), (0, 1)], ids=["a layer", "with statistics"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_ready_copy_may_share_frozen_parts(parts, dtype):

@@ -127,6 +127,10 @@ def differ(how):
     ddp, opt = wrap("ddp", model), make_opt(model)
     if how == "joined later":
         fit(ddp, opt, steps=[0])
+    if how == "module later":  # where all weights are updated, nothing is compared
+        opt.update_fraction = 1.0
+        fit(ddp, opt, steps=[0])
+        opt.update_fraction = 0.4
     if how == "parts":  # as an optimizer around the wrapper that gives each rank its own
         opt = make_opt([model.conv, model.head][rank])
     if how == "fewer":
@@ -140,7 +144,7 @@ def differ(how):
         opt = make_opt(model, score=lambda s: torch.rand_like(s.weight) if rank == 1 else s.weight)
     before = values(model)
     with ddp.join() if "joined" in how else nullcontext():
-        parallel.passes("loss", model if how == "module" else ddp, opt, share(batch(99)))
+        parallel.passes("loss", model if "module" in how else ddp, opt, share(batch(99)))
         opt.param_groups[-1]["rgp_select"] = None
         with pytest.raises(RuntimeError) as caught:
             opt.step()
@@ -283,6 +287,7 @@ REENTRANT = partial(Small, reentrant=True)
     ("program", "args", "message", "by"),
     [
         (differ, ("module",), DIFFERS.format("the gradient of parameter 0"), 2),
+        (differ, ("module later",), DIFFERS.format("the gradient of parameter 0"), 2),
         (differ, ("weights",), DIFFERS.format("the weights of parameter 5"), 2),
         (differ, ("rule",), DIFFERS.format("the mask of parameter 0"), 2),
         *((differ, (how,), DIFFERS.format("their parameters"), 2) for how in ("parts", "fewer")),

@@ -486,6 +486,10 @@ class Kept(torch.optim.SGD):
 def test_weights_that_an_optimizer_keeps_twice_are_warned_of_once(dtype):
     w = nn.Parameter(torch.ones(2, 3, dtype=dtype))
     opt = wrap([w], partial(Kept, lr=0.1))
+    w.grad = torch.zeros_like(w)
+    opt.update_fraction = 1.0  # at first nothing is held back, and nothing is looked at
+    opt.step()
+    opt.update_fraction = 0.5
     for seen in (pytest.warns(UserWarning, match=r"Kept keeps a copy of the weights"), None):
         opt.zero_grad()
         backward(opt, (w.float() * torch.arange(6.0).view(2, 3)).sum())
