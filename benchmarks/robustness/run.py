@@ -34,11 +34,7 @@ from trainer import EXPERIMENTS, PRESETS, Preset, Trainer, needs
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = trainer.parser(__doc__)
     add = parser.add_argument
-    add(
-        "--methods",
-        default="all",
-        help=f"comma-separated methods (all of the preset): {', '.join(ROWS)}",
-    )
+    add("--methods", default="all", help=f"comma-separated (all): {', '.join(ROWS)}")
     add("--seeds", default="0,1,2", help="comma-separated seeds (0,1,2)")
     add("--network", help="another of the examples' networks")
     add("--epochs", type=int, help="epochs of each method")
