@@ -606,9 +606,9 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
         """Return the parameters' names, or their places, for messages."""
         found: dict[Tensor, str] = {}
         for i, group in enumerate(self.param_groups):
+            names = group.get("param_names", ())  # may lack those that were put in later
             for j, p in enumerate(group["params"]):
-                name = group["param_names"][j] if "param_names" in group else f"parameter {j}"
-                found[p] = f"{name} (group {i})"
+                found[p] = f"{names[j] if j < len(names) else f'parameter {j}'} (group {i})"
         return found
 
 

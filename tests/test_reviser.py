@@ -102,6 +102,16 @@ def test_weights_loaded_into_the_copy_are_averaged_on(dtype):
     assert same(reviser.model, fresh.model)
 
 
+def test_a_half_precision_copy_may_move_with_its_model():
+    """Its averages in float32, made before, restart on the new device."""
+    model = make_net(dtype=torch.bfloat16)
+    reviser = started(model, rate=1.0)
+    model.to("meta")
+    reviser.model.to("meta")
+    reviser.update()
+    assert all(tensor.is_meta for tensor in reviser.state_dict()["model"].values())
+
+
 class OwnNorm(nn.Module):
     """A normalisation layer that is not derived from torch's, and a mask of another layer."""
 

@@ -4,7 +4,7 @@ import copy
 import pickle
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
+from itertools import count, product
 
 import parallel
 import pytest
@@ -279,6 +279,15 @@ def refused(what):
         make_opt(linear, process_group=dist.new_group([0]))
 
 
+def drift():
+    """Rank 0's graph changes from pass to pass; rank 1 has one for each loss, and tests none."""
+    model, x, passes = small(lambda: nn.Linear(50, 3)), torch.full((2, 50), 1e-6), count()
+    z, opt = wrap("ddp", model)(x.double()), make_opt(model)
+    z.register_hook(lambda gradient: gradient * 1e-6 * (1 + next(passes)))
+    nat, adv = ((z if dist.get_rank() == 0 else model(x.double())).sum() for _ in range(2))
+    opt.scored(z.sum(), natural=nat, adversarial=adv).backward()
+
+
 DIFFERS = "RuntimeError: .*the ranks differ in .*{}.*Nothing was changed"
 REENTRANT = partial(Small, reentrant=True)
 
@@ -295,6 +304,7 @@ REENTRANT = partial(Small, reentrant=True)
         (differ, ("selected later",), "is selected in, but was not", 2),
         (train_two_passes, (False,), DIFFERS.format("the gradient of"), 2),
         *((train, (kind, "loss", 3, REENTRANT), "Set `use_reentrant=False`", 2) for kind in KINDS),
+        (drift, (), "two backward passes of the natural loss .*100% apart", 2),
         (refused, ("fsdp1",), r"RuntimeError: .*`torch.distributed.fsdp.fully_shard` \(FSDP2\)", 2),
         (refused, ("group of rank 0",), "TypeError: .*Group that this process belongs to", 1),
     ],

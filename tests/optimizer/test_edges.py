@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import pickle
 import threading
 import warnings
@@ -225,7 +226,8 @@ def test_groups_in_which_nothing_can_be_selected_are_refused(kind):
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_weights_that_no_scored_loss_reaches_are_updated_whole(scope):
     body, aux = nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)
-    opt = wrap([*body.parameters(), *aux.parameters()], sgd(), update_fraction=0.25, scope=scope)
+    opt = wrap([("body", body.weight)], sgd(), update_fraction=0.25, scope=scope)
+    opt.param_groups[0]["params"].append(aux.weight)  # without a name
     for seen in (pytest.warns(UserWarning, match=r"No scored loss depends on parameter 1 "), None):
         before = aux.weight.detach().clone()
         opt.zero_grad()
@@ -316,6 +318,16 @@ def pass_through(kind, own_graphs=False):
 def test_a_graph_that_cannot_run_again_is_refused(kind):
     with pytest.raises(RuntimeError, match=r"scored: .*forward passes of their own"):
         pass_through(kind)
+
+
+@pytest.mark.parametrize(("apart", "refused"), [(0.02, True), (0.005, False)])
+def test_kernels_that_add_in_any_order_may_differ_by_one_percent(apart, refused):
+    w, passes = nn.Parameter(torch.ones(2, 3)), itertools.count()
+    opt, h = wrap([w], sgd()), w * 1.0
+    h.register_hook(lambda gradient: gradient * (1 + apart * next(passes)))
+    said = pytest.raises(RuntimeError, match=r"two backward passes of the natural loss .*2% apart")
+    with said if refused else contextlib.nullcontext():
+        backward(opt, (h * torch.arange(6.0).view(2, 3)).sum())
 
 
 @pytest.mark.parametrize("kind", ["scales", "once", "checkpoint"])
