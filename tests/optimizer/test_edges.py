@@ -330,11 +330,20 @@ def test_kernels_that_add_in_any_order_may_differ_by_one_percent(apart, refused)
         backward(opt, (h * torch.arange(6.0).view(2, 3)).sum())
 
 
+def test_a_buffer_that_every_pass_adds_to_is_found():
+    w, buffer = nn.Parameter(torch.ones(2, 3)), torch.zeros(2, 3)
+    w.register_hook(buffer.add_)  # both passes return the same memory
+    with pytest.raises(RuntimeError, match=r"two backward passes of the natural loss"):
+        backward(wrap([w], sgd()), w.square().sum())
+
+
 @pytest.mark.parametrize("kind", ["scales", "once", "checkpoint"])
 def test_each_loss_may_have_a_graph_of_its_own(kind):
     layer, opt = pass_through(kind, own_graphs=True)
     opt.step()
     assert opt.masks()[layer.weight].any()
+    with mock.patch.object(_scores, "_same", side_effect=AssertionError):  # they were tested
+        backward(opt, layer(torch.rand(5, 4)).square().sum())
 
 
 @pytest.mark.parametrize("factor", [torch.inf, torch.nan, 0.0])
