@@ -145,15 +145,15 @@ class Scores:
         self.thread = get_ident()
         try:
             repeated = distributed.repeated(losses, node) if test else []
-            apart: dict[str, Tensor] = {}
+            passes: dict[str, Any] = {}
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 found = distributed.take(role, loss, params, factor) if role in repeated else ()
                 first = [None if g is None else local(g).clone() for g in found]
                 gradients = distributed.take(role, loss, params, factor)
-                if role in repeated:
-                    apart[role] = _apart(first, gradients, grad.device)
+                passes[role] = first, gradients
                 self._add(role, params, gradients)
+            apart = {r: _apart(*passes[r], grad.device) for r in repeated}  # no pass is left
             passed = test and _same(apart, grad.device, self.ranks)
             self._put_back(before)
             self._tested |= passed

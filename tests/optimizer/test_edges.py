@@ -320,6 +320,21 @@ def test_a_graph_that_cannot_run_again_is_refused(kind):
         pass_through(kind)
 
 
+def test_a_hook_that_returns_one_buffer_is_refused():
+    """The adversarial pass would write over the natural gradient."""
+    w, buffer = nn.Parameter(torch.ones(2, 3)), torch.zeros(2, 3)
+    w.register_hook(lambda gradient: buffer.copy_(gradient))
+    h = w * 1.0
+    natural, adversarial = (h * torch.rand(2, 3)).sum(), (h * torch.rand(2, 3)).sum()
+    with pytest.raises(RuntimeError, match="two backward passes of the natural loss"):
+        backward(
+            wrap([w], sgd()),
+            natural + adversarial,
+            natural=natural,
+            adversarial=adversarial,
+        )
+
+
 @pytest.mark.parametrize(("apart", "refused"), [(0.02, True), (0.005, False)])
 def test_kernels_that_add_in_any_order_may_differ_by_one_percent(apart, refused):
     w, passes = nn.Parameter(torch.ones(2, 3)), itertools.count()
