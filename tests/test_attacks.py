@@ -396,7 +396,7 @@ DEPLOYED = {
 @each_attack
 @pytest.mark.parametrize("kind", DEPLOYED)
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of another category from 2.14 on
 def test_deployed_models_are_attacked_as_the_original(attack, kind, whole):
     """A frozen module has no mode, an exported one refuses to change it; the others switch."""
     deployed = DEPLOYED[kind](Scripted().to(DEVICE), X)

@@ -366,7 +366,7 @@ def averages(reviser, model, x):
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of another category from 2.14 on
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # copy.deepcopy of a graph
 def test_scripted_traced_and_exported_models(kind):
     model = UNUSUAL[kind](plain_net().eval())
