@@ -145,7 +145,7 @@ class Scores:
         self.thread = get_ident()
         try:
             repeated = distributed.repeated(losses, node) if test else []
-            passes: dict[str, Any] = {}
+            passes: dict[str, tuple[Any, Any]] = {}
             for role, loss in losses.items():
                 factor = grad.to(loss.device, loss.dtype).reshape(loss.shape)
                 found = distributed.take(role, loss, params, factor) if role in repeated else ()
