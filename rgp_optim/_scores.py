@@ -29,8 +29,8 @@ DONATED = (
 )
 
 DROPPED = (
-    "Earlier scores were dropped: no parameter has a gradient. Right after a skipped step; else "
-    "keep gradients in `.grad` until the step, or score the sum of losses."
+    "Earlier scores were dropped: no parameter has a gradient. That is right if a step was skipped."
+    " Otherwise keep gradients in `.grad` until the step, or score the sum of the losses once."
 )
 
 
@@ -153,7 +153,7 @@ class Scores:
                 gradients = distributed.take(role, loss, params, factor)
                 passes[role] = first, gradients
                 self._add(role, params, gradients)
-            apart = {r: _apart(*passes[r], grad.device) for r in repeated}  # no pass is left
+            apart = {r: _apart(*passes[r], grad.device) for r in repeated}  # all are over
             passed = test and _same(apart, grad.device, self.ranks)
             self._put_back(before)
             self._tested |= passed
