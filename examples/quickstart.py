@@ -76,7 +76,8 @@ def main(argv=None):
     if args.checkpoint and args.checkpoint.exists():
         state = torch.load(args.checkpoint, map_location=DEVICE)
         if state["flags"] != (args.epochs, args.bf16):
-            parser.error("{}: has --epochs {}, bf16 {}.".format(args.checkpoint, *state["flags"]))
+            found = "has --epochs {}, bf16 {}.".format(*state["flags"])
+            parser.error(f"{args.checkpoint}: {found} Give the same flags, or another file.")
         for name, part in saved.items():  # the model first; the optimizer's has the averaged copy
             part.load_state_dict(state[name])
         done = state["epoch"]
