@@ -1,7 +1,7 @@
 """Train CURE on digits or CIFAR-10 and evaluate it, alone or with TRADES.
 
     python examples/cifar10_cure.py                        # digits: about two minutes
-    python examples/cifar10_cure.py --compare              # adds TRADES, from the same warm-up
+    python examples/cifar10_cure.py --compare              # adds TRADES from the same start
     python examples/cifar10_cure.py --data cifar10 --download        # the published settings
 
 Natural training comes first, as in the paper; its weights are saved beside ``--out`` for other
@@ -38,7 +38,7 @@ from rgp_optim import (
     rgp_param_groups,
 )
 
-PHASES = ("warm-up", "cure", "trades")
+PHASES = ("pre-training", "cure", "trades")
 CURE = dict(update_fraction=0.7, alpha=0.1, scope="tensor", conserve="weights")
 CURE |= dict(gamma=1.0, rate=0.2, horizon=0.064)
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -129,14 +129,14 @@ def prepare(args: argparse.Namespace) -> Setup:
     return setup
 
 
-def warm_file(setup: Setup, args: argparse.Namespace) -> Path:
-    """Return where runs with the same warm-up share it: beside ``--out``."""
-    digest = hashlib.sha256(json.dumps(setup.warm_key).encode()).hexdigest()[:12]
-    return Path(args.out).parent / f"warmup-{args.data}-{digest}.pt"
+def pretrained_file(setup: Setup, args: argparse.Namespace) -> Path:
+    """Return where runs with the same pre-training share it: beside ``--out``."""
+    digest = hashlib.sha256(json.dumps(setup.pretrain_key).encode()).hexdigest()[:12]
+    return Path(args.out).parent / f"pretrained-{args.data}-{digest}.pt"
 
 
 def run(setup: Setup, args: argparse.Namespace) -> None:
-    """Warm up, train, evaluate; print the table, write results and picture."""
+    """Pre-train, train, evaluate; print the table, write results and picture."""
     out = Path(args.out)
     eps = f"{args.eps * 255:g}/255" if args.data == "cifar10" else f"{args.eps:g}"
     print(
@@ -144,10 +144,11 @@ def run(setup: Setup, args: argparse.Namespace) -> None:
         f"{len(setup.test)} test images\n"
         f"{args.network}, eps {eps}, beta {args.beta:g}, seed {args.seed}, {setup.device}\n"
         f"natural, robust: accuracy on validation images, clean and under PGD-{args.attack_steps}\n"
-        "never updated: share of the selected layers' weights, since the warm-up"
+        "never updated: share of the selected layers' weights, since pre-training"
     )
     start = setup.network()
-    history = {"warm-up": setup.warm_up(start, warm_file(setup, args), out / "warm-up.pt")}
+    shared, own = pretrained_file(setup, args), out / "pre-training.pt"
+    history = {"pre-training": setup.pretrain(start, shared, own)}
     results, seconds = {}, {}
     for method in ("cure", "trades")[: 1 + args.compare]:
         model = setup.network()
@@ -202,8 +203,8 @@ NOT_NEGATIVE = number(float, "finite and at least 0", lambda v: 0 <= v < math.in
 FRACTION = number(float, "in [0, 1]", lambda v: 0 <= v <= 1)
 FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
     "network": (list(NETWORKS), "network"),
-    "epochs": (COUNT, "epochs after the warm-up"),
-    "warmup_epochs": (number(int, "at least 0", lambda v: v >= 0), "epochs of natural training"),
+    "epochs": (COUNT, "epochs after pre-training"),
+    "pretrain_epochs": (number(int, "at least 0", lambda v: v >= 0), "epochs of natural training"),
     "batch_size": (COUNT, "images in a batch"),
     "lr": (POSITIVE, "highest learning rate of both phases"),
     "momentum": (NOT_NEGATIVE, "SGD momentum"),
@@ -286,10 +287,10 @@ def way_on(setup: Setup | None, args: argparse.Namespace) -> str:
         if not args.resume and not (out / "results.json").exists():
             same += " with --resume" + (" in place of --overwrite" if args.overwrite else "")
         return f"Finished epochs are saved in {out}; {same} continues from there."
-    if args.resume:  # the warm-up, which is complete now, was all there was
+    if args.resume:  # pre-training, which is complete now, was all there was
         same += " without --resume"
-    if (warm := warm_file(setup, args)).exists():
-        return f"The warm-up is saved as {warm}; {same} continues from it."
+    if (file := pretrained_file(setup, args)).exists():
+        return f"The pre-trained weights are saved as {file}; {same} continues from it."
     return f"No epoch was finished, nothing is saved; {same} starts again."
 
 

@@ -42,17 +42,17 @@ PRESETS = {
         options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}},
     ),
     "cpu": Preset(
-        data="cifar10", network="resnet8", epochs=12, warmup_epochs=8, batch_size=128, lr=0.1,
+        data="cifar10", network="resnet8", epochs=12, pretrain_epochs=8, batch_size=128, lr=0.1,
         eps=8 / 255, attack_steps=5, train_size=5000, val_size=250, test_size=1000, image_size=16,
         channels_last=True, auto_attack=200, masking=200, options={"*": {"beta": 5.0}},
     ),
     "gpu-short": Preset(
-        **CIFAR10 | GPU | {"epochs": 30, "warmup_epochs": 10, "schedule": "cosine"},
+        **CIFAR10 | GPU | {"epochs": 30, "pretrain_epochs": 10, "schedule": "cosine"},
         auto_attack=1000, masking=1000, surrogate=False, bf16=True, options={"*": {"beta": 5.0}},
     ),
     "paper": Preset(**CIFAR10 | GPU, auto_attack=10000, lr_warmup=0.0),
     "test": Preset(
-        data="digits", network="resnet8", epochs=1, warmup_epochs=1, batch_size=64, lr=0.05,
+        data="digits", network="resnet8", epochs=1, pretrain_epochs=1, batch_size=64, lr=0.05,
         eps=0.1, attack_steps=2, train_size=128, val_size=32, test_size=32,
         options={"*": {"horizon": 1.0, "rate": 1.0}},
     ),
@@ -150,7 +150,7 @@ class Trainer(Setup):
         model = self.network()
         if warm:
             file = self.place.runs / f"natural-seed{self.seed}.pt"  # the same for all methods
-            self.warm_up(model, file, file.with_name(f"{self.stem}-warm-up.pt"), report)
+            self.pretrain(model, file, file.with_name(f"{self.stem}-pre-training.pt"), report)
         return model
 
     def method(self, model: nn.Module, generator: torch.Generator) -> Method:
@@ -220,7 +220,7 @@ class Trainer(Setup):
         return {
             "method": self.name,
             "title": method.title,
-            "start": "natural warm-up" if method.warm else "random weights",
+            "start": "natural weights" if method.warm else "random weights",
             "data": self.label,
             "seed": self.seed,
             "preset": asdict(p),

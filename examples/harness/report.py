@@ -128,7 +128,7 @@ def plot(path: Path, history: dict[str, list[dict[str, Any]]], title: str) -> No
 
     Args:
         path: A PNG file.
-        history: By phase; "warm-up", if it is there, comes before epoch 1 of each of the others.
+        history: By phase; "pre-training", if it is there, comes before epoch 1 of the others.
         title: Of the figure.
     """
     import matplotlib
@@ -152,24 +152,24 @@ def plot(path: Path, history: dict[str, list[dict[str, Any]]], title: str) -> No
 
 
 def _accuracies(axis: Any, history: dict[str, list[dict[str, Any]]]) -> None:
-    warmup = history.get("warm-up", [])
-    methods = {name: rows for name, rows in history.items() if name != "warm-up"}
+    before = history.get("pre-training", [])
+    methods = {name: rows for name, rows in history.items() if name != "pre-training"}
     for (name, rows), color in zip(methods.items(), (ORANGE, BLUE), strict=False):
         for key, line, what in (("natural", "--", "natural"), ("robust", "-", "under attack")):
-            values = [row[key] for row in [*warmup, *rows]]
+            values = [row[key] for row in [*before, *rows]]
             label = f"{name.upper()}, {what}"
-            epochs = range(1 - len(warmup), len(rows) + 1)  # as the table counts them
+            epochs = range(1 - len(before), len(rows) + 1)  # as the table counts them
             axis.plot(epochs, values, line, color=color, lw=1.8, label=label)
     last = max(map(len, methods.values()))
-    axis.set(xlim=(0.5 - len(warmup), last + 0.5), ylim=(0, 100), xlabel="epoch")
+    axis.set(xlim=(0.5 - len(before), last + 0.5), ylim=(0, 100), xlabel="epoch")
     axis.set_ylabel("accuracy on validation images (%)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xticks([1, *(tick for tick in axis.get_xticks() if 1 < tick <= last)])
     axis.grid(axis="y", alpha=0.25)
-    if warmup:
-        axis.axvspan(0.5 - len(warmup), 0.5, color="black", alpha=0.06, lw=0)
+    if before:
+        axis.axvspan(0.5 - len(before), 0.5, color="black", alpha=0.06, lw=0)
         how = dict(transform=axis.get_xaxis_transform(), color=GREY, fontsize=9, ha="center")
-        axis.text(0.5 - len(warmup) / 2, 1.01, "natural warm-up", **how)
+        axis.text(0.5 - len(before) / 2, 1.01, "natural pre-training", **how)
     axis.legend(framealpha=0.8, edgecolor="none", loc="best")
 
 

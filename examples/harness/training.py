@@ -38,10 +38,10 @@ NORMALISE = {
     "digits": ([0.305], [0.376]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
 }
-# What the natural warm-up depends on, besides the images.
-WARM_UP = ["data", "network", "train_size", "val_size", "image_size", "warmup_epochs", "batch_size"]
-WARM_UP += ["lr", "momentum", "weight_decay", "schedule", "bf16", "channels_last", "seed"]
-WARM_UP += ["eps", "attack_steps", "step_size"]  # for the robust accuracy in its history
+# What natural pre-training depends on, besides the images.
+PRETRAIN = ["data", "network", "train_size", "val_size", "image_size", "pretrain_epochs"]
+PRETRAIN += ["batch_size", "lr", "momentum", "weight_decay", "schedule", "bf16", "channels_last"]
+PRETRAIN += ["seed", "eps", "attack_steps", "step_size"]  # for the robust accuracy in its history
 
 Batches = Callable[[], Any]  # yields images and labels
 Report = Callable[[str], None]
@@ -63,7 +63,7 @@ class Settings:
         data: A key of `LOADERS`.
         network: A key of `NETWORKS`.
         epochs: Of the method.
-        warmup_epochs: Of the natural training that it starts from.
+        pretrain_epochs: Of the natural training that it starts from.
         batch_size, lr, momentum, weight_decay: Of SGD, in both phases.
         schedule: "cosine", or "steps": divided by ten at 50 % and 75 %.
         lr_warmup: Share of the method's steps over which the learning rate rises from 0: the full
@@ -77,7 +77,7 @@ class Settings:
     data: str
     network: str
     epochs: int
-    warmup_epochs: int
+    pretrain_epochs: int
     batch_size: int
     lr: float
     eps: float
@@ -101,7 +101,7 @@ DIGITS: dict[str, Any] = dict(
     data="digits",
     network="resnet8",
     epochs=20,
-    warmup_epochs=8,
+    pretrain_epochs=8,
     batch_size=32,
     lr=0.05,
     eps=0.15,
@@ -111,7 +111,7 @@ CIFAR10: dict[str, Any] = dict(
     data="cifar10",
     network="resnet18",
     epochs=200,
-    warmup_epochs=20,
+    pretrain_epochs=20,
     batch_size=128,
     lr=0.1,
     eps=8 / 255,
@@ -198,12 +198,12 @@ class Setup:
             yield x.contiguous(memory_format=self.memory_format), y
 
     @property
-    def warm_key(self) -> dict[str, Any]:
-        """What the natural warm-up depends on; files of one name may hold other images."""
-        key = {name: self.key[name] for name in WARM_UP}
+    def pretrain_key(self) -> dict[str, Any]:
+        """What natural pre-training depends on; files of one name may hold other images."""
+        key = {name: self.key[name] for name in PRETRAIN}
         return key | {"images": fingerprint(self.train, self.val)}
 
-    def warm_up(
+    def pretrain(
         self, model: nn.Module, file: Path, checkpoint: Path, report: Report | None = None
     ) -> list[dict[str, Any]]:
         """Train naturally, or load the weights of an earlier run; return the history.
@@ -214,14 +214,14 @@ class Setup:
             checkpoint: Keeps finished epochs until then.
             report: As of a `Phase`.
         """
-        epochs, report = self.settings.warmup_epochs, report or say
+        epochs, report = self.settings.pretrain_epochs, report or say
         if epochs == 0:
             return []
         if file.exists():
-            report(f"warm-up: reused from {file}")
+            report(f"pre-training: weights reused from {file}")
         else:
             opt = self.sgd(model.parameters())
-            phase = Phase(self, "warm-up", model, opt, epochs, checkpoint, report=report)
+            phase = Phase(self, "pre-training", model, opt, epochs, checkpoint, report=report)
             for _ in phase.epochs():
                 for x, y in phase.batches():
                     with self.autocast():
@@ -232,16 +232,16 @@ class Setup:
                     phase.scheduler.step()
                     phase.log(loss=loss)
             content = {
-                "settings": self.warm_key,
+                "settings": self.pretrain_key,
                 "model": model.state_dict(),
                 "history": phase.history,
             }
             save_checked(file, content)
             checkpoint.unlink()
-            report(f"warm-up: saved for other runs as {file}")
+            report(f"pre-training: weights saved for other runs as {file}")
         saved = read(file, self.device)
-        if saved["settings"] != self.warm_key:
-            raise DataError(f"{file} is a warm-up with other settings or images: delete it.")
+        if saved["settings"] != self.pretrain_key:
+            raise DataError(f"{file} was pre-trained with other settings or images: delete it.")
         model.load_state_dict(saved["model"])
         history: list[dict[str, Any]] = saved["history"]
         return history
@@ -283,15 +283,15 @@ class Phase:
         self.report = report or say
         self.settings = setup.key | (settings or {})
         self.images = fingerprint(setup.train, setup.val, setup.test)
-        warmup = 0.0 if name == "warm-up" else setup.settings.lr_warmup
+        warmup = 0.0 if name == "pre-training" else setup.settings.lr_warmup
         self.scheduler = setup.schedule(optimizer, setup.steps_an_epoch * epochs, warmup)
         self.updates = Updates(optimizer) if isinstance(optimizer, RGPSelectiveOptimizer) else None
         self.kept = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler, **kept}
         if self.updates is not None:
             self.kept["updates"] = self.updates
         self.generator = generator or torch.Generator(setup.device)
-        # By phase: a warm-up from a file leads to the same run as one just made.
-        self.generator.manual_seed(setup.seed + (name != "warm-up"))
+        # By phase: weights pre-trained earlier lead to the same run as one just made.
+        self.generator.manual_seed(setup.seed + (name != "pre-training"))
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"robust": -1.0}
         self.seconds = 0.0
@@ -433,7 +433,7 @@ def claim(out: Path, phases: Sequence[str], resume: bool, overwrite: bool) -> No
 
 
 def read(file: Path, device: torch.device) -> dict[str, Any]:
-    """Return the content of a checkpoint or a warm-up."""
+    """Return the content of a checkpoint or of pre-trained weights."""
     try:
         return load_checked(file, device)
     except (ValueError, KeyError, RuntimeError) as error:

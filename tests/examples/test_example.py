@@ -21,7 +21,7 @@ import cifar10_cure as example
 from harness import report, training, updates
 
 SMALL = ["--train-size", "64", "--val-size", "32", "--test-size", "40", "--batch-size", "16"]
-SMALL += ["--epochs", "3", "--warmup-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
+SMALL += ["--epochs", "3", "--pretrain-epochs", "2", "--attack-steps", "2", "--device", "cpu"]
 SMALL += ["--horizon", "0.5"]  # so few steps are not enough for the default
 
 pytestmark = pytest.mark.filterwarnings("ignore:BatchNorm has seen")  # short runs
@@ -87,11 +87,11 @@ def test_cure_beside_trades(tmp_path, capsys):
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if str(tmp_path) not in line]
     assert max(map(len, lines)) <= 80
-    (warm,) = tmp_path.glob("warmup-digits-*.pt")
-    assert printed.count(f"warm-up: saved for other runs as {warm}") == 1
+    (warm,) = tmp_path.glob("pretrained-digits-*.pt")
+    assert printed.count(f"pre-training: weights saved for other runs as {warm}") == 1
     assert "reused" not in printed
     assert "Natural   PGD-20      C&W  NRR (C&W)" in printed
-    for line in ("warm-up 2/2: loss", "cure 3/3: loss", "trades 3/3: loss"):
+    for line in ("pre-training 2/2: loss", "cure 3/3: loss", "trades 3/3: loss"):
         assert printed.count(line) == 1
     assert printed.count("%, never updated ") == 3  # in each epoch of CURE
     for row in ("CURE, best (epoch", "CURE, last (epoch 3)", "TRADES, last (epoch 3)", "beta 6,"):
@@ -102,7 +102,7 @@ def test_cure_beside_trades(tmp_path, capsys):
     assert result["settings"]["beta"] == 6.0
     assert result["data"] == "scikit-learn digits"
     lengths = {phase: len(rows) for phase, rows in result["history"].items()}
-    assert lengths == {"warm-up": 2, "cure": 3, "trades": 3}
+    assert lengths == {"pre-training": 2, "cure": 3, "trades": 3}
     for rows in result["results"].values():
         for row in rows.values():
             assert 0 <= row["cw"] <= 100
@@ -138,7 +138,7 @@ def test_figure(updated, panels, monkeypatch, tmp_path):
         {**row, "updated": {**each, "fc.bias": 1.0}}
         for row, each in zip(trades, updated, strict=True)
     ]
-    report.plot(tmp_path / "c.png", {"warm-up": warm, "cure": cure, "trades": trades}, "")
+    report.plot(tmp_path / "c.png", {"pre-training": warm, "cure": cure, "trades": trades}, "")
     (figure,) = figures
     assert len(figure.axes) == panels
     curves = [line.get_ydata().tolist() for line in figure.axes[0].lines]
@@ -154,24 +154,24 @@ def test_figure(updated, panels, monkeypatch, tmp_path):
         assert band.get_linewidth()[0] > widest  # so that it shows behind the markers
 
 
-def test_a_seed_repeats_a_run_and_runs_share_the_warm_up(tmp_path, capsys, monkeypatch):
+def test_a_seed_repeats_a_run_and_runs_share_the_pretraining(tmp_path, capsys, monkeypatch):
     cure = run(tmp_path / "a" / "cure")
     run(tmp_path / "b" / "cure")
     assert_same_run(tmp_path / "a" / "cure", tmp_path / "b" / "cure")
-    (warm,) = (tmp_path / "a").glob("warmup-digits-*.pt")
-    assert "warm-up 1/2" in capsys.readouterr().out
-    run(tmp_path / "a" / "again")  # its warm-up comes from the file this time
+    (warm,) = (tmp_path / "a").glob("pretrained-digits-*.pt")
+    assert "pre-training 1/2" in capsys.readouterr().out
+    run(tmp_path / "a" / "again")  # its pre-training comes from the file this time
     printed = capsys.readouterr().out
-    assert "warm-up 1/2" not in printed
-    assert printed.count(f"warm-up: reused from {warm}\n") == 1
+    assert "pre-training 1/2" not in printed
+    assert printed.count(f"pre-training: weights reused from {warm}\n") == 1
     assert_same_run(tmp_path / "a" / "cure", tmp_path / "a" / "again")
     run(tmp_path / "a" / "eps", "--eps", "0.3")
-    assert len(list((tmp_path / "a").glob("warmup-digits-*.pt"))) == 2
+    assert len(list((tmp_path / "a").glob("pretrained-digits-*.pt"))) == 2
     other = run(tmp_path / "c", "--seed", "1")
-    assert other["history"]["warm-up"][0]["loss"] != cure["history"]["warm-up"][0]["loss"]
+    assert other["history"]["pre-training"][0]["loss"] != cure["history"]["pre-training"][0]["loss"]
     other_images(monkeypatch, "train", "pixels")
     run(tmp_path / "a" / "other images")
-    assert len(list((tmp_path / "a").glob("warmup-digits-*.pt"))) == 3
+    assert len(list((tmp_path / "a").glob("pretrained-digits-*.pt"))) == 3
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +183,16 @@ def straight(tmp_path_factory):
 
 
 NOTHING = "No epoch was finished, nothing is saved; the same command "
-WARM_UP = "The warm-up is saved as {warm}; the same command "
+PRETRAIN = "The pre-trained weights are saved as {warm}; the same command "
 EPOCHS = "Finished epochs are saved in {out}; the same command "
 
 
 @pytest.mark.parametrize(
     ("within", "first", "said", "then", "reused"),
     [
-        (("warm-up", 1), [], NOTHING + "starts again.", [], "warm-up 1/2: loss"),
-        (("warm-up", 2), [], EPOCHS + "with --resume cont", ["--resume"], "warm-up: 1 of 2 epochs"),
-        (("cure", 1), [], WARM_UP + "continues from it.", [], "warm-up: reused from"),
+        (("pre-training", 1), [], NOTHING + "starts again.", [], "pre-training 1/2: loss"),
+        (("pre-training", 2), [], EPOCHS + "with --resume", ["--resume"], "pre-training: 1 of 2"),
+        (("cure", 1), [], PRETRAIN + "continues from it.", [], "pre-training: weights reused from"),
         (("cure", 2), [], EPOCHS + "with --resume cont", ["--resume"], "cure: 1 of 3 epochs"),
         (
             ("cure", "evaluation"),
@@ -203,7 +203,7 @@ EPOCHS = "Finished epochs are saved in {out}; the same command "
         ),
         (("trades", 3), [], EPOCHS + "with --resume cont", ["--resume"], "trades: 2 of 3 epochs"),
     ],
-    ids=["at once", "warm-up", "warmed up", "cure", "cure is trained", "trades"],
+    ids=["at once", "pre-training", "pre-trained", "cure", "cure is trained", "trades"],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     within, first, said, then, reused, straight, tmp_path, capsys
@@ -211,7 +211,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     """By the command that the last line names, which tells the truth about what is saved."""
     out = tmp_path / "run"
     code, last = stopped(capsys, out, "--compare", *first, within=within)
-    warm = "".join(map(str, tmp_path.glob("warmup-*.pt")))
+    warm = "".join(map(str, tmp_path.glob("pretrained-*.pt")))
     assert code == 130
     assert last.startswith("\nstopped. " + said.format(out=out, warm=warm))
     run(out, "--compare", *then)
@@ -222,7 +222,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_resumed_run_that_is_stopped_again(tmp_path, capsys):
     """What is right to say differs where --resume was given, or will find nothing."""
     out = tmp_path / "run"
-    assert stopped(capsys, out, within=("warm-up", 2))[0] == 130
+    assert stopped(capsys, out, within=("pre-training", 2))[0] == 130
     _, said = stopped(capsys, out, "--resume", within=("cure", 1))
     assert "the same command without --resume continues from it." in said
     assert stopped(capsys, out, within=("cure", 2))[0] == 130
@@ -239,7 +239,7 @@ def test_a_stopped_run_is_continued_as_it_was_begun(tmp_path, capsys):
     assert code == 1
     assert "other settings: beta was 6.0, is 0.2. Repeat its settings, or start over" in said
     assert "a run cannot be extended" in refused(capsys, out, "--resume", "--epochs", "9")[1]
-    stopped(capsys, tmp_path / "other", "--seed", "1", within=("warm-up", 2))
+    stopped(capsys, tmp_path / "other", "--seed", "1", within=("pre-training", 2))
     _, said = refused(capsys, tmp_path / "other", "--seed", "1", "--resume", "--eps", "0.2")
     assert "other settings: eps was 0.15, is 0.2" in said
 
@@ -259,7 +259,7 @@ def test_command_line_in_a_fresh_process(tmp_path):
         (["--resume"], 1, "nothing to resume in"),
         (["--train-size", "8"], 2, "8 training images are left, less than one batch of 16"),
         (["--horizon", "0.0001"], 2, "--rate, --horizon: `horizon` should span"),
-        (["--lr", "1e30"], 1, "the loss is nan in epoch 1 of warm-up: lower --lr"),
+        (["--lr", "1e30"], 1, "the loss is nan in epoch 1 of pre-training: lower --lr"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_sentence(flags, code, message, tmp_path, capsys):
@@ -270,14 +270,14 @@ def test_what_cannot_work_is_said_in_a_sentence(flags, code, message, tmp_path, 
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "warm-up"])
+@pytest.mark.parametrize("kind", ["checkpoint", "pre-training"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "bit-flipped"])
 def test_damaged_files_are_refused(kind, damage, tmp_path, capsys):
     """With the path and the way out; nothing is trained from half a file."""
     out = tmp_path / "run"
     stopped(capsys, out)
-    (warmup,) = tmp_path.glob("warmup-*.pt")
-    file = out / "cure.pt" if kind == "checkpoint" else warmup
+    (before,) = tmp_path.glob("pretrained-*.pt")
+    file = out / "cure.pt" if kind == "checkpoint" else before
     good = file.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
@@ -371,7 +371,7 @@ def test_sizes_of_the_networks():
     ("flags", "message"),
     [
         (["--epochs", "0"], "--epochs: should be at least 1"),
-        (["--warmup-epochs", "-1"], "--warmup-epochs: should be at least 0, not -1."),
+        (["--pretrain-epochs", "-1"], "--pretrain-epochs: should be at least 0, not -1."),
         (["--train-size", "-5"], "--train-size: should be at least 1, not -5."),
         (["--test-size", "0"], "--test-size: should be at least 1, not 0."),
         (["--update-fraction", "2"], "--update-fraction: should be in [0, 1], not 2."),

@@ -405,7 +405,7 @@ def test_published_numbers_agree_with_each_other():
 
 
 def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "warm_up", lambda self, *_: None)
+    monkeypatch.setattr(trainer.Trainer, "pretrain", lambda self, *_: None)
     words = ["--epochs", "1", "--methods", "cure", "--seeds", "0", "--no-table"]
     with pytest.raises(SystemExit, match=r"error: cure-seed0, 35 steps: `horizon` should span"):
         run(tmp_path, *words, preset="digits")
@@ -456,7 +456,7 @@ def test_the_learning_rate_rises_and_falls_in_closed_form(schedule, lr_warmup):
     """Against torch's schedulers, times a line; none of it in the natural phase."""
     preset = replace(trainer.PRESETS["test"], schedule=schedule, lr_warmup=lr_warmup)
     setup = training.Setup(preset, 0, "cpu", training.load_digits())
-    steps, names = 40, ("method", "warm-up")
+    steps, names = 40, ("method", "pre-training")
     for name in names:
         opts = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3) for _ in range(2)]
         kinds = torch.optim.lr_scheduler
@@ -532,7 +532,7 @@ def train(folder, name, report=lambda text: None, **changes):
 def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys):
     run(tmp_path, "--methods", "cure,trades-pre", "--seeds", "0", "--quiet")
     out = capsys.readouterr().out
-    assert " 1/1: loss" not in out  # no line for an epoch, of the warm-up either
+    assert " 1/1: loss" not in out  # no line for an epoch, of the pre-training either
     assert "at-seed0 done" in out  # needed by the others
     assert "| CURE | natural |" in out
     assert "*TRADES, pre-trained*" in out
@@ -541,7 +541,7 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys):
     assert "3 of 3 runs are done already" in capsys.readouterr().out
     assert before == {file: file.read_bytes() for file in (tmp_path / "r").iterdir()}
     content = json.loads((tmp_path / "r" / "cure-seed0.json").read_text())
-    assert content["start"] == "natural warm-up"
+    assert content["start"] == "natural weights"
     assert content["options"]["beta"] == METHODS["cure"].official["beta"]
     assert set(content["results"]["last"]) >= {"natural", "pgd20", "cw", "nrr"}
     assert "| cure - trades-pre | 1 | - |" in out  # no interval of one seed
@@ -607,7 +607,7 @@ def test_natural_weights_of_other_settings_are_refused(tmp_path):
     place, preset = trainer.Place(tmp_path, tmp_path / "r"), trainer.PRESETS["test"]
     trainer.Trainer("cure", 0, preset, place).start(warm=True)
     other = trainer.Trainer("cure", 0, replace(preset, lr=0.1), place)
-    with pytest.raises(training.DataError, match=r"natural-seed0.pt is a warm-up with other sett"):
+    with pytest.raises(training.DataError, match=r"natural-seed0.pt was pre-trained with other"):
         other.start(warm=True)
 
 

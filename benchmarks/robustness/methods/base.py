@@ -82,7 +82,7 @@ class Method:
     """A row of the table; this one is the interface."""
 
     title: ClassVar[str]
-    warm: ClassVar[bool] = False  # starts from the natural warm-up, not from random weights
+    warm: ClassVar[bool] = False  # starts from natural weights, not from random weights
     taught: ClassVar[bool] = False  # learns from a network that AT has trained
     official: ClassVar[dict[str, Any]] = {}  # settings of its paper; a run's options replace them
     networks: ClassVar[dict[str, dict[str, Any]]] = {}  # what the paper changes for a network
