@@ -154,7 +154,9 @@ def compared() -> list[tuple[str, str]]:
         rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)
         pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
         pairs += [(random, inverse)]
-    return list(dict.fromkeys(pairs + [("rgp-0.7", name) for name in FRONT]))
+    for name in (name for name in FRONT if name.startswith("none")):
+        pairs += [("rgp-0.7", name), (name.replace("none", "rgp"), name)]
+    return list(dict.fromkeys(pairs))
 
 
 def collapses(runs: Runs, few: float = 10.0) -> str:

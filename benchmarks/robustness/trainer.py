@@ -64,7 +64,7 @@ EXPERIMENTS = {
     "revision-digits": ("digits", list(REVISION), ("digits",)),
     "start-digits": ("digits", list(START), ("digits",)),
     "front-digits": ("digits", [n for n in FRONT if not n.endswith("3.5")], ("ranking-digits",)),
-    "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
+    "front-cpu": ("cpu", [n for n in FRONT if n.endswith(("a1", "a2", "3.5"))], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():

@@ -35,24 +35,24 @@ def draw_ranking(figure: Any, runs: summary.Runs) -> None:
 
 
 def draw_front(figure: Any, runs: summary.Runs) -> None:
-    """Show natural against robust accuracy: all weights updated, by beta, and masks beside it."""
+    """Show natural against robust accuracy, by beta: all weights updated, and under masks."""
     axis = figure.subplots()
-    runs = {n: of for n, of in runs.items() if "none" in n or n in ("rgp-0.7", "random-0.7")}
-    seeds = set.intersection(*(set(of) for of in runs.values()))
-    runs = {name: {seed: of[seed] for seed in seeds} for name, of in runs.items()}
-    front = {}
+    shown = [n for n in runs if "beta" in n or n in ("none", "rgp-0.7", "random-0.7")]
+    seeds = set.intersection(*(set(runs[name]) for name in shown))
+    runs = {name: {seed: runs[name][seed] for seed in seeds} for name in shown}
+    fronts: dict[tuple[str, str], dict[float, Any]] = {}
     for name, of in runs.items():
         score, beta = name.split("-")[0], next(iter(of.values()))["options"]["beta"]
         rows = [summary.numbers(runs, name, column) for column in ("natural", "pgd20")]
         (x, y), half = np.mean(rows, axis=1), [interval(each) for each in rows]
-        text, mark = SCORES.get(score, ("", "o"))
+        label, mark = SCORES.get(score, ("all weights updated", "o"))
         axis.errorbar(x, y, half[1], half[0], color=COLOR[score], marker=mark, capsize=2)
-        axis.annotate(f"{text} β {beta:g}", (x, y), (6, 6), textcoords="offset points", fontsize=9)
-        if score == "none":
-            front[beta] = x, y
-    line = np.transpose([front[beta] for beta in sorted(front)])
-    axis.plot(*line, color=COLOR["none"], label="all weights updated, by β")
-    axis.set(xlabel=SHOWN["natural"], ylabel=SHOWN["pgd20"])
+        axis.annotate(f"{beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=9)
+        fronts.setdefault((score, label), {})[beta] = x, y
+    for (score, label), front in fronts.items():
+        line = np.transpose([front[beta] for beta in sorted(front)])
+        axis.plot(*line, color=COLOR[score], marker=".", label=label)
+    axis.set(xlabel=f"{SHOWN['natural']}; the numbers are β", ylabel=SHOWN["pgd20"])
     finish(figure, axis, runs)
 
 

@@ -196,13 +196,12 @@ REVISION = {
     "cure-revision-0.3": variant("RGP, horizon 0.3", horizon=0.3),
     "cure-random-revision-0.3": variant("Random mask, horizon 0.3", score="random", horizon=0.3),
 }
-# All weights updated, a smaller beta.
-FRONT = {
-    f"none-beta{beta:g}": type(
-        "Front", (PretrainedTRADES,), {"title": f"none, β {beta:g}", "official": {"beta": beta}}
-    )
-    for beta in (1.0, 2.0, 3.0, 3.5, 4.5)
-}
+# A smaller beta, with all weights updated and under RGP's mask.
+FRONT: dict[str, type[TRADES]] = {}
+for beta in (1.0, 2.0, 3.0, 3.5, 4.5):
+    body = {"title": f"none, β {beta:g}", "official": {"beta": beta}}
+    FRONT[f"none-beta{beta:g}"] = type("Front", (PretrainedTRADES,), body)
+    FRONT[f"rgp-beta{beta:g}"] = variant(f"rgp, β {beta:g}", beta=beta, gamma=0.0)
 # The learning rate rises over the whole run: the preset says so.
 START = {
     "trades-pre-slow": type("Slow", (PretrainedTRADES,), {"title": "TRADES, slow start"}),
