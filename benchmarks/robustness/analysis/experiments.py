@@ -52,7 +52,7 @@ def draw_front(figure: Any, runs: summary.Runs) -> None:
     for (score, label), front in fronts.items():
         line = np.transpose([front[beta] for beta in sorted(front)])
         axis.plot(*line, color=COLOR[score], marker=".", label=label)
-    axis.set(xlabel=f"{SHOWN['natural']}; the numbers are β", ylabel=SHOWN["pgd20"])
+    axis.set(xlabel=f"{SHOWN['natural']} (numbers: β; masks: 0.7)", ylabel=SHOWN["pgd20"])
     finish(figure, axis, runs)
 
 
@@ -63,8 +63,8 @@ def draw_curves(figure: Any, runs: summary.Runs) -> None:
         for name, of in runs.items():
             rows = [[row[column] for row in run["history"]] for run in of.values()]
             color = COLOR[name if name in COLOR else name.split("-")[0]]
-            x = range(1, len(rows[0]) + 1)
-            band(axis, x, rows, color, "-", label=METHODS[name].title)
+            x, label = range(1, len(rows[0]) + 1), METHODS[name].title
+            band(axis, x, rows, color, "-", label=label)
         axis.set(xlabel="epoch; accuracy on validation images", ylabel=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
     finish(figure, axis, runs)

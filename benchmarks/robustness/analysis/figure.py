@@ -23,8 +23,9 @@ COLOR = {
     "cure-no-revision": "#E69F00", "cure-random": "#882255", "random-no-revision": "#CC79A7",
     "cure-gradients": "#BBAA33", "cure-update": "#997700", "cure-global": "#009E73",
     "cure-signed": "#EE6677", "cure-loss": "#117733", "released-rgp": "#661100",
-    "released-rgp-soft": "#AA6655",
-    # Scores without revision.
+    "released-rgp-soft": "#AA6655", "trades-pre-slow": "#88CCEE", "cure-slow": "#FFAA88",
+    "trades-pre-revision-0.3": "#6699CC", "cure-revision-0.3": "#EEBB66",
+    "cure-random-revision-0.3": "#BB6688",
     "none": "#56B4E9", "rgp": "#E69F00", "random": "#CC79A7", "gradient": "#009E73",
     "matched": "#8E6BBF", "inverse": "#8C510A",
 }  # fmt: skip
@@ -41,8 +42,7 @@ def save(path: Path, draw: Callable[[Any], None], size: Pair, title: str = "") -
 
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=size, dpi=120, layout="constrained")
-        if title:
-            figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10)
         draw(figure)
         for file in (path, path.with_suffix(".svg")):
             write_whole(file, lambda p, kind=file.suffix[1:]: figure.savefig(p, format=kind))
