@@ -701,7 +701,16 @@ def test_the_page_has_the_differences_of_the_committed_runs():
         names = preset, *trainer.EXPERIMENTS.get(preset, ("", (), ()))[2]
         if runs := summary.read(*(folder / "results" / name for name in names)):
             printed += summary.intervals(runs).splitlines()
+            printed += summary.table(runs, "resnet18").splitlines()
     assert set(re.findall(r"^\| \S+ - \S+ \|.*$", page, re.M)) <= set(printed)
+    digits, before = (
+        summary.read(folder / "results" / name) for name in ("digits", "digits-no-warmup")
+    )
+    for name in ("cure", "trades-pre"):  # with the learning rate's warm-up minus without
+        printed.append(summary.intervals({"cure": digits[name], "trades-pre": before[name]}))
+    size = re.compile(r"\d+\.\d ± \d+\.\d")
+    for prose in (page, (BENCHMARKS.parent / "README.md").read_text()):
+        assert set(size.findall(" ".join(prose.split()))) <= set(size.findall("\n".join(printed)))
 
 
 def test_a_collapse_is_said():
