@@ -137,8 +137,8 @@ class RGPSelectiveOptimizer(torch.optim.Optimizer):
             skipped), and checkpoints carry it. May be assigned, say when natural training ends.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, wrapped already, or steps by another door than one
-            ``step()`` per gradient (LBFGS, SAM); an argument has the wrong type.
+        TypeError: ``optimizer`` is no optimizer, wrapped already, or does not step once for each
+            gradient (LBFGS, SAM); an argument has the wrong type.
         ValueError: a number is out of its range, a name unknown, or ``differentiable`` is True.
         RuntimeError: the parameters are FSDP1's.
 
