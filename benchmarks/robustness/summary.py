@@ -148,14 +148,14 @@ def compared() -> list[tuple[str, str]]:
     for none, rgp, random in masked:
         pairs += [(rgp, none), (random, none), (rgp, random)]
     pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]
-    pairs += [(f"{name}-slow", name) for name in ("trades-pre", "cure")]
+    pairs += [(f"{name}-slow", name) for name in ("trades-pre", "cure")] + [("cure", "trades")]
     pairs += [("trades-pre", "trades"), ("at-pre", "at"), *((name, "at") for name in TABLE[1:])]
     for share in (0.7, 0.5, 0.3, 0.1):
         rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)
         pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
         pairs += [(random, inverse)]
     for name in (name for name in FRONT if name.startswith("none")):
-        pairs += [("rgp-0.7", name), (name.replace("none", "rgp"), name)]
+        pairs += [("rgp-0.7", name), ("cure", name), (name.replace("none", "rgp"), name)]
     return list(dict.fromkeys(pairs))
 
 

@@ -63,7 +63,7 @@ EXPERIMENTS = {
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
     "start-digits": ("digits", list(START), ("digits",)),
-    "front-digits": ("digits", [n for n in FRONT if not n.endswith("3.5")], ("ranking-digits",)),
+    "front-digits": ("digits", [n for n in FRONT if "3.5" not in n], ("ranking-digits", "digits")),
     "front-cpu": ("cpu", [n for n in FRONT if n.endswith(("a1", "a2", "3.5"))], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }

@@ -12,7 +12,7 @@ from .figure import COLOR, band, heading, interval
 
 SCORES = {  # name and marker
     "rgp": ("RGP", "o"), "gradient": ("training gradient", "s"), "random": ("random", "D"),
-    "matched": ("random, length matched", "^"), "inverse": ("inverse RGP", "v"),
+    "matched": ("random, norm matched", "^"), "inverse": ("inverse RGP", "v"),
 }  # fmt: skip
 SHOWN = {"pgd20": "accuracy under PGD-20, %", "natural": "natural accuracy, %"}
 
