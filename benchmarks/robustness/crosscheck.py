@@ -33,16 +33,10 @@ from rgp_optim import pgd_attack
 
 SAME = 1e-6  # pixels that differ by less are equal but for rounding
 COLUMNS = {
-    "natural": "Natural",
-    "ours": "PGD-20",
-    "foolbox": "Foolbox",
-    "same": "same images",
-    "ours_random": "PGD-20, random start",
-    "foolbox_random": "Foolbox, random start",
-    "margin": "C&W",
-    "aa_two": "AA, two attacks",
-    "aa": "AA, all four",
-}
+    "natural": "Natural", "ours": "PGD-20", "foolbox": "Foolbox", "same": "same images",
+    "ours_random": "PGD-20, random start", "foolbox_random": "Foolbox, random start",
+    "margin": "C&W", "aa_two": "AA, two attacks", "aa": "AA, all four",
+}  # fmt: skip
 
 
 def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, random_start: bool, **pgd: Any) -> Tensor:

@@ -153,7 +153,7 @@ def compared() -> list[tuple[str, str]]:
     for share in (0.7, 0.5, 0.3, 0.1):
         rgp, gradient, random, matched, inverse = (f"{score}-{share}" for score in SCORES)
         pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
-        pairs += [(random, inverse)]
+        pairs += [(rgp, f"shuffled-{share}"), (random, inverse)]
     for name in (name for name in FRONT if name.startswith("none")):
         pairs += [("rgp-0.7", name), ("cure", name), (name.replace("none", "rgp"), name)]
     return list(dict.fromkeys(pairs))

@@ -18,7 +18,7 @@ from harness.image_data import DataError
 from harness.report import versions, write_json
 from harness.training import CIFAR10, DIGITS, LOADERS, Phase, Report, Settings, Setup
 from methods import METHODS, Method, Setting
-from methods.cure import FRONT, RANKING, REVISION, START
+from methods.cure import FRONT, RANKING, REVISION, SHUFFLED, START
 from torch import nn
 
 
@@ -60,6 +60,7 @@ PRESETS = {
 # Rows other than the table's, without AutoAttack; and the preset that they are compared with.
 EXPERIMENTS = {
     "ranking-digits": ("digits", ["none", *RANKING], ()),
+    "shuffled-digits": ("digits", list(SHUFFLED), ("ranking-digits",)),
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
     "start-digits": ("digits", list(START), ("digits",)),

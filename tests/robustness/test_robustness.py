@@ -318,25 +318,27 @@ def test_controls_differ_from_cure_in_one_thing():
 
 def test_experiments_have_the_rows_and_settings_they_are_named_for():
     used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
-    assert [len(rows) for rows in used.values()] == [21, 16, 3, 2, 4, 3, 5]
+    assert [len(rows) for rows in used.values()] == [21, 2, 16, 3, 2, 8, 6, 5]
     assert all(set(rows) <= set(METHODS) for rows in used.values())
     for name, (base, rows, _) in trainer.EXPERIMENTS.items():
         for row in rows:
             kind = METHODS[row]
             options = {**kind.official, **trainer.options_of(trainer.PRESETS[name], row)}
-            if "none-beta" in row:
-                assert options["beta"] == float(row.removeprefix("none-beta"))
+            if "-beta" in row:
+                assert options["beta"] == float(row.partition("-beta")[2])
             elif row != "at":
                 assert options["beta"] == (6.0 if base == "digits" else 5.0)
             score, _, share = row.partition("-")
-            if score in SCORES and score != "none" and share[:2] == "0.":
+            if "beta" in share and score == "rgp":
+                assert (options["update_fraction"], options["gamma"]) == (0.7, 0.0)
+            if score in (*SCORES, "shuffled") and share[:2] == "0.":
                 found = options["score"], options["update_fraction"], options["gamma"]
                 assert found == (score, float(share), 0.0)
     assert all(trainer.PRESETS[name].lr_warmup == 0.1 for name in ("digits", "cpu", "gpu-short"))
     assert (trainer.PRESETS["paper"].lr_warmup, trainer.PRESETS["start-digits"].lr_warmup) == (0, 1)
 
 
-@pytest.mark.parametrize("score", ["rgp", "gradient", "random", "matched", "inverse"])
+@pytest.mark.parametrize("score", [*SCORES, "shuffled"])
 def test_scores_of_the_ranking_by_hand(score):
     """One step without momentum: which weights move, and how long the gradient was."""
     model, s = setting(new_optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
@@ -356,7 +358,8 @@ def test_scores_of_the_ranking_by_hand(score):
     gradients = torch.autograd.grad(loss, weights)
     method.step(x, y)
     after = [w for w in model.parameters() if w.dim() > 1]
-    for w, now, g, n, a in zip(weights, after, gradients, natural, adversarial, strict=True):
+    rows = zip(weights, after, gradients, natural, adversarial, strict=True)
+    for place, (w, now, g, n, a) in enumerate(rows):
         k = max(1, round(0.3 * w.numel()))
         step, rgp = (w - now).detach(), 0.1 * n.abs() + 0.9 * a.abs()
         moved, top = step != 0, torch.zeros(w.numel(), dtype=torch.bool)
@@ -370,7 +373,11 @@ def test_scores_of_the_ranking_by_hand(score):
             least = torch.zeros(w.numel(), dtype=torch.bool)
             least[rgp.flatten().topk(k, largest=False).indices] = True
             assert torch.equal(moved, least.view_as(w) & (rgp > 0))
-        if score != "matched":
+        elif score == "shuffled":
+            draw = torch.Generator().manual_seed(s.seed * 1_000_003 + place)
+            others = top.flatten()[torch.randperm(w.numel(), generator=draw)]
+            assert torch.equal(moved, others.view_as(w) & (g != 0))
+        if score not in ("matched", "shuffled"):
             torch.testing.assert_close(step, g * moved, rtol=0, atol=1e-12)
             continue
         close(step.norm(), (g * top).norm())

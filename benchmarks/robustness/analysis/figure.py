@@ -25,9 +25,9 @@ COLOR = {
     "cure-signed": "#EE6677", "cure-loss": "#117733", "released-rgp": "#661100",
     "released-rgp-soft": "#AA6655", "trades-pre-slow": "#88CCEE", "cure-slow": "#FFAA88",
     "trades-pre-revision-0.3": "#6699CC", "cure-revision-0.3": "#EEBB66",
-    "cure-random-revision-0.3": "#BB6688",
+    "cure-random-revision-0.3": "#BB6688", "shuffled-0.7": "#666699",
     "none": "#56B4E9", "rgp": "#E69F00", "random": "#CC79A7", "gradient": "#009E73",
-    "matched": "#8E6BBF", "inverse": "#8C510A",
+    "matched": "#8E6BBF", "inverse": "#8C510A", "shuffled-0.3": "#9999CC",
 }  # fmt: skip
 
 Pair = tuple[float, float]

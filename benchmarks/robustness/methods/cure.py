@@ -44,19 +44,26 @@ class MatchedScore(RandomScore):
 
     In each tensor the training gradient that the random mask leaves is rescaled to the norm of the
     one that RGP's mask of the same fraction would have left. `rescale` does it, after the mask and
-    before the inner step: momentum sees the rescaled gradient, weight decay is not rescaled.
+    before the inner step: momentum sees the rescaled gradient, weight decay is not rescaled. If
+    ``shuffled``, each weight has the RGP of another, the same one in all steps: the mask changes as
+    slowly as RGP's, and momentum finds its weights again.
     """
 
-    def __init__(self, seed: int, update_fraction: float) -> None:
+    def __init__(self, seed: int, update_fraction: float, shuffled: bool) -> None:
         super().__init__(seed)
-        self.update_fraction = update_fraction
+        self.update_fraction, self.shuffled = update_fraction, shuffled
         self.norms: dict[Tensor, Tensor] = {}
 
     def __call__(self, s: ScoreInputs) -> Tensor:
         rgp = rgp_score(s.natural, s.adversarial, alpha=s.alpha)
         mask = topk_mask(rgp, update_fraction=self.update_fraction)
         self.norms[s.parameter] = (s.gradient * mask).norm()
-        return super().__call__(s)
+        if not self.shuffled:
+            return super().__call__(s)
+        place = self.places.setdefault(s.parameter, len(self.places))
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
+        order = torch.randperm(rgp.numel(), generator=draw).to(rgp.device)
+        return rgp.flatten()[order].view_as(rgp)
 
     def rescale(self, *_: Any) -> None:
         for parameter, norm in self.norms.items():
@@ -114,8 +121,9 @@ class CURE(TRADES):
         name = self.options["score"]
         if name == "random":
             return RandomScore(self.setting.seed)
-        if name == "matched":
-            return MatchedScore(self.setting.seed, self.options["update_fraction"])
+        if name in ("matched", "shuffled"):
+            share = self.options["update_fraction"]
+            return MatchedScore(self.setting.seed, share, name == "shuffled")
         if name == "inverse":
             return lambda s: -rgp_score(s.natural, s.adversarial, alpha=s.alpha)
         return {"rgp": "rgp", "signed": signed}.get(name, loss_gradient)
@@ -189,6 +197,10 @@ RANKING = {
     f"{score}-{share}": variant(f"{score}, {share}", score=score, update_fraction=share, gamma=0.0)
     for share in (0.7, 0.5, 0.3, 0.1)
     for score in SCORES
+}
+SHUFFLED = {
+    f"shuffled-{s}": variant(f"shuffled, {s}", score="shuffled", update_fraction=s, gamma=0.0)
+    for s in (0.7, 0.3)
 }
 # The averaging time of the revision, under each mask.
 REVISION = {
