@@ -155,7 +155,8 @@ def compared() -> list[tuple[str, str]]:
         pairs += [(rgp, other) for other in ("none", gradient, random, matched)]
         pairs += [(rgp, f"shuffled-{share}"), (random, inverse)]
     for name in (name for name in FRONT if name.startswith("none")):
-        pairs += [("rgp-0.7", name), ("cure", name), (name.replace("none", "rgp"), name)]
+        pairs += [(first, name) for first in ("rgp-0.7", "cure")]
+        pairs += [(name.replace("none", kind), name) for kind in ("rgp", "cure")]
     return list(dict.fromkeys(pairs))
 
 

@@ -57,6 +57,7 @@ PRESETS = {
         options={"*": {"horizon": 1.0, "rate": 1.0}},
     ),
 }  # fmt: skip
+DIGITS_FRONT = [n for n in FRONT if "3.5" not in n and n not in ("cure-beta1", "cure-beta4.5")]
 # Rows other than the table's, without AutoAttack; and the preset that they are compared with.
 EXPERIMENTS = {
     "ranking-digits": ("digits", ["none", *RANKING], ()),
@@ -64,8 +65,8 @@ EXPERIMENTS = {
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
     "start-digits": ("digits", list(START), ("digits",)),
-    "front-digits": ("digits", [n for n in FRONT if "3.5" not in n], ("ranking-digits", "digits")),
-    "front-cpu": ("cpu", [n for n in FRONT if n.endswith(("a1", "a2", "3.5"))], ("ranking-cpu",)),
+    "front-digits": ("digits", DIGITS_FRONT, ("ranking-digits", "digits")),
+    "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():

@@ -318,7 +318,7 @@ def test_controls_differ_from_cure_in_one_thing():
 
 def test_experiments_have_the_rows_and_settings_they_are_named_for():
     used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
-    assert [len(rows) for rows in used.values()] == [21, 2, 16, 3, 2, 8, 6, 5]
+    assert [len(rows) for rows in used.values()] == [21, 2, 16, 3, 2, 10, 3, 5]
     assert all(set(rows) <= set(METHODS) for rows in used.values())
     for name, (base, rows, _) in trainer.EXPERIMENTS.items():
         for row in rows:
@@ -733,7 +733,7 @@ def test_a_collapse_is_said():
 def test_figures_of_experiments(tmp_path, preset):
     pytest.importorskip("matplotlib")
     _, rows, beside = trainer.EXPERIMENTS[preset]
-    folders = {preset: rows} | {each: ["none", "rgp-0.7", "random-0.7"] for each in beside}
+    folders = {preset: rows} | {each: ["none", "rgp-0.7", "cure"] for each in beside}
     for folder, names in folders.items():
         (tmp_path / folder).mkdir()
         for name, of in experiment(*names).items():

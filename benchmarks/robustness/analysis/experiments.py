@@ -14,6 +14,7 @@ SCORES = {  # name and marker
     "rgp": ("RGP", "o"), "gradient": ("training gradient", "s"), "random": ("random", "D"),
     "matched": ("random, norm matched", "^"), "inverse": ("inverse RGP", "v"),
 }  # fmt: skip
+CURVES = {"none": ("all weights updated", "o"), "rgp": SCORES["rgp"], "cure": ("CURE", "s")}
 SHOWN = {"pgd20": "accuracy under PGD-20, %", "natural": "natural accuracy, %"}
 
 
@@ -37,21 +38,20 @@ def draw_ranking(figure: Any, runs: summary.Runs) -> None:
 def draw_front(figure: Any, runs: summary.Runs) -> None:
     """Show natural against robust accuracy, by beta: all weights updated, and under masks."""
     axis = figure.subplots()
-    shown = [n for n in runs if "beta" in n or n in ("none", "rgp-0.7", "random-0.7")]
+    shown = [n for n in runs if "beta" in n or n in ("none", "rgp-0.7", "cure")]
     seeds = set.intersection(*(set(runs[name]) for name in shown))
     runs = {name: {seed: runs[name][seed] for seed in seeds} for name in shown}
-    fronts: dict[tuple[str, str], dict[float, Any]] = {}
+    fronts: dict[str, dict[float, Any]] = {}
     for name, of in runs.items():
         score, beta = name.split("-")[0], next(iter(of.values()))["options"]["beta"]
         rows = [summary.numbers(runs, name, column) for column in ("natural", "pgd20")]
         (x, y), half = np.mean(rows, axis=1), [interval(each) for each in rows]
-        label, mark = SCORES.get(score, ("all weights updated", "o"))
-        axis.errorbar(x, y, half[1], half[0], color=COLOR[score], marker=mark, capsize=2)
+        axis.errorbar(x, y, half[1], half[0], CURVES[score][1], color=COLOR[score], capsize=2)
         axis.annotate(f"{beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=9)
-        fronts.setdefault((score, label), {})[beta] = x, y
-    for (score, label), front in fronts.items():
+        fronts.setdefault(score, {})[beta] = x, y
+    for score, front in fronts.items():
         line = np.transpose([front[beta] for beta in sorted(front)])
-        axis.plot(*line, color=COLOR[score], marker=".", label=label)
+        axis.plot(*line, color=COLOR[score], marker=".", label=CURVES[score][0])
     axis.set(xlabel=f"{SHOWN['natural']} (numbers: β; masks: 0.7)", ylabel=SHOWN["pgd20"])
     finish(figure, axis, runs)
 

@@ -208,12 +208,13 @@ REVISION = {
     "cure-revision-0.3": variant("RGP, horizon 0.3", horizon=0.3),
     "cure-random-revision-0.3": variant("Random mask, horizon 0.3", score="random", horizon=0.3),
 }
-# A smaller beta, with all weights updated and under RGP's mask.
+# A smaller beta: all weights updated, under RGP's mask, and CURE.
 FRONT: dict[str, type[TRADES]] = {}
 for beta in (1.0, 2.0, 3.0, 3.5, 4.5):
     body = {"title": f"none, β {beta:g}", "official": {"beta": beta}}
     FRONT[f"none-beta{beta:g}"] = type("Front", (PretrainedTRADES,), body)
     FRONT[f"rgp-beta{beta:g}"] = variant(f"rgp, β {beta:g}", beta=beta, gamma=0.0)
+    FRONT[f"cure-beta{beta:g}"] = variant(f"CURE, β {beta:g}", beta=beta)
 # The learning rate rises over the whole run: the preset says so.
 START = {
     "trades-pre-slow": type("Slow", (PretrainedTRADES,), {"title": "TRADES, slow start"}),
