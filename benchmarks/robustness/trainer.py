@@ -39,7 +39,7 @@ GPU = {"channels_last": True, "attack": "compile-graph", "whole_auto_attack": Tr
 PRESETS = {
     "digits": Preset(
         **DIGITS, channels_last=True, auto_attack=200, masking=200,
-        options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}},
+        options={"*": {"beta": 2.0}, "mart": {"beta": 5.0}},
     ),
     "cpu": Preset(
         data="cifar10", network="resnet8", epochs=12, pretrain_epochs=8, batch_size=128, lr=0.1,
@@ -61,6 +61,7 @@ DIGITS_FRONT = [n for n in FRONT if "3.5" not in n and n not in ("cure-beta1", "
 # Rows other than the table's, without AutoAttack; and the preset that they are compared with.
 EXPERIMENTS = {
     "ranking-digits": ("digits", ["none", *RANKING], ()),
+    "ranking-digits-beta2": ("digits", ["none", *(n for n in RANKING if n[-1] in "73")], ()),
     "shuffled-digits": ("digits", list(SHUFFLED), ("ranking-digits",)),
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
@@ -71,7 +72,9 @@ EXPERIMENTS = {
 }
 for name, (base, _, _) in EXPERIMENTS.items():
     own = {"options": {}} if name.startswith("front") else {}  # a beta of their own
-    own = {"lr_warmup": 1.0} if name.startswith("start") else own
+    if name in ("ranking-digits", "shuffled-digits", "start-digits"):
+        own = {"options": {"*": {"beta": 6.0}}}
+    own |= {"lr_warmup": 1.0} if name.startswith("start") else {}
     if name == "overfitting":  # few images many times, the rate cut as where it was found
         own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
     PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)

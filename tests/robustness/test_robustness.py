@@ -318,16 +318,18 @@ def test_controls_differ_from_cure_in_one_thing():
 
 def test_experiments_have_the_rows_and_settings_they_are_named_for():
     used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
-    assert [len(rows) for rows in used.values()] == [21, 2, 16, 3, 2, 10, 3, 5]
+    assert [len(rows) for rows in used.values()] == [21, 11, 2, 16, 3, 2, 10, 3, 5]
     assert all(set(rows) <= set(METHODS) for rows in used.values())
-    for name, (base, rows, _) in trainer.EXPERIMENTS.items():
+    betas = {"ranking-digits": 6.0, "shuffled-digits": 6.0, "start-digits": 6.0}
+    betas |= {"ranking-digits-beta2": 2.0, "revision-digits": 2.0}
+    for name, rows in used.items():
         for row in rows:
             kind = METHODS[row]
             options = {**kind.official, **trainer.options_of(trainer.PRESETS[name], row)}
             if "-beta" in row:
                 assert options["beta"] == float(row.partition("-beta")[2])
             elif row != "at":
-                assert options["beta"] == (6.0 if base == "digits" else 5.0)
+                assert options["beta"] == betas.get(name, 5.0)
             score, _, share = row.partition("-")
             if "beta" in share and score == "rgp":
                 assert (options["update_fraction"], options["gamma"]) == (0.7, 0.0)
