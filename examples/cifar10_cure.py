@@ -43,7 +43,7 @@ CURE = dict(update_fraction=0.7, alpha=0.1, scope="tensor", conserve="weights")
 CURE |= dict(gamma=1.0, rate=0.2, horizon=0.064)
 DEFAULTS: dict[str, dict[str, Any]] = {
     # One thread is as fast as two for so small a network, and gives the same sums on any machine.
-    "digits": asdict(Settings(**DIGITS)) | CURE | dict(beta=6.0, threads=1),
+    "digits": asdict(Settings(**DIGITS)) | CURE | dict(beta=2.0, threads=1),
     "cifar10": asdict(Settings(**CIFAR10)) | CURE | dict(beta=5.0, threads=None),
 }
 

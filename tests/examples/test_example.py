@@ -94,12 +94,12 @@ def test_cure_beside_trades(tmp_path, capsys):
     for line in ("pre-training 2/2: loss", "cure 3/3: loss", "trades 3/3: loss"):
         assert printed.count(line) == 1
     assert printed.count("%, never updated ") == 3  # in each epoch of CURE
-    for row in ("CURE, best (epoch", "CURE, last (epoch 3)", "TRADES, last (epoch 3)", "beta 6,"):
+    for row in ("CURE, best (epoch", "CURE, last (epoch 3)", "TRADES, last (epoch 3)", "beta 2,"):
         assert row in printed
     assert "clean and under PGD-2" in printed
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert {"torch", "rgp_optim", "commit", "device"} <= set(result["versions"])
-    assert result["settings"]["beta"] == 6.0
+    assert result["settings"]["beta"] == 2.0
     assert result["data"] == "scikit-learn digits"
     lengths = {phase: len(rows) for phase, rows in result["history"].items()}
     assert lengths == {"pre-training": 2, "cure": 3, "trades": 3}
@@ -237,7 +237,7 @@ def test_a_stopped_run_is_continued_as_it_was_begun(tmp_path, capsys):
     assert "holds an unfinished run: add --resume" in said
     code, said = refused(capsys, out, "--resume", "--beta", "0.2")
     assert code == 1
-    assert "other settings: beta was 6.0, is 0.2. Repeat its settings, or start over" in said
+    assert "other settings: beta was 2.0, is 0.2. Repeat its settings, or start over" in said
     assert "a run cannot be extended" in refused(capsys, out, "--resume", "--epochs", "9")[1]
     stopped(capsys, tmp_path / "other", "--seed", "1", within=("pre-training", 2))
     _, said = refused(capsys, tmp_path / "other", "--seed", "1", "--resume", "--eps", "0.2")
