@@ -26,7 +26,17 @@ import torch.nn.functional as F
 from harness.image_data import DataError
 from harness.networks import NETWORKS
 from harness.report import plot, table, updated_text, versions, writable, write_json
-from harness.training import CIFAR10, DIGITS, LOADERS, FlagError, Phase, Settings, Setup, claim
+from harness.training import (
+    BY_NETWORK,
+    CIFAR10,
+    DIGITS,
+    LOADERS,
+    FlagError,
+    Phase,
+    Settings,
+    Setup,
+    claim,
+)
 from torch import nn
 from tqdm import tqdm
 
@@ -202,7 +212,7 @@ POSITIVE = number(float, "finite and above 0", lambda v: 0 < v < math.inf)
 NOT_NEGATIVE = number(float, "finite and at least 0", lambda v: 0 <= v < math.inf)
 FRACTION = number(float, "in [0, 1]", lambda v: 0 <= v <= 1)
 FLAGS: dict[str, tuple[Any, str]] = {  # those without a parser are one of these
-    "network": (list(NETWORKS), "network"),
+    "network": (list(NETWORKS), "network; some bring settings of Table 9 of the paper"),
     "epochs": (COUNT, "epochs after pre-training"),
     "pretrain_epochs": (number(int, "at least 0", lambda v: v >= 0), "epochs of natural training"),
     "batch_size": (COUNT, "images in a batch"),
@@ -261,7 +271,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
-    for name, value in DEFAULTS[args.data].items():
+    for name, value in (DEFAULTS[args.data] | BY_NETWORK.get(args.network, {})).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.out = args.out or f"runs/{args.data}-seed{args.seed}"

@@ -406,6 +406,8 @@ def test_published_settings_are_the_defaults_for_cifar10(tmp_path):
     published |= dict(update_fraction=0.7, alpha=0.1, gamma=1.0, rate=0.2, attack_steps=10)
     published |= dict(eps=8 / 255, step_size=None)  # None: eps / 4
     assert {name: getattr(args, name) for name in published} == published
+    wide = example.parse(["--network", "wrn34-10", "--alpha", "0.2", "--out", str(tmp_path)])
+    assert (wide.update_fraction, wide.alpha, wide.gamma, wide.beta) == (0.5, 0.2, 0.5, 2.0)
 
 
 def test_updates_are_counted_as_a_loop_does():

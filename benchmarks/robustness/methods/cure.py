@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from harness.training import BY_NETWORK
 from torch import Tensor, nn
 
 from rgp_optim import ConsistencyReviser, RGPSelectiveOptimizer, kl_adv_loss, rgp_param_groups
@@ -86,10 +87,7 @@ class CURE(TRADES):
         "scope": "tensor",
         "conserve": "weights",
     }
-    networks: ClassVar[dict[str, dict[str, Any]]] = {  # Table 9, CIFAR-10
-        "wrn34-10": {"update_fraction": 0.5, "alpha": 0.3, "gamma": 0.5},
-        "preactresnet18": {"update_fraction": 0.8, "alpha": 0.2},
-    }
+    networks: ClassVar[dict[str, dict[str, Any]]] = BY_NETWORK
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
         super().__init__(model, setting, **options)
