@@ -24,7 +24,7 @@ import summary
 import torch
 import trainer
 from analysis import blocks, corruptions, layers, smallest
-from analysis.figure import COLOR, Pair, band, heading, interval, place_labels, save, scatter
+from analysis.figure import COLOR, SHOWN, Pair, band, draw_rows, heading, interval, save
 from harness.report import versions, write_json
 from harness.training import columns, pgd20
 from methods import METHODS
@@ -171,14 +171,8 @@ def draw_similarity(figure: Any, methods: dict[str, Any]) -> None:
 
 
 def draw_blocks(figure: Any, rows: dict[str, list[dict[str, float]]]) -> None:
-    axis, points = figure.subplots(), {}
-    for label, each in rows.items():
-        pairs = [(row["natural"], row["pgd20"]) for row in each]
-        points[label] = scatter(axis, pairs, "#0072B2", "o")
-    axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
-    axis.margins(0.12)
-    figure.draw_without_rendering()  # positions are final
-    place_labels(axis, points, [])
+    found = {b: {key: [row[key] for row in each] for key in SHOWN} for b, each in rows.items()}
+    draw_rows(figure, {b: ("#0072B2", "o", each) for b, each in found.items()})
 
 
 def draw_perturbations(figure: Any, images: dict[str, list[Tensor]]) -> None:

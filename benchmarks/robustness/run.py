@@ -5,8 +5,7 @@
     python benchmarks/robustness/run.py --preset ranking-digits --report  # tables, no training
 
 All runs share data, network, schedule and evaluation. An interrupted command, rerun, skips what is
-finished and resumes the rest from the last epoch. Each run writes a JSON file to
-benchmarks/robustness/results/PRESET; the table is made from these.
+finished and resumes the rest. Tables are made from the runs' JSON files in results/PRESET.
 """
 
 from __future__ import annotations
@@ -90,9 +89,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def draw(runs: summary.Runs, args: argparse.Namespace) -> None:
     from analysis.experiments import DRAWN, draw_curves
-    from analysis.figure import draw_scatter, save
+    from analysis.figure import draw_methods, save
 
-    of, size = DRAWN.get(args.preset.split("-")[0], (draw_scatter, (10, 7)))
+    of, size = DRAWN.get(args.preset.split("-")[0], (draw_methods, (10, 6.5)))
     some = {name: runs[name] for name in args.methods if name in runs}
     if args.figure:
         save(args.figure, partial(of, runs=runs), size)

@@ -50,10 +50,8 @@ def numbers(runs: Runs, method: str, column: str, which: str = "last") -> list[f
 
 def spread(values: Sequence[float]) -> str:
     """Return mean ± standard deviation, in percent."""
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "-"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
@@ -88,11 +86,8 @@ def report(runs: Runs) -> str:
     published = p["network"] if p["network"] in ("resnet18", "wrn34-10") else "resnet18"
     every = [run for each in runs.values() for run in each.values()]
     rises = sorted({f"{100 * run['preset'].get('lr_warmup', 0):g}" for run in every})
-    doubts = [
-        f"{run['method']}, seed {run['seed']}: {'; '.join(run['masking']['suspicions'])}"
-        for run in every
-        if run["masking"]["suspicions"]
-    ]
+    masked = [(run, "; ".join(run["masking"]["suspicions"])) for run in every]
+    doubts = [f"{r['method']}, seed {r['seed']}: {why}" for r, why in masked if why]
     told = "; ".join(doubts) if doubts else "no run fails a test for masked gradients"
     return "\n\n".join(
         [
@@ -104,8 +99,9 @@ def report(runs: Runs) -> str:
             table(runs, published),
             "Best epoch (PGD on validation images):",
             table(runs, published, "best"),
-            "Paired differences, mean ± 95 % t-interval over seeds; bold: 0 is outside:",
+            "Differences within a seed, mean ± 95 % t-interval over seeds; bold: 0 is outside:",
             intervals(runs),
+            declines(runs),
             collapses(runs),
             f"Masked gradients: {told}.",
         ]
@@ -120,23 +116,34 @@ def interval(values: Any) -> Any:
     return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
+def gap(values: Sequence[float]) -> str:
+    """Return a mean difference and its 95 % t-interval, bold if 0 is outside."""
+    if len(values) < 2:
+        return "-"
+    mean, half = statistics.mean(values), interval(values)
+    mark = "**" if abs(mean) > half else ""
+    return f"{mark}{mean:+.1f} ± {half:.1f}{mark}"
+
+
 def intervals(runs: Runs) -> str:
-    """Return Markdown: paired differences, means and 95 % t-intervals, bold if 0 is outside."""
+    """Return Markdown: paired differences of methods in the last epoch."""
     columns = [key for key in COLUMNS if key in some_run(runs)["results"]["last"]]
     rows = [["last epoch, points", "seeds", *(COLUMNS[key] for key in columns)]]
     for first, second in (pair for pair in compared() if runs.keys() >= set(pair)):
         seeds = sorted(set(runs[first]) & set(runs[second]))
-        a, b = ([runs[m][seed]["results"]["last"] for seed in seeds] for m in (first, second))
-        row = [f"{first} - {second}", str(len(seeds))]
-        for key in columns:
-            each = [x[key] - y[key] for x, y in zip(a, b, strict=True) if key in x and key in y]
-            if len(each) < 2:
-                row.append("-")
-                continue
-            mean, half = statistics.mean(each), interval(each)
-            mark = "**" if abs(mean) > half else ""
-            row.append(f"{mark}{mean:+.1f} ± {half:.1f}{mark}")
-        rows.append(row)
+        pairs = [[runs[m][seed]["results"]["last"] for m in (first, second)] for seed in seeds]
+        each = ([x[key] - y[key] for x, y in pairs if key in x and key in y] for key in columns)
+        rows.append([f"{first} - {second}", str(len(seeds)), *map(gap, each)])
+    return markdown(rows)
+
+
+def declines(runs: Runs) -> str:
+    """Return Markdown: what the best epoch on validation images has more than the last one."""
+    rows = [["best - last epoch, points", "seeds", *list(COLUMNS.values())[:2]]]
+    for name, of in runs.items():
+        both = [(run["results"]["best"], run["results"]["last"]) for run in of.values()]
+        each = [[best[key] - last[key] for best, last in both] for key in ("natural", "pgd20")]
+        rows.append([name, str(len(both)), *map(gap, each)])
     return markdown(rows)
 
 

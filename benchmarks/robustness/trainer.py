@@ -57,24 +57,24 @@ PRESETS = {
         options={"*": {"horizon": 1.0, "rate": 1.0}},
     ),
 }  # fmt: skip
+PRESETS["digits-beta6"] = replace(
+    PRESETS["digits"], options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
+)
 DIGITS_FRONT = [n for n in FRONT if "3.5" not in n and n not in ("cure-beta1", "cure-beta4.5")]
-# Rows other than the table's, without AutoAttack; and the preset that they are compared with.
+# Rows other than the table's, without AutoAttack; and the presets that they are compared with.
 EXPERIMENTS = {
-    "ranking-digits": ("digits", ["none", *RANKING], ()),
+    "ranking-digits": ("digits-beta6", ["none", *RANKING], ()),
     "ranking-digits-beta2": ("digits", ["none", *(n for n in RANKING if n[-1] in "73")], ()),
-    "shuffled-digits": ("digits", list(SHUFFLED), ("ranking-digits",)),
+    "shuffled-digits": ("digits-beta6", list(SHUFFLED), ("ranking-digits",)),
     "ranking-cpu": ("cpu", ["none", *(n for n in RANKING if not n.endswith("0.5"))], ()),
     "revision-digits": ("digits", list(REVISION), ("digits",)),
-    "start-digits": ("digits", list(START), ("digits",)),
-    "front-digits": ("digits", DIGITS_FRONT, ("ranking-digits", "digits")),
+    "start-digits": ("digits-beta6", list(START), ("digits-beta6",)),
+    "front-digits": ("digits", DIGITS_FRONT, ("ranking-digits", "digits-beta6")),
     "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
     "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():
-    own = {"options": {}} if name.startswith("front") else {}  # a beta of their own
-    if name in ("ranking-digits", "shuffled-digits", "start-digits"):
-        own = {"options": {"*": {"beta": 6.0}}}
-    own |= {"lr_warmup": 1.0} if name.startswith("start") else {}
+    own = {"lr_warmup": 1.0} if name.startswith("start") else {}
     if name == "overfitting":  # few images many times, the rate cut as where it was found
         own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
     PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)
@@ -117,7 +117,8 @@ def place_of(args: argparse.Namespace, name: str) -> Place:
 def options_of(preset: Preset, name: str) -> dict[str, Any]:
     """Return the settings of a method in a preset that are not its own."""
     kind = METHODS[name]
-    common = {k: v for k, v in preset.options.get("*", {}).items() if k in kind.official}
+    own = {k for k in kind.official if f"-{k}" not in name}  # a name like none-beta2 sets it
+    common = {k: v for k, v in preset.options.get("*", {}).items() if k in own}
     return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
 
 

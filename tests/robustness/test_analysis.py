@@ -288,19 +288,24 @@ def test_every_method_has_a_colour_of_its_own():
 
 
 @pytest.mark.parametrize("preset", ["digits", "cpu"])
-def test_names_in_the_figure_of_all_methods_do_not_overlap(preset, tmp_path):
+def test_the_figure_of_all_methods_has_their_means_beside_their_names(preset, tmp_path):
     pytest.importorskip("matplotlib")
     import summary
     from analysis import figure
+    from methods import METHODS
 
-    runs = summary.read(ROOT / "benchmarks" / "robustness" / "results" / preset)
-    boxes = []
+    runs, found = summary.read(ROOT / "benchmarks" / "robustness" / "results" / preset), {}
 
     def draw(canvas):
-        figure.draw_scatter(canvas, runs)
-        texts = [t for t in canvas.axes[0].texts if not t.get_text().startswith(" ")]
-        boxes.extend(text.get_window_extent() for text in texts)
+        figure.draw_methods(canvas, runs)
+        names = [label.get_text() for label in canvas.axes[0].get_yticklabels()]
+        for axis, column in zip(canvas.axes, ("pgd20", "natural"), strict=True):
+            points = [bar.lines[0].get_xydata()[0] for bar in axis.containers]
+            found[column] = {names[int(y)]: float(x) for x, y in points}
 
-    figure.save(tmp_path / "f.png", draw, (10, 7))
-    assert len(boxes) == len(runs)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    figure.save(tmp_path / "f.png", draw, (10, 6.5))
+    for column, means in found.items():
+        for name, of in runs.items():
+            values = [run["results"]["last"][column] for run in of.values()]
+            assert means.pop(METHODS[name].title) == pytest.approx(sum(values) / len(values))
+        assert not means

@@ -698,6 +698,9 @@ def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
     assert f"| cure - trades-pre | 3 | **+1.2 ± 0.6** | +1.0 ± {half:.1f} |" in table
     assert "| rgp-0.7 - none | 3 |" in table
     assert "gradient" not in table
+    for run, (a, b) in zip(runs["none"].values(), pgd, strict=True):
+        run["results"] = {"best": {"natural": 6.0, "pgd20": a}, "last": {"natural": 5, "pgd20": b}}
+    assert f"| none | 3 | **+1.0 ± 0.0** | +1.0 ± {half:.1f} |" in summary.declines(runs)
 
 
 def test_the_page_has_the_differences_of_the_committed_runs():
@@ -706,15 +709,19 @@ def test_the_page_has_the_differences_of_the_committed_runs():
     runs = summary.read(folder / "results" / "ranking-digits")
     assert {name: len(of) for name, of in runs.items()} == dict.fromkeys(["none", *RANKING], 8)
     assert summary.intervals(runs) in page
-    for preset in ("digits", "cpu", *trainer.EXPERIMENTS):
+    for preset in ("digits", "digits-beta6", "cpu", *trainer.EXPERIMENTS):
         names = preset, *trainer.EXPERIMENTS.get(preset, ("", (), ()))[2]
         if runs := summary.read(*(folder / "results" / name for name in names)):
             printed += summary.intervals(runs).splitlines()
             printed += summary.table(runs, "resnet18").splitlines()
+            printed += summary.declines(runs).splitlines()
     assert set(re.findall(r"^\| \S+ - \S+ \|.*$", page, re.M)) <= set(printed)
     digits, before = (
-        summary.read(folder / "results" / name) for name in ("digits", "digits-no-warmup")
+        summary.read(folder / "results" / name) for name in ("digits-beta6", "digits-no-warmup")
     )
+    for name in ("cure", "trades-pre"):  # their first epoch breaks nothing
+        runs = summary.read(folder / "results" / "digits")[name].values()
+        assert min(run["history"][0]["natural"] for run in runs) >= 90, name
     for name in ("cure", "trades-pre"):  # with the learning rate's warm-up minus without
         printed.append(summary.intervals({"cure": digits[name], "trades-pre": before[name]}))
     size = re.compile(r"\d+\.\d ± \d+\.\d")

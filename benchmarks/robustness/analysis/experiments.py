@@ -8,14 +8,13 @@ import numpy as np
 import summary
 from methods import METHODS
 
-from .figure import COLOR, band, heading, interval
+from .figure import COLOR, SHOWN, band, heading, interval
 
 SCORES = {  # name and marker
     "rgp": ("RGP", "o"), "gradient": ("training gradient", "s"), "random": ("random", "D"),
     "matched": ("random, norm matched", "^"), "inverse": ("inverse RGP", "v"),
 }  # fmt: skip
 CURVES = {"none": ("all weights updated", "o"), "rgp": SCORES["rgp"], "cure": ("CURE", "s")}
-SHOWN = {"pgd20": "accuracy under PGD-20, %", "natural": "natural accuracy, %"}
 
 
 def draw_ranking(figure: Any, runs: summary.Runs) -> None:

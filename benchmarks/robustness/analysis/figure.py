@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import summary
 from harness.report import write_whole
-from matplotlib.path import Path as Line
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 from methods import METHODS, TABLE
 from summary import heading, interval
 
@@ -29,6 +26,8 @@ COLOR = {
     "none": "#56B4E9", "rgp": "#E69F00", "random": "#CC79A7", "gradient": "#009E73",
     "matched": "#8E6BBF", "inverse": "#8C510A", "shuffled-0.3": "#9999CC",
 }  # fmt: skip
+
+SHOWN = {"pgd20": "accuracy under PGD-20, %", "natural": "natural accuracy, %"}
 
 Pair = tuple[float, float]
 
@@ -59,81 +58,27 @@ def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any)
         axis.dataLim.set(limits)  # of the lines
 
 
-def scatter(axis: Any, pairs: Sequence[Pair], color: str, marker: str, top: int = 2) -> Pair:
-    """Draw seeds (small) and their mean with intervals; return the mean."""
-    x, y = mean = tuple(np.mean(pairs, axis=0).tolist())
-    axis.plot(*zip(*pairs, strict=True), "o", ms=3, color=color, alpha=0.35, mew=0)
-    axis.plot(x, y, marker, ms=8, color=color, mec="white", zorder=top)
-    if len(pairs) > 1:
-        wide, high = interval(pairs)
-        axis.errorbar(x, y, high, wide, color=color, lw=0.8, alpha=0.3, zorder=1)
-    return mean
+def draw_rows(figure: Any, rows: dict[str, tuple[str, str, dict[str, list[float]]]]) -> None:
+    """Show a color, a marker and accuracies for each name: seeds (small), means, intervals."""
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (column, title) in zip(axes, SHOWN.items(), strict=True):
+        for y, (color, marker, found) in enumerate(rows.values()):
+            values = found[column]
+            half = interval(values) if len(values) > 1 else 0.0
+            axis.plot(values, [y] * len(values), "o", ms=3, color=color, alpha=0.35, mew=0)
+            axis.errorbar(np.mean(values), y, 0, half, marker, color=color, capsize=2)
+        axis.set(xlabel=title)
+        axis.grid(alpha=0.25)
+    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes[0].invert_yaxis()
+    figure.supxlabel("small: seeds; bars: 95 % t-interval of the mean", fontsize=9)
 
 
-def draw_scatter(figure: Any, runs: summary.Runs) -> None:
-    """Show natural against robust accuracy: means with intervals, seeds (small), lines of NRR."""
-    axis = figure.subplots()
-    seeds, means = [], {}
+def draw_methods(figure: Any, runs: summary.Runs) -> None:
+    """Show the accuracies of each method; diamonds are controls."""
+    rows = {}
     for name in runs:
-        columns = (summary.numbers(runs, name, column) for column in ("natural", "pgd20"))
-        pairs = list(zip(*columns, strict=True))
-        marker, top = "o" if name in TABLE else "D", 3 if name == "cure" else 2
-        means[METHODS[name].title] = scatter(axis, pairs, COLOR[name], marker, top)
-        seeds += pairs
-    axis.margins(0.1)
-    axis.set(xlabel="natural accuracy, %", ylabel="accuracy under PGD-20, %")
-    axis.set_title(f"{heading(runs)}, last epoch", fontsize=11)
-    grey = {"color": "#666666", "mec": "white"}
-    axis.plot([], [], "o", ms=8, label="method of the table", **grey)
-    axis.plot([], [], "D", ms=8, label="control", **grey)
-    axis.plot([], [], "o", ms=4, label="a seed", **grey)
-    axis.plot([], [], lw=0.8, label="95 % t-interval of the mean", **grey)
-    axis.plot([], [], color="#CCCCCC", lw=0.7, label="equal NRR (PGD-20), its value")
-    draw_nrr(axis)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.draw_without_rendering()  # positions are final
-    place_labels(axis, means, seeds)
-
-
-def draw_nrr(axis: Any) -> None:
-    """Draw lines of equal natural-robust ratio under PGD-20, 2ab / (a + b)."""
-    left, right, low, high = axis.axis()
-    right = min(right, 100.2)
-    corners = (2 * a * b / (a + b) for a, b in ((left, low), (right, high)))
-    x = np.linspace(left, right, 200)
-    for ratio in MaxNLocator(8).tick_values(*corners):
-        y = ratio * x / (2 * x - ratio)
-        axis.plot(x, y, color="#CCCCCC", lw=0.7, zorder=0)
-        if low < y[-1] < high:
-            axis.text(right, y[-1], f" {ratio:g}", color="#666666", fontsize=8, va="center")
-    axis.set(xlim=(left, right), ylim=(low, high))
-
-
-def place_labels(axis: Any, points: dict[str, Pair], others: Sequence[Pair]) -> None:
-    """Name points, each name as near as it and the line to it fit without covering another."""
-    to_pixels, frame = axis.transData, axis.get_window_extent()
-    marks = [Bbox([at - 7, at + 7]) for at in to_pixels.transform(list(points.values()))]
-    small = [Bbox([at - 3, at + 3]) for at in to_pixels.transform(others)]
-    names: list[Bbox] = []
-    lines: list[Line] = []
-    for (name, xy), mark in zip(points.items(), marks, strict=True):
-        label = axis.text(*xy, name, fontsize=8, ha="center", va="center", zorder=4)
-        middle, box = to_pixels.transform(xy), label.get_window_extent().padded(1)
-        apart = [*names, *(other for other in marks if not other.overlaps(mark))]
-        for turn in range(5000):  # along a spiral
-            angle, far = 2.4 * turn, 8 + 0.1 * turn
-            shift = (far + box.width / 2) * np.cos(angle), (far + box.height / 2) * np.sin(angle)
-            moved = box.translated(*shift)
-            line = Line([middle, np.clip(middle, moved.min, moved.max)])
-            inside = all(frame.contains(*corner) for corner in (moved.min, moved.max))
-            if not inside or any(map(moved.overlaps, [*names, *marks, *small])):
-                continue
-            crossed = any(line.intersects_bbox(other, filled=False) for other in apart)
-            if not crossed and not any(other.intersects_bbox(moved) for other in lines):
-                break
-        names.append(moved)
-        lines.append(line)
-        label.set_position(to_pixels.inverted().transform(middle + shift))
-        if np.hypot(*np.diff(line.vertices, axis=0)[0]) > 14:
-            ends = to_pixels.inverted().transform(line.vertices)
-            axis.plot(*ends.T, color="#666666", lw=0.6)
+        found = {column: summary.numbers(runs, name, column) for column in SHOWN}
+        rows[METHODS[name].title] = COLOR[name], "o" if name in TABLE else "D", found
+    draw_rows(figure, rows)
+    figure.suptitle(f"{heading(runs)}, last epoch; diamonds: controls", fontsize=11)

@@ -76,17 +76,9 @@ class CURE(TRADES):
     warm = True
     # Of ResNet-18; d = 0.999 at this rate spans 6.4 % of the published run.
     official: ClassVar[dict[str, Any]] = {
-        "loss": "trades",
-        "beta": 5.0,
-        "update_fraction": 0.7,
-        "alpha": 0.1,
-        "gamma": 1.0,
-        "rate": 0.2,
-        "horizon": 0.064,
-        "score": "rgp",
-        "scope": "tensor",
-        "conserve": "weights",
-    }
+        "loss": "trades", "beta": 5.0, "update_fraction": 0.7, "alpha": 0.1, "gamma": 1.0,
+        "rate": 0.2, "horizon": 0.064, "score": "rgp", "scope": "tensor", "conserve": "weights",
+    }  # fmt: skip
     networks: ClassVar[dict[str, dict[str, Any]]] = BY_NETWORK
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
