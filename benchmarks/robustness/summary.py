@@ -34,12 +34,17 @@ def some_run(runs: Runs) -> dict[str, Any]:
 
 
 def heading(runs: Runs) -> str:
-    """Return the data, the network, the radius and the seeds of runs."""
+    """Return the data, the network, the radius, the seeds of runs, and their β if they share it."""
     some = some_run(runs)
     p, seeds = some["preset"], sorted({seed for each in runs.values() for seed in each})
     eps = f"{255 * p['eps']:g}/255" if p["data"] == "cifar10" else f"{p['eps']:g}"
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"{some['data']}, {p['network']}, ε = {eps}, {which}"
+    every = [
+        run.get("options", {}) for name in runs if name != "mart" for run in runs[name].values()
+    ]
+    betas = {options["beta"] for options in every if "beta" in options}
+    shared = f", β = {betas.pop():g}" if len(betas) == 1 else ""
+    return f"{some['data']}, {p['network']}, ε = {eps}{shared}, {which}"
 
 
 def numbers(runs: Runs, method: str, column: str, which: str = "last") -> list[float]:
@@ -57,7 +62,8 @@ def spread(values: Sequence[float]) -> str:
 
 def table(runs: Runs, network: str, which: str = "last") -> str:
     """Return Markdown: a row for each method, the published result in the last column."""
-    rows = [["", "start", *COLUMNS.values(), "seeds", "published: Nat / PGD-20 / AA / C&W / NRR"]]
+    last = "published: Nat / PGD-20 / AA / C&W / NRR"
+    rows = [["", "name", "start", *COLUMNS.values(), "seeds", last]]
     with PUBLISHED.open(newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file) if row["network"] == network}
     for method in runs:
@@ -67,7 +73,7 @@ def table(runs: Runs, network: str, which: str = "last") -> str:
         said = " / ".join(f"{float(v):.1f}" if v else "-" for v in found)
         start = "natural" if kind.warm else "scratch"
         title = kind.title if method in TABLE else f"*{kind.title}*"
-        rows.append([title, start, *cells, str(len(runs[method])), said])
+        rows.append([title, method, start, *cells, str(len(runs[method])), said])
     return markdown(rows)
 
 
@@ -151,7 +157,8 @@ def compared() -> list[tuple[str, str]]:
     """Return the pairs of methods to compare."""
     masks = ("trades-pre", "cure-no-revision", "random-no-revision")
     masked = [masks, ("trades-pre-revision", "cure", "cure-random"), tuple(REVISION)]
-    pairs = [("cure", "trades-pre"), ("cure", "at-pre"), *((name, "cure") for name in CONTROLS)]
+    pairs = [("cure", "trades-pre"), ("cure", "at-pre")]
+    pairs += [(name, "cure") for name in list(CONTROLS)[4:]]  # the first are masks and revisions
     for none, rgp, random in masked:
         pairs += [(rgp, none), (random, none), (rgp, random)]
     pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]
@@ -164,6 +171,7 @@ def compared() -> list[tuple[str, str]]:
     for name in (name for name in FRONT if name.startswith("none")):
         pairs += [(first, name) for first in ("rgp-0.7", "cure")]
         pairs += [(name.replace("none", kind), name) for kind in ("rgp", "cure")]
+    pairs += [("cure-beta4.5", "none-beta2")]  # each with its best beta on validation images
     return list(dict.fromkeys(pairs))
 
 

@@ -60,7 +60,7 @@ PRESETS = {
 PRESETS["digits-beta6"] = replace(
     PRESETS["digits"], options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
 )
-DIGITS_FRONT = [n for n in FRONT if "3.5" not in n and n not in ("cure-beta1", "cure-beta4.5")]
+DIGITS_FRONT = [name for name in FRONT if not name.endswith("3.5")]
 # Rows other than the table's, without AutoAttack; and the presets that they are compared with.
 EXPERIMENTS = {
     "ranking-digits": ("digits-beta6", ["none", *RANKING], ()),

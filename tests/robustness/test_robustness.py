@@ -318,7 +318,7 @@ def test_controls_differ_from_cure_in_one_thing():
 
 def test_experiments_have_the_rows_and_settings_they_are_named_for():
     used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
-    assert [len(rows) for rows in used.values()] == [21, 11, 2, 16, 3, 2, 10, 3, 5]
+    assert [len(rows) for rows in used.values()] == [21, 11, 2, 16, 3, 2, 12, 3, 5]
     assert all(set(rows) <= set(METHODS) for rows in used.values())
     betas = {"ranking-digits": 6.0, "shuffled-digits": 6.0, "start-digits": 6.0}
     betas |= {"ranking-digits-beta2": 2.0, "revision-digits": 2.0}

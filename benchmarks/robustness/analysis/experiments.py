@@ -14,7 +14,10 @@ SCORES = {  # name and marker
     "rgp": ("RGP", "o"), "gradient": ("training gradient", "s"), "random": ("random", "D"),
     "matched": ("random, norm matched", "^"), "inverse": ("inverse RGP", "v"),
 }  # fmt: skip
-CURVES = {"none": ("all weights updated", "o"), "rgp": SCORES["rgp"], "cure": ("CURE", "s")}
+CURVES = {
+    "none": ("all weights updated", "o"), "rgp": ("RGP, 0.7 updated", "D"),
+    "cure": ("CURE: RGP, 0.7, and revision", "s"),
+}  # fmt: skip
 
 
 def draw_ranking(figure: Any, runs: summary.Runs) -> None:
@@ -44,14 +47,17 @@ def draw_front(figure: Any, runs: summary.Runs) -> None:
     for name, of in runs.items():
         score, beta = name.split("-")[0], next(iter(of.values()))["options"]["beta"]
         rows = [summary.numbers(runs, name, column) for column in ("natural", "pgd20")]
-        (x, y), half = np.mean(rows, axis=1), [interval(each) for each in rows]
-        axis.errorbar(x, y, half[1], half[0], CURVES[score][1], color=COLOR[score], capsize=2)
-        axis.annotate(f"{beta:g}", (x, y), (5, 5), textcoords="offset points", fontsize=9)
+        (x, y), half, color = np.mean(rows, axis=1), [interval(each) for each in rows], COLOR[score]
+        axis.errorbar(x, y, half[1], half[0], color=color, lw=0.8, alpha=0.5, capsize=2)
+        place = {"none": (-6, -13), "rgp": (6, 6), "cure": (-6, 6)}[score]
+        how = {"ha": "right" if place[0] < 0 else "left", "color": color, "fontsize": 9}
+        axis.annotate(f"{beta:g}", (x, y), place, textcoords="offset points", **how)
         fronts.setdefault(score, {})[beta] = x, y
     for score, front in fronts.items():
         line = np.transpose([front[beta] for beta in sorted(front)])
-        axis.plot(*line, color=COLOR[score], marker=".", label=CURVES[score][0])
-    axis.set(xlabel=f"{SHOWN['natural']} (numbers: β; masks: 0.7)", ylabel=SHOWN["pgd20"])
+        label, marker = CURVES[score]
+        axis.plot(*line, color=COLOR[score], marker=marker, label=label)
+    axis.set(xlabel=f"{SHOWN['natural']}; at each point: β", ylabel=SHOWN["pgd20"])
     finish(figure, axis, runs)
 
 
@@ -74,7 +80,7 @@ def finish(figure: Any, axis: Any, runs: summary.Runs) -> None:
         each.grid(axis="y", alpha=0.25)
     handles = axis.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    figure.suptitle(f"{heading(runs)}; mean and 95 % t-interval", fontsize=10)
+    figure.suptitle(f"{heading(runs)}; mean and 95 % t-interval, unpaired", fontsize=10)
 
 
-DRAWN = {"ranking": (draw_ranking, (10, 4.6)), "front": (draw_front, (7, 5.4))}
+DRAWN = {"ranking": (draw_ranking, (10, 4.6)), "front": (draw_front, (8.6, 5.4))}

@@ -59,19 +59,19 @@ def band(axis: Any, x: Any, rows: Any, color: str, line: str = "o-", **how: Any)
 
 
 def draw_rows(figure: Any, rows: dict[str, tuple[str, str, dict[str, list[float]]]]) -> None:
-    """Show a color, a marker and accuracies for each name: seeds (small), means, intervals."""
+    """Show means with intervals, and seeds below, of rows of a color, a marker and accuracies."""
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (column, title) in zip(axes, SHOWN.items(), strict=True):
         for y, (color, marker, found) in enumerate(rows.values()):
             values = found[column]
             half = interval(values) if len(values) > 1 else 0.0
-            axis.plot(values, [y] * len(values), "o", ms=3, color=color, alpha=0.35, mew=0)
+            axis.plot(values, [y + 0.3] * len(values), "o", ms=3, color=color, alpha=0.6, mew=0)
             axis.errorbar(np.mean(values), y, 0, half, marker, color=color, capsize=2)
         axis.set(xlabel=title)
         axis.grid(alpha=0.25)
     axes[0].set_yticks(range(len(rows)), list(rows), fontsize=9)
     axes[0].invert_yaxis()
-    figure.supxlabel("small: seeds; bars: 95 % t-interval of the mean", fontsize=9)
+    figure.supxlabel("below each mean: its seeds; bars: 95 % t-interval", fontsize=9)
 
 
 def draw_methods(figure: Any, runs: summary.Runs) -> None:
