@@ -3,6 +3,7 @@
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -724,6 +725,12 @@ def test_the_page_has_the_differences_of_the_committed_runs():
         assert min(run["history"][0]["natural"] for run in runs) >= 90, name
     for name in ("cure", "trades-pre"):  # with the learning rate's warm-up minus without
         printed.append(summary.intervals({"cure": digits[name], "trades-pre": before[name]}))
+    analysis = json.loads((folder / "results/digits/analysis/analysis.json").read_text())
+    for other, key in itertools.product(
+        ("at", "trades-pre"), analysis["methods"]["at"][0]["measures"]
+    ):
+        pairs = zip(*(analysis["methods"][name] for name in ("cure", other)), strict=True)
+        printed.append(summary.gap([a["measures"][key] - b["measures"][key] for a, b in pairs]))
     size = re.compile(r"\d+\.\d ± \d+\.\d")
     for prose in (page, (BENCHMARKS.parent / "README.md").read_text()):
         assert set(size.findall(" ".join(prose.split()))) <= set(size.findall("\n".join(printed)))
