@@ -544,7 +544,7 @@ def test_the_runner_skips_what_is_done_and_reports(tmp_path, capsys):
     out = capsys.readouterr().out
     assert " 1/1: loss" not in out  # no line for an epoch, of the pre-training either
     assert "at-seed0 done" in out  # needed by the others
-    assert "| CURE | natural |" in out
+    assert "| CURE | cure | natural |" in out
     assert "*TRADES, pre-trained*" in out
     before = {file: file.read_bytes() for file in (tmp_path / "r").iterdir()}
     run(tmp_path, "--methods", "cure,trades-pre", "--seeds", "0")
@@ -637,7 +637,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, name):
 
 def test_jobs_at_the_same_time(tmp_path, capsys):
     run(tmp_path, "--methods", "trades", "--seeds", "0,1", "--jobs", "2")
-    assert "| TRADES | scratch |" in capsys.readouterr().out
+    assert "| TRADES | trades | scratch |" in capsys.readouterr().out
     found = sorted(file.name for file in (tmp_path / "r").iterdir())
     assert found == [f"{name}-seed{seed}.json" for name in ("at", "trades") for seed in (0, 1)]
 
