@@ -162,6 +162,7 @@ def compared() -> list[tuple[str, str]]:
     for none, rgp, random in masked:
         pairs += [(rgp, none), (random, none), (rgp, random)]
     pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]
+    pairs += zip(masked[2], masked[1], strict=True)
     pairs += [(f"{name}-slow", name) for name in ("trades-pre", "cure")] + [("cure", "trades")]
     pairs += [("trades-pre", "trades"), ("at-pre", "at"), *((name, "at") for name in TABLE[1:])]
     for share in (0.7, 0.5, 0.3, 0.1):
