@@ -158,7 +158,7 @@ def compared() -> list[tuple[str, str]]:
     masks = ("trades-pre", "cure-no-revision", "random-no-revision")
     masked = [masks, ("trades-pre-revision", "cure", "cure-random"), tuple(REVISION)]
     pairs = [("cure", "trades-pre"), ("cure", "at-pre")]
-    pairs += [(name, "cure") for name in list(CONTROLS)[4:]]  # the first are masks and revisions
+    pairs += [(name, "cure") for name in CONTROLS if not any(name in each for each in masked)]
     for none, rgp, random in masked:
         pairs += [(rgp, none), (random, none), (rgp, random)]
     pairs += [pair for revised in masked[1:] for pair in zip(revised, masks, strict=True)]

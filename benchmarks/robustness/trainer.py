@@ -117,7 +117,8 @@ def place_of(args: argparse.Namespace, name: str) -> Place:
 def options_of(preset: Preset, name: str) -> dict[str, Any]:
     """Return the settings of a method in a preset that are not its own."""
     kind = METHODS[name]
-    own = {k for k in kind.official if f"-{k}" not in name}  # a name like none-beta2 sets it
+    # A name like none-beta2 sets one itself.
+    own = {k for k in kind.official if not name.partition(f"-{k}")[2][:1].isdigit()}
     common = {k: v for k, v in preset.options.get("*", {}).items() if k in own}
     return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
 
