@@ -60,6 +60,8 @@ PRESETS = {
 PRESETS["digits-beta6"] = replace(
     PRESETS["digits"], options={"*": {"beta": 6.0}, "mart": {"beta": 5.0}}
 )
+OVERFITTING = ["at", "trades", "trades-pre", "cure", "cure-random"]
+PARTS = ["at-pre", "trades-pre-revision", "cure-no-revision"]
 DIGITS_FRONT = [name for name in FRONT if not name.endswith("3.5")]
 # Rows other than the table's, without AutoAttack; and the presets that they are compared with.
 EXPERIMENTS = {
@@ -71,12 +73,14 @@ EXPERIMENTS = {
     "start-digits": ("digits-beta6", list(START), ("digits-beta6",)),
     "front-digits": ("digits", DIGITS_FRONT, ("ranking-digits", "digits-beta6")),
     "front-cpu": ("cpu", ["none-beta1", "none-beta2", "none-beta3.5"], ("ranking-cpu",)),
-    "overfitting": ("cpu", ["at", "trades", "trades-pre", "cure", "cure-random"], ()),
+    "overfitting": ("cpu", OVERFITTING, ()),
+    "overfitting-plain": ("cpu", [*OVERFITTING, *PARTS], ()),
 }
 for name, (base, _, _) in EXPERIMENTS.items():
     own = {"lr_warmup": 1.0} if name.startswith("start") else {}
-    if name == "overfitting":  # few images many times, the rate cut as where it was found
+    if name.startswith("overfitting"):  # few images many times, the rate cut as where it was found
         own = {"train_size": 1000, "epochs": 100, "batch_size": 64, "schedule": "steps"}
+        own["augment"] = not name.endswith("plain")
     PRESETS[name] = replace(PRESETS[base], auto_attack=0, surrogate=False, **own)
 
 

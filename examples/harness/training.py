@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ NORMALISE = {
     "digits": ([0.305], [0.376]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
 }
-# What natural pre-training depends on, besides the images.
-PRETRAIN = ["data", "network", "train_size", "val_size", "image_size", "pretrain_epochs"]
-PRETRAIN += ["batch_size", "lr", "momentum", "weight_decay", "schedule", "bf16", "channels_last"]
-PRETRAIN += ["seed", "eps", "attack_steps", "step_size"]  # for the robust accuracy in its history
+# What natural pre-training depends on, besides the images; the attack for its history.
+PRETRAIN = ["data", "network", "train_size", "val_size", "image_size", "augment", "batch_size"]
+PRETRAIN += ["pretrain_epochs", "lr", "momentum", "weight_decay", "schedule", "bf16"]
+PRETRAIN += ["channels_last", "seed", "eps", "attack_steps", "step_size"]
 
 Batches = Callable[[], Any]  # yields images and labels
 Report = Callable[[str], None]
@@ -70,6 +70,7 @@ class Settings:
             rate breaks the natural network that some methods start from.
         eps, attack_steps, step_size: Of the training attack; None: eps / 4.
         train_size, val_size, test_size, image_size: Images used, and their side; None: all.
+        augment: Crop and flip training images, where the data set has it.
         bf16: Train under bfloat16 autocast.
         channels_last: Keep images and convolutions in that order.
     """
@@ -91,6 +92,7 @@ class Settings:
     val_size: int = 200
     test_size: int | None = None
     image_size: int | None = None
+    augment: bool = True
     bf16: bool = False
     channels_last: bool = False
 
@@ -148,6 +150,7 @@ class Setup:
                 "lower --batch-size or --val-size."
             )
         splits = [data.train[rest], data.train[order[: s.val_size]], data.test[: s.test_size]]
+        splits[0] = replace(splits[0], crop=splits[0].crop * s.augment)
         if s.image_size:
             splits = [split.shrink(s.image_size) for split in splits]
         return [split.to(self.device) for split in splits]

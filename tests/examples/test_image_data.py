@@ -20,7 +20,8 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from harness import image_data
-from harness.image_data import DataError, Images, crop_and_flip, load_cifar10
+from harness.image_data import Data, DataError, Images, crop_and_flip, load_cifar10
+from harness.training import CIFAR10, Settings, Setup
 
 
 def batch(seed, n=4):
@@ -256,6 +257,19 @@ def test_crop_and_flip_against_a_loop():
         used |= found
     assert {dy for dy, _, _ in used} == {dx for _, dx, _ in used} == set(range(5))
     assert {flip for _, _, flip in used} == {False, True}
+
+
+def test_training_images_are_augmented_or_left_as_they_are():
+    given = {"val_size": 2, "batch_size": 4, "image_size": 4}
+    for augment in (True, False):
+        settings = Settings(**CIFAR10 | given, augment=augment)
+        setup = Setup(settings, 0, "cpu", Data("test", images(crop=4), images(crop=4)))
+        whole = setup.train.floats()
+        (x, _), *_ = setup.loader(setup.train, torch.Generator().manual_seed(0))
+        same = (x[:, None] == whole[None]).flatten(2).all(2).any(1)
+        assert bool(same.all()) is not augment
+        (x, y), *_ = setup.loader(setup.val)
+        torch.testing.assert_close(x, images().shrink(4)[y].floats())  # labels are numbers
 
 
 def test_shrink_averages():

@@ -319,7 +319,7 @@ def test_controls_differ_from_cure_in_one_thing():
 
 def test_experiments_have_the_rows_and_settings_they_are_named_for():
     used = {name: rows for name, (_, rows, _) in trainer.EXPERIMENTS.items()}
-    assert [len(rows) for rows in used.values()] == [21, 11, 2, 16, 3, 2, 12, 3, 5]
+    assert [len(rows) for rows in used.values()] == [21, 11, 2, 16, 3, 2, 12, 3, 5, 8]
     assert all(set(rows) <= set(METHODS) for rows in used.values())
     betas = {"ranking-digits": 6.0, "shuffled-digits": 6.0, "start-digits": 6.0}
     betas |= {"ranking-digits-beta2": 2.0, "revision-digits": 2.0}
@@ -329,7 +329,7 @@ def test_experiments_have_the_rows_and_settings_they_are_named_for():
             options = {**kind.official, **trainer.options_of(trainer.PRESETS[name], row)}
             if "-beta" in row:
                 assert options["beta"] == float(row.partition("-beta")[2])
-            elif row != "at":
+            elif not row.startswith("at"):
                 assert options["beta"] == betas.get(name, 5.0)
             score, _, share = row.partition("-")
             if "beta" in share and score == "rgp":
@@ -339,6 +339,11 @@ def test_experiments_have_the_rows_and_settings_they_are_named_for():
                 assert found == (score, float(share), 0.0)
     assert all(trainer.PRESETS[name].lr_warmup == 0.1 for name in ("digits", "cpu", "gpu-short"))
     assert (trainer.PRESETS["paper"].lr_warmup, trainer.PRESETS["start-digits"].lr_warmup) == (0, 1)
+    plain = trainer.PRESETS["overfitting-plain"]
+    assert [name for name, each in trainer.PRESETS.items() if not each.augment] == [
+        "overfitting-plain"
+    ]
+    assert replace(plain, augment=True) == trainer.PRESETS["overfitting"]
 
 
 @pytest.mark.parametrize("score", [*SCORES, "shuffled"])
