@@ -145,11 +145,18 @@ def intervals(runs: Runs) -> str:
 
 def declines(runs: Runs) -> str:
     """Return Markdown: what the best epoch on validation images has more than the last one."""
-    rows = [["best - last epoch, points", "seeds", *list(COLUMNS.values())[:2]]]
-    for name, of in runs.items():
-        both = [(run["results"]["best"], run["results"]["last"]) for run in of.values()]
-        each = [[best[key] - last[key] for best, last in both] for key in ("natural", "pgd20")]
-        rows.append([name, str(len(both)), *map(gap, each)])
+    rows = [["best - last epoch, points", "seeds", "Natural", "PGD-20", "PGD-20, minus cure's"]]
+    lost = {
+        name: {
+            seed: [run["results"]["best"][c] - run["results"]["last"][c] for c in list(COLUMNS)[:2]]
+            for seed, run in of.items()
+        }
+        for name, of in runs.items()
+    }
+    for name, of in lost.items():
+        cure = lost.get("cure", {}) if name != "cure" else {}
+        apart = [robust - cure[seed][1] for seed, (_, robust) in of.items() if seed in cure]
+        rows.append([name, str(len(of)), *map(gap, zip(*of.values(), strict=True)), gap(apart)])
     return markdown(rows)
 
 

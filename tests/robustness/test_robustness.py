@@ -704,9 +704,13 @@ def test_differences_are_paired_and_bold_if_their_interval_leaves_out_zero():
     assert f"| cure - trades-pre | 3 | **+1.2 ± 0.6** | +1.0 ± {half:.1f} |" in table
     assert "| rgp-0.7 - none | 3 |" in table
     assert "gradient" not in table
-    for run, (a, b) in zip(runs["none"].values(), pgd, strict=True):
-        run["results"] = {"best": {"natural": 6.0, "pgd20": a}, "last": {"natural": 5, "pgd20": b}}
-    assert f"| none | 3 | **+1.0 ± 0.0** | +1.0 ± {half:.1f} |" in summary.declines(runs)
+    for name, shift in (("none", 0.0), ("cure", 3.0)):
+        for seed, (a, b) in enumerate(pgd):
+            best, last = {"natural": 6.0, "pgd20": a + shift}, {"natural": 5, "pgd20": b}
+            runs[name][seed]["results"] = {"best": best, "last": last}
+    lost = summary.declines(runs)
+    assert f"| none | 3 | **+1.0 ± 0.0** | +1.0 ± {half:.1f} | **-3.0 ± 0.0** |" in lost
+    assert re.search(r"\| cure \| 4 \|.* \| - \|", lost)
 
 
 def test_the_page_has_the_differences_of_the_committed_runs():
