@@ -421,6 +421,7 @@ def test_published_numbers_agree_with_each_other():
 
 def test_a_run_too_short_for_its_method_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "pretrain", lambda self, *_: None)
+    monkeypatch.setattr(robustness, "needs", lambda *_: ())
     words = ["--epochs", "1", "--methods", "cure", "--seeds", "0", "--no-table"]
     with pytest.raises(SystemExit, match=r"error: cure-seed0, 35 steps: `horizon` should span"):
         run(tmp_path, *words, preset="digits")
