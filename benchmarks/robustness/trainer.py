@@ -121,8 +121,7 @@ def place_of(args: argparse.Namespace, name: str) -> Place:
 def options_of(preset: Preset, name: str) -> dict[str, Any]:
     """Return the settings of a method in a preset that are not its own."""
     kind = METHODS[name]
-    # A name like none-beta2 sets one itself.
-    own = {k for k in kind.official if not name.partition(f"-{k}")[2][:1].isdigit()}
+    own = kind.official.keys() - kind.named
     common = {k: v for k, v in preset.options.get("*", {}).items() if k in own}
     return {**kind.networks.get(preset.network, {}), **common, **preset.options.get(name, {})}
 

@@ -7,7 +7,7 @@ each batch and `begin_epoch` for each epoch. Most methods only say `perturb` and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -86,6 +86,7 @@ class Method:
     taught: ClassVar[bool] = False  # learns from a network that AT has trained
     official: ClassVar[dict[str, Any]] = {}  # settings of its paper; a run's options replace them
     networks: ClassVar[dict[str, dict[str, Any]]] = {}  # what the paper changes for a network
+    named: ClassVar[Collection[str]] = ()  # settings in its name: no preset changes them
 
     def __init__(self, model: nn.Module, setting: Setting, **options: Any) -> None:
         unknown = set(options) - set(self.official)

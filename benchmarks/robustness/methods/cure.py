@@ -1,5 +1,6 @@
 """CURE (Gowda et al., ICLR 2024), and variants without one of its parts."""
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -152,14 +153,14 @@ class CURE(TRADES):
         return {"loss": loss.detach(), "loss_adversarial": adversarial.detach()}
 
 
-def variant(name: str, **changes: Any) -> type[CURE]:
+def variant(name: str, named: Collection[str] = (), **changes: Any) -> type[CURE]:
     """Return CURE with other settings, as a row of its own."""
     networks = {
         network: {key: value for key, value in settings.items() if key not in changes}
         for network, settings in CURE.networks.items()
     }
     body = {"title": name, "official": {**CURE.official, **changes}, "networks": networks}
-    return type(name, (CURE,), body)
+    return type(name, (CURE,), {**body, "named": named})
 
 
 CONTROLS = {
@@ -201,10 +202,10 @@ REVISION = {
 # A smaller beta: all weights updated, under RGP's mask, and CURE.
 FRONT: dict[str, type[TRADES]] = {}
 for beta in (1.0, 2.0, 3.0, 3.5, 4.5):
-    body = {"title": f"none, β {beta:g}", "official": {"beta": beta}}
+    body = {"title": f"none, β {beta:g}", "official": {"beta": beta}, "named": ["beta"]}
     FRONT[f"none-beta{beta:g}"] = type("Front", (PretrainedTRADES,), body)
-    FRONT[f"rgp-beta{beta:g}"] = variant(f"rgp, β {beta:g}", beta=beta, gamma=0.0)
-    FRONT[f"cure-beta{beta:g}"] = variant(f"CURE, β {beta:g}", beta=beta)
+    FRONT[f"rgp-beta{beta:g}"] = variant(f"rgp, β {beta:g}", ["beta"], beta=beta, gamma=0.0)
+    FRONT[f"cure-beta{beta:g}"] = variant(f"CURE, β {beta:g}", ["beta"], beta=beta)
 # The learning rate rises over the whole run: the preset says so.
 START = {
     "trades-pre-slow": type("Slow", (PretrainedTRADES,), {"title": "TRADES, slow start"}),
