@@ -107,6 +107,7 @@ def report(runs: Runs) -> str:
             table(runs, published, "best"),
             "Differences within a seed, mean ± 95 % t-interval over seeds; bold: 0 is outside:",
             intervals(runs),
+            intervals(runs, "best"),
             declines(runs),
             collapses(runs),
             f"Masked gradients: {told}.",
@@ -131,13 +132,13 @@ def gap(values: Sequence[float]) -> str:
     return f"{mark}{mean:+.1f} ± {half:.1f}{mark}"
 
 
-def intervals(runs: Runs) -> str:
-    """Return Markdown: paired differences of methods in the last epoch."""
-    columns = [key for key in COLUMNS if key in some_run(runs)["results"]["last"]]
-    rows = [["last epoch, points", "seeds", *(COLUMNS[key] for key in columns)]]
+def intervals(runs: Runs, which: str = "last") -> str:
+    """Return Markdown: paired differences of methods in the last or the best epoch."""
+    columns = [key for key in COLUMNS if key in some_run(runs)["results"][which]]
+    rows = [[f"{which} epoch, points", "seeds", *(COLUMNS[key] for key in columns)]]
     for first, second in (pair for pair in compared() if runs.keys() >= set(pair)):
         seeds = sorted(set(runs[first]) & set(runs[second]))
-        pairs = [[runs[m][seed]["results"]["last"] for m in (first, second)] for seed in seeds]
+        pairs = [[runs[m][seed]["results"][which] for m in (first, second)] for seed in seeds]
         each = ([x[key] - y[key] for x, y in pairs if key in x and key in y] for key in columns)
         rows.append([f"{first} - {second}", str(len(seeds)), *map(gap, each)])
     return markdown(rows)

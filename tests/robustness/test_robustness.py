@@ -723,7 +723,8 @@ def test_the_page_has_the_differences_of_the_committed_runs():
     for preset in ("digits", "digits-beta6", "cpu", *trainer.EXPERIMENTS):
         names = preset, *trainer.EXPERIMENTS.get(preset, ("", (), ()))[2]
         if runs := summary.read(*(folder / "results" / name for name in names)):
-            printed += summary.intervals(runs).splitlines()
+            for which in ("last", "best"):
+                printed += summary.intervals(runs, which).splitlines()
             printed += summary.table(runs, "resnet18").splitlines()
             printed += summary.declines(runs).splitlines()
     assert set(re.findall(r"^\| \S+ - \S+ \|.*$", page, re.M)) <= set(printed)
